@@ -1,0 +1,296 @@
+"""From `--config_path recipe.yaml --method.rank 32` to a frozen dataclass, and its --help.
+
+draccus turns the values into the fields' types. Here stands what a newcomer meets: a setting that does not exist is named together with
+the one that was probably meant, a switch needs no value, and a section that names what it is starts from that thing's own defaults.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import draccus
+import yaml
+from draccus.utils import ParsingError, is_choice_type
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+TYPE = "type"  # the key that names the kind of a choice
+CONFIG = "config_path"
+IGNORED = ("local_rank", "local-rank")  # the deepspeed launcher adds it; the environment says the same
+
+
+class RecipeError(ValueError):
+    """What the user asked for cannot be done; the message says what to change."""
+
+
+def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], synonyms: dict[str, str]) -> T:
+    """The settings in --config_path, overridden by the rest of the command line; what neither names comes from `defaults`.
+
+    `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset) starts from that
+    thing's own defaults, any other continues the section in `defaults`.
+    """
+    keys = settings(cls)
+    base = draccus.encode(defaults)
+    given = _arguments(argv, keys)
+    path = given.pop(CONFIG, None)
+    tree = _file(path) if path is not None else {}
+    for key, value in given.items():
+        if key.endswith(f".{TYPE}"):
+            _change_type(cls, tree, base, key.removesuffix(f".{TYPE}"), value)
+        _put(tree, key, value)
+    for section, key in identity.items():
+        if isinstance(tree.get(section), dict) and key not in tree[section]:
+            tree[section] = _merged(base[section], tree[section])
+    errors = _check(cls, tree, "", keys, synonyms)
+    if errors:
+        raise RecipeError("\n".join(errors))
+    try:
+        return draccus.decode(cls, {**base, **tree})
+    except ParsingError as error:
+        reason = error.__cause__ if type(error) is ParsingError else None  # why a dataclass refused its values
+        raise RecipeError(str(reason or error).replace("`", "")) from None
+
+
+def settings(cls: type) -> dict[str, Any]:
+    """Every setting by its dotted name with its type, those of all kinds of a choice included."""
+    found: dict[str, Any] = {}
+    for name, kind in _hints(cls).items():
+        if is_choice_type(kind):
+            found[f"{name}.{TYPE}"] = Literal[tuple(kind.get_known_choices())]
+        for part in kind.get_known_choices().values() if is_choice_type(kind) else [kind] if _nested(kind) else []:
+            found |= {f"{name}.{key}": leaf for key, leaf in settings(part).items()}
+        if not _nested(kind):
+            found[name] = kind
+    return found
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(argv: list[str], keys: dict[str, Any]) -> Tree:
+    """--name value, --name=value, or --name alone for a switch: dotted names with their values."""
+    given: Tree = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"unexpected argument '{word}': settings are written --name value, lists as a,b,c")
+        name, equals, text = word[2:].partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not equals and keys.get(name, bool) is bool and name != CONFIG:
+            text = "true"
+        elif not equals:
+            raise RecipeError(f"--{name} needs a value")
+        if name not in IGNORED:
+            given[name] = text if name == CONFIG else _value(name, text, keys.get(name))
+    return given
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    """What was typed: a string where one is wanted, otherwise YAML (1e-3, true, [a, b], {min_terms: 2})."""
+    if kind is str or typing.get_origin(kind) is Literal:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--{name}: cannot read '{text}'") from None
+
+
+def _file(path: str) -> Tree:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise RecipeError(f"--{CONFIG} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--{CONFIG} {path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"--{CONFIG} {path} must hold settings, one `name: value` a line")
+    tree: Tree = {}
+    for key, value in content.items():
+        _put(tree, str(key), value)
+    return tree
+
+
+def _put(tree: Tree, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, 1):
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{'.'.join(sections[:depth])} was given a value, '{tree}', and is a section ({key})")
+    tree[name] = value
+
+
+def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> None:
+    """--method.type on the command line keeps those of the file's settings that the new type has, too."""
+    choice, section = _hints(cls).get(field), tree.get(field)
+    if choice is not None and is_choice_type(choice) and isinstance(section, dict):
+        kinds = choice.get_known_choices()
+        old = section.get(TYPE, base[field][TYPE])
+        old_keys, new_keys = (_hints(kinds[name]) if name in kinds else {} for name in (old, new))
+        tree[field] = {key: value for key, value in section.items() if key in new_keys or key not in old_keys}
+
+
+def _merged(under: Tree, over: Tree) -> Tree:
+    both = {key: _merged(under[key], over[key]) for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)}
+    return {**under, **over, **both}
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: dict[str, str]) -> list[str]:
+    """Complaints about unknown names and about values that would be taken for something else. Splits `a,b,c` where a list is wanted."""
+    errors: list[str] = []
+    hints = _hints(cls)
+    for name, value in tree.items():
+        key, kind = f"{prefix}{name}", hints.get(name)
+        optional, kind = type(None) in typing.get_args(kind), _bare(kind)
+        if kind is None:
+            errors.append(_unknown(key, cls, keys, synonyms))
+        elif _nested(kind):
+            errors += _check_section(key, kind, value, keys, synonyms)
+        elif typing.get_origin(kind) is Literal:
+            if value not in typing.get_args(kind):
+                errors.append(f"{key}: '{value}' is not one of {', '.join(map(str, typing.get_args(kind)))}")
+        elif value is None:
+            errors += [] if optional else [f"{key} needs a value ({_type_name(kind)})"]
+        elif kind in (bool, int, float, str):
+            errors += [] if _fits(value, kind) else [f"{key}: '{value}' is not a value of type {_type_name(kind)}"]
+        elif typing.get_origin(kind) in (tuple, list):
+            tree[name] = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+            errors += [] if isinstance(tree[name], list) else [f"{key}: '{value}' is not a list; write a,b,c"]
+        elif typing.get_origin(kind) is dict and not isinstance(value, dict):
+            errors.append(f"{key}: '{value}' is not a section; write {key}.name value, or {_type_name(kind)}")
+    return errors
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool | dict | list) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    try:
+        kind(str(value))  # YAML reads 1e-3 as text
+    except ValueError:
+        return False
+    return True
+
+
+def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> list[str]:
+    if not isinstance(value, dict):
+        first = next(name for name in keys if name.startswith(f"{key}."))
+        return [f"{key} is a section of settings, not a value; did you mean {first} {value}?"]
+    if is_choice_type(kind):
+        kinds = kind.get_known_choices()
+        chosen = value.get(TYPE)
+        if chosen not in kinds:
+            return [f"{key}.{TYPE}: '{chosen}' is not one of {', '.join(kinds)}"]
+        section = {name: part for name, part in value.items() if name != TYPE}
+        errors = _check(kinds[chosen], section, f"{key}.", keys, synonyms)
+        value.update(section)
+        return errors
+    return _check(kind, value, f"{key}.", keys, synonyms)
+
+
+def _unknown(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> str:
+    """Names the setting that was probably meant: by another library's name for it, by its last part, by its spelling."""
+    if key in keys:  # then another type of this section has it
+        section = key.rpartition(".")[0]
+        return f"unknown setting '{key}': {section}.{TYPE} {cls.get_choice_name(cls)} does not have it"
+    section, _, last = key.replace("-", "_").rpartition(".")
+    full = {known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: known.startswith(f"{section}."))}
+    guess = synonyms.get(last) or full.get(last)
+    if guess is None:
+        guess = next((full[name] for name in difflib.get_close_matches(last, full, n=1, cutoff=0.75)), None)
+    return f"unknown setting '{key}'; " + (f"did you mean {guess}?" if guess else "--help lists what there is")
+
+
+# --- help -------------------------------------------------------------------------------------------------------------------------
+
+
+def help_text(cls: type, defaults: Any, usage: str, headings: dict[str, str], width: int = 110) -> str:
+    """Usage, then every setting with its type, its default and the string under its field. `headings`: first field -> title."""
+    file = "A YAML file with any of the settings below; the command line overrides it."
+    out = [usage, "", f"  --{CONFIG} PATH\n{_wrapped(file, '', width)}"]
+    title = ""
+    for name, kind in _hints(cls).items():
+        value = getattr(defaults, name)
+        if is_choice_type(kind):
+            out += _choice_help(name, kind, value, _docs(cls)[name], width)
+        elif _nested(kind):
+            out.append(f"\n{name}: {_docs(cls)[name]}")
+            out += [_entry(f"{name}.{key}", kind, key, getattr(value, key), width) for key in _hints(kind)]
+        else:
+            if name in headings and headings[name] != title:
+                title = headings[name]
+                out.append(f"\n{title}:")
+            out.append(_entry(name, cls, name, value, width))
+    return "\n".join(out)
+
+
+def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list[str]:
+    """The settings that all types share once, then what each type adds."""
+    kinds = base.get_known_choices()
+    chosen = base.get_choice_name(type(value))
+    out = [f"\n{name}: {doc}", f"  --{name}.{TYPE} {{{','.join(kinds)}}}  (default: {chosen})"]
+    out += [_entry(f"{name}.{key}", base, key, getattr(value, key), width) for key in _hints(base)]
+    for kind_name, kind in kinds.items():
+        above = kind.__base__  # a type may add to another one
+        too = f" Has the settings of {base.get_choice_name(above)}, too." if above in kinds.values() else ""
+        out.append("\n" + textwrap.fill(f"{name}.{TYPE} {kind_name}: {(inspect.getdoc(kind) or '').splitlines()[0]}{too}", width))
+        defaults = value if kind_name == chosen else kind()
+        out += [_entry(f"{name}.{key}", kind, key, getattr(defaults, key), width) for key in _hints(kind) if key not in _hints(above)]
+    return out
+
+
+def _entry(flag: str, owner: type, field: str, default: Any, width: int) -> str:
+    shown = "" if default is None else f"(default: {_shown(default)})"
+    return f"  --{flag} {_type_name(_bare(_hints(owner)[field]))}\n{_wrapped(_docs(owner).get(field, ''), shown, width)}"
+
+
+def _wrapped(doc: str, default: str, width: int) -> str:
+    return textwrap.fill(f"{doc} {default}".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, sort_keys=False).partition("\n")[0]
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
+    names = {bool: "true|false", tuple: "a,b,c", list: "a,b,c", dict: "{name: value}"}
+    return names.get(typing.get_origin(kind) or kind, getattr(kind, "__name__", str(kind)))
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """The string under each field, base classes included."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(owner):
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+            for field, below in zip(body, body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")
+    return found
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _bare(kind: Any) -> Any:
+    """float | None -> float"""
+    kinds = [part for part in typing.get_args(kind) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 and type(None) in typing.get_args(kind) else kind
+
+
+def _nested(kind: Any) -> bool:
+    return is_choice_type(kind) or dataclasses.is_dataclass(kind)

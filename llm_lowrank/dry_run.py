@@ -1,0 +1,212 @@
+"""What a run would do, before anything is loaded: settings, parameter counts, schedule and memory, from the model's config alone.
+
+The model is built on torch's meta device: names, shapes and dtypes, no bytes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import Batches, load, pad_id
+from llm_lowrank.method import Method, attach
+from llm_lowrank.recipe import Recipe, deepspeed_config, dump, occupied, optimization
+from llm_lowrank.source import DEMO, Source
+
+GIB = 2**30
+ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+
+
+def describe(recipe: Recipe, world: int) -> str:
+    """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as text."""
+    folder = model_folder(recipe.model_name_or_path)
+    model = meta_model(folder, recipe)
+    sizes = Sizes.of(model, recipe.method)
+    notes = [message] if (message := occupied(recipe)) else []
+    return "\n\n".join([dump(recipe).rstrip(), parameters(model), schedule(recipe, folder, world), memory(recipe, sizes, world), *notes])
+
+
+def model_folder(name: str) -> str:
+    """Where config and tokenizer are: a folder, or a hub name of which nothing but these is downloaded. GGUF files are converted first."""
+    path = Path(name).expanduser()
+    if name == DEMO or path.suffix == ".gguf":
+        return str(Source.open(name).path)
+    return str(path) if path.is_dir() else name
+
+
+def meta_model(folder: str, recipe: Recipe) -> nn.Module:
+    """The model with its adapters, without any weights."""
+    dtype = getattr(torch, recipe.dtype)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    attach(model, recipe.method, Dense(dtype), recipe.seed)
+    return model
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------------------
+
+
+def parameters(model: nn.Module) -> str:
+    """A table of the parameters by the type of their module."""
+    rows: dict[str, Row] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            rows.setdefault(_kind(name, module), Row()).add(module, seen)
+    lines = [_columns("parameters", "modules", "shape", "frozen", "bank", "trainable")]
+    lines += [_columns(kind, str(row.modules), row.shape, *row.numbers()) for kind, row in rows.items()]
+    whole = Row(**{part: sum(getattr(row, part) for row in rows.values()) for part in ("frozen", "bank", "trained")})
+    total = whole.frozen + whole.bank + whole.trained
+    lines.append(_columns("total", "", "", *whole.numbers()))
+    lines.append(f"trainable {whole.trained:,} of {total:,} ({whole.trained / total:.2%})")
+    return "\n".join(lines)
+
+
+@dataclass
+class Row:
+    """The modules of one type; elements."""
+
+    modules: int = 0
+    shape: str = ""
+    frozen: int = 0
+    bank: int = 0
+    trained: int = 0
+
+    def add(self, module: nn.Module, seen: set[int]) -> None:
+        """A parameter that two modules share belongs to the first."""
+        shape = _shape(module)
+        self.shape = shape if self.shape in ("", shape) else "several"
+        self.modules += 1
+        for name, p in module.named_parameters(recurse=False):
+            kind = "trained" if p.requires_grad else "bank" if name.startswith("bank_") else "frozen"
+            setattr(self, kind, getattr(self, kind) + p.numel() * (id(p) not in seen))
+            seen.add(id(p))
+
+    def numbers(self) -> list[str]:
+        frozen = f"{self.frozen:,}" if self.frozen else "shared"
+        return [frozen, *(f"{elements:,}" if elements else "-" for elements in (self.bank, self.trained))]
+
+
+def _columns(kind: str, modules: str, shape: str, frozen: str, bank: str, trained: str) -> str:
+    return f"{kind:<24}{modules:>8}{shape:>16}{frozen:>18}{bank:>14}{trained:>14}"
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """q_proj, k_proj, ... lm_head by their own names; embeddings and norms by what they are."""
+    if isinstance(module, nn.Embedding):
+        return "embed"
+    return "norm" if "norm" in type(module).__name__.lower() else name.rpartition(".")[2]
+
+
+def _shape(module: nn.Module) -> str:
+    shape = module.shape if isinstance(module, Adapter) else next(module.parameters(recurse=False)).shape
+    return " x ".join(map(str, shape))
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(recipe: Recipe, folder: str, world: int) -> str:
+    """Length of the run and the steps after which pairs are exchanged."""
+    per_device, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    batch = f"global batch {per_device * accumulation * world} = {per_device} per rank x {accumulation} accumulated x {world} rank(s)"
+    try:
+        total = total_steps(recipe, folder, world)
+    except (ValueError, OSError) as error:
+        return f"schedule    {batch}\nsteps and recompositions are not known without the data (or max_steps): {str(error).splitlines()[0]}"
+    steps = recipe.method.schedule(total)
+    when = f"after step {', '.join(map(str, steps))}" if steps else "none"
+    return f"schedule    {batch}\n{total} optimizer steps, {len(steps)} recompositions: {when}"
+
+
+def total_steps(recipe: Recipe, folder: str, world: int) -> int:
+    """max_steps, or what num_train_epochs of the data take: then the data is loaded and tokenized."""
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    train = load(recipe.data, tokenizer, recipe.seed).train
+    per_device, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    return Batches(train, per_device, accumulation, 0, world, recipe.seed, pad_id(tokenizer), recipe.num_train_epochs).total_steps
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """(elements, bytes) of every parameter."""
+
+    frozen: list[tuple[int, int]]
+    bank: list[tuple[int, int]]
+    trained: list[tuple[int, int]]
+    statistics: int  # float32 values that the method keeps of each trained element
+
+    @classmethod
+    def of(cls, model: nn.Module, method: Method) -> "Sizes":
+        found: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
+        for name, p in model.named_parameters():
+            kind = "trained" if p.requires_grad else "bank" if name.rpartition(".")[2].startswith("bank_") else "frozen"
+            found[kind].append((p.numel(), p.nbytes))
+        observes = type(method).observe is not Method.observe
+        return cls(**found, statistics=2 if observes else 0)  # mean and spread
+
+
+def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
+    """A table of what every rank holds under each engine, with the formulas; a star marks the recipe's."""
+    config = _resolved(recipe, sizes, world)
+    zero = config.get("zero_optimization", {})
+    chosen = f"ZeRO-{zero['stage']}" if zero else "plain"
+    rows = expected(sizes, world, zero)
+    heads = [f"*{engine}" if engine == chosen else engine for engine in ENGINES]
+    lines = [f"memory per rank, GiB, {world} rank(s)".ljust(36) + "".join(f"{head:>10}" for head in heads)]
+    for label, values, formula in rows:
+        lines.append(label.ljust(36) + "".join(f"{value / GIB:>10.3f}" for value in values) + f"   {formula}")
+    totals = [sum(values[i] for _, values, _ in rows) for i in range(len(ENGINES))]
+    lines.append("total".ljust(36) + "".join(f"{total / GIB:>10.3f}" for total in totals))
+    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32); N ranks")
+    lines.append("Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host")
+    for section in ("offload_param", "offload_optimizer"):
+        if (zero.get(section) or {}).get("device", "none") != "none":
+            lines.append(f"{section}: part of this lies in {zero[section]['device']} memory, as {recipe.deepspeed} says.")
+    return "\n".join(lines)
+
+
+def expected(sizes: Sizes, n: int, zero: dict[str, Any]) -> list[tuple[str, list[float], str]]:
+    """(what, bytes under each of ENGINES on n ranks, formula). `zero`: the zero_optimization section, "auto" resolved."""
+    w, k, t = (sum(nbytes for _, nbytes in part) for part in (sizes.frozen, sizes.bank, sizes.trained))
+    everything = sizes.frozen + sizes.bank + sizes.trained
+    small = zero.get("stage3_param_persistence_threshold", max(elements for elements, _ in sizes.trained))
+    whole = sum(nbytes for elements, nbytes in everything if elements <= small)
+    live = zero.get("stage3_max_live_parameters", 10**9) * max(nbytes / elements for elements, nbytes in sizes.frozen)
+    gathered = min(w + k + t - whole, live)
+    alone = n == 1  # then a slice is the whole
+    return [
+        ("frozen weights", [w, w, w, w / n], "W; ZeRO-3: W / N"),
+        ("bank", [k, k, k, k / n], "K; ZeRO-3: K / N"),
+        ("adapters", [t, t, t, t / n], "T; ZeRO-3: T / N"),
+        ("adapters, master copy", [0, t / n, t / n, t / n], "ZeRO: T / N"),
+        ("gradients", [t if alone else 2 * t, t, t / n, t / n], "T, twice with DDP; ZeRO-2, 3: T / N"),
+        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n], "2 T; ZeRO: 2 T / N"),
+        ("importance statistics", [sizes.statistics * t / n] * 4, f"{sizes.statistics} T / N"),
+        ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole], "ZeRO-3: persistence threshold"),
+        ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered], "ZeRO-3: stage3_max_live_parameters"),
+    ]
+
+
+def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:
+    """The DeepSpeed configuration as the run will use it; what the run refuses, this refuses."""
+    if recipe.engine != "deepspeed":
+        return {}
+    from llm_lowrank.engines.zero import resolve
+
+    return resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(recipe), world, max(sizes.trained)[0])

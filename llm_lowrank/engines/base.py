@@ -1,0 +1,231 @@
+"""What the floors above may ask of the way a model is spread over ranks.
+
+One contract, several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py). Above this floor no code
+knows how many ranks there are; what takes a decision takes it on rank 0 and broadcasts it.
+
+Loss: `backward` wants this rank's share, such that the shares of all ranks and micro-batches sum to the loss of the
+global batch. Gradients are sums over ranks and micro-batches, whatever the library underneath divides by.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.weight import Weight
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the message is that rank's."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What an engine needs to know to build and step the optimizer (AdamW, decoupled weight decay)."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0  # 0 means no clipping
+    accumulation: int = 1  # micro-batches per optimizer step
+    micro_batch: int = 1  # samples per micro-batch and rank
+
+
+@dataclass
+class Local:
+    """This rank's run of a flattened parameter: nothing here was communicated."""
+
+    start: int  # flat position of the run
+    value: Tensor  # (numel,) the master value
+    moments: dict[str, Tensor]  # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
+
+
+@dataclass
+class Slot:
+    """A whole parameter, and its Adam moments if it is trained and has been stepped."""
+
+    value: Tensor
+    moments: dict[str, Tensor]
+
+
+def trainables(model: nn.Module) -> list[nn.Parameter]:
+    found = [p for p in model.parameters() if p.requires_grad]
+    assert found, "the model has no trainable parameter"
+    return found
+
+
+def adamw(params: list[nn.Parameter], settings: Optimization) -> torch.optim.AdamW:
+    # One group, never an empty one: torch's schedulers and DeepSpeed disagree about empty groups.
+    return torch.optim.AdamW(
+        params, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+class Engine(ABC):
+    def __init__(self, timeout: float = 1800.0) -> None:
+        """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
+        self.device = self._device()
+        if not dist.is_initialized() and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or self.always_a_group):
+            for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+                os.environ.setdefault(key, value)
+            self._join(datetime.timedelta(seconds=timeout))
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.main = self.rank == 0
+        self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
+
+    always_a_group = False
+
+    @staticmethod
+    def _device() -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+
+    def _join(self, timeout: datetime.timedelta) -> None:
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
+
+    # ---- what each engine says for itself
+
+    @abstractmethod
+    def wrap(self, model: nn.Module, settings: Optimization) -> nn.Module:
+        """Shards the model, builds the optimizer over its trainable parameters, returns what to call. Collective."""
+
+    @abstractmethod
+    def weight(self, linear: FrozenLinear) -> Weight:
+        """The frozen weight of a layer, as far as this rank holds it."""
+
+    @abstractmethod
+    def local(self, p: nn.Parameter) -> Local:
+        """This rank's run of a trainable p. Over all ranks the runs cover p exactly once. No communication."""
+
+    @abstractmethod
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        """The gradient of the same run: reduced, accumulated, unscaled, unclipped. Only between the last backward and step."""
+
+    @abstractmethod
+    def whole(self, p: nn.Parameter) -> Tensor:
+        """A copy of p as the forward sees it. Collective."""
+
+    @abstractmethod
+    def slot(self, p: nn.Parameter) -> Slot:
+        """Copies of p's master and moments, whole. Collective."""
+
+    @abstractmethod
+    def put(self, p: nn.Parameter, slot: Slot) -> None:
+        """Writes every copy of p: the one of the forward, the master, the moments. The slot is the same on every rank. Collective."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of this micro-batch's share of the loss; reduces it at the last micro-batch of a step."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Clips, steps, clears the gradients; returns the gradient norm before clipping."""
+
+    # ---- written once
+
+    @contextmanager
+    def edit(self, *params: nn.Parameter) -> Iterator[list[Slot]]:
+        """Whole values and moments of some parameters; what the block leaves in them is written everywhere on exit.
+
+        All ranks must leave the same values. Shapes, dtypes and the identity of every Parameter stay. What was written is
+        read back from the optimizer's side here; whether the forward sees it, `whole` tells. Collective.
+        """
+        slots = [self.slot(p) for p in params]
+        shapes = [s.value.shape for s in slots]
+        yield slots
+        for p, s, shape in zip(params, slots, shapes, strict=True):
+            assert s.value.shape == shape and all(v.shape == shape for v in s.moments.values()), (s.value.shape, shape)
+            self.put(p, s)
+            if p.requires_grad:
+                mine = self.local(p)
+                run = slice(mine.start, mine.start + mine.value.numel())
+                assert torch.equal(mine.value, s.value.view(-1)[run]), "an edited master did not persist"
+                assert mine.moments.keys() == s.moments.keys(), (mine.moments.keys(), s.moments.keys())
+                assert all(torch.equal(v, s.moments[k].view(-1)[run]) for k, v in mine.moments.items()), "edited moments did not persist"
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sum over ranks, in place. Collective."""
+        if self.world > 1:
+            self.traffic += t.nbytes
+            dist.all_reduce(t)
+        return t
+
+    def gather(self, what: object) -> list[object]:
+        """Small Python values of every rank, on every rank. Collective."""
+        if self.world == 1:
+            return [what]
+        everyone: list[object] = [None] * self.world
+        dist.all_gather_object(everyone, what)
+        return everyone
+
+    def broadcast(self, compute: Callable[[], list[Tensor]], source: int = 0) -> list[Tensor]:
+        """Runs `compute` on one rank only and gives its tensors to all, on the engine's device. Collective.
+
+        If it raises there, every rank raises RankError with its message, so that nobody waits for a rank that is gone.
+        """
+        tensors: list[Tensor] = []
+        head: list[Any] = [None]
+        failure: Exception | None = None
+        if self.rank == source:
+            try:
+                tensors = [t.to(self.device).contiguous() for t in compute()]
+                head = [[(tuple(t.shape), t.dtype) for t in tensors]]
+            except Exception as error:  # noqa: BLE001 - told to every rank, then raised
+                failure, head = error, [f"{type(error).__name__}: {error}"]
+        if self.world > 1:
+            dist.broadcast_object_list(head, src=source)
+        if failure is not None:
+            raise failure
+        if isinstance(head[0], str):
+            raise RankError(f"rank {source}: {head[0]}")
+        if self.world > 1:
+            if self.rank != source:
+                tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in head[0]]
+            for t in tensors:
+                self.traffic += t.nbytes
+                dist.broadcast(t, src=source)
+        return tensors
+
+    def same(self, what: str, *tensors: Tensor) -> None:
+        """Raises unless all ranks hold bitwise the same tensors: a silent divergence ends the run here. Collective."""
+        if self.world == 1:
+            return
+        digest = hashlib.sha256()
+        for t in tensors:
+            digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+        everyone = self.gather(digest.hexdigest())
+        if len(set(everyone)) > 1:
+            raise RuntimeError(f"{what} differ between ranks {[e[:8] for e in everyone]}: refusing to train on")  # type: ignore[index]
+
+    def agree(self, error: str | None) -> None:
+        """Ends all ranks with the same message if one of them has an error. Collective."""
+        for rank, message in enumerate(self.gather(error)):
+            if message is not None:
+                raise RankError(str(message) if rank == self.rank or self.world == 1 else f"rank {rank}: {message}")
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the process group, so that no process or thread stays behind."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

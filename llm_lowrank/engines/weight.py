@@ -1,0 +1,88 @@
+"""One frozen W (m, n), of which this rank holds some elements: products, row norms and low-rank updates without a gather.
+
+    W x = sum over ranks of (my rows) x          W^T y = sum over ranks of (my rows)^T y[my rows]
+    W += L R  needs on each rank only the rows of L that the rank holds: no communication at all.
+
+A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs in the middle of a row;
+then the block that is read has zeros where another rank's elements are, so that sums over ranks stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_lowrank.codecs import Codec
+
+
+@dataclass
+class Weight:
+    shape: tuple[int, int]  # (m, n) of the whole W
+    codec: Codec
+    parts: dict[str, Tensor]  # this rank's run of each part, flat views into the engine's storage
+    start: int  # flat position of the run in W
+    numel: int  # elements of W in the run; 0 on a rank that holds none
+    device: torch.device  # where the arithmetic happens; the parts may live elsewhere (offload)
+    sum: Callable[[Tensor], Tensor]  # over the ranks that share W; the identity where every rank holds all of it
+    written: Callable[[], None] = lambda: None  # tells the engine to renew its other copies of W
+
+    def __post_init__(self) -> None:
+        n = self.shape[1]
+        stop = self.start + self.numel
+        self.rows = slice(self.start // n, -(-stop // n)) if self.numel else slice(0, 0)
+        self.cut = (self.start - self.rows.start * n, self.rows.stop * n - stop)  # elements of others before and after
+        self.whole_rows = not any(self.cut) or not self.numel
+
+    def read(self) -> Tensor:
+        """My rows, decoded, at least float32: (rows, n), zero where an element belongs to another rank."""
+        count, n = self.rows.stop - self.rows.start, self.shape[1]
+        if self.whole_rows:
+            block = self.codec.decode({k: v.view(count, -1) for k, v in self.parts.items()})
+        else:
+            run = self.codec.decode(self.parts)  # only elementwise codecs are cut within a row
+            block = torch.nn.functional.pad(run, self.cut).view(count, n)
+        return block.to(self.device, torch.promote_types(block.dtype, torch.float32))
+
+    def write(self, block: Tensor) -> None:
+        """Encode my rows again and store them; elements of other ranks in a shared row are ignored."""
+        if self.numel:
+            if not self.whole_rows:
+                block = block.flatten()[self.cut[0] : block.numel() - self.cut[1]]
+            for k, part in self.codec.encode(block).items():
+                self.parts[k].copy_(part.flatten())
+        self.written()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """W x: (n, k) -> (m, k). Collective."""
+        y = x.new_zeros(self.shape[0], x.shape[1])
+        y[self.rows] = self.read() @ x
+        return self.sum(y)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """W^T y: (m, k) -> (n, k). Collective."""
+        return self.sum(self.read().T @ y[self.rows])
+
+    def row_norms(self) -> Tensor:
+        """Euclidean norm of every row: (m,). Collective."""
+        squares = torch.zeros(self.shape[0], device=self.device)
+        squares[self.rows] = self.read().square().sum(1)
+        return self.sum(squares).sqrt()
+
+    @torch.no_grad()
+    def add_(self, left: Tensor, right: Tensor) -> Tensor:
+        """W += left @ right, (m, k) (k, n), rounded once. No communication of W.
+
+        Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
+        rounding to the stored type took away is measured, never assumed.
+        """
+        before = self.read()
+        asked = left[self.rows] @ right
+        if not self.whole_rows:
+            asked.flatten()[: self.cut[0]] = 0
+            asked.flatten()[asked.numel() - self.cut[1] :] = 0
+        self.write(before + asked)
+        stored = self.read() - before
+        return torch.stack([asked.double().square().sum(), (stored - asked).double().square().sum(), (stored != 0).sum().double()])

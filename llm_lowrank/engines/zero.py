@@ -1,0 +1,250 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3.
+
+DeepSpeed runs in its fp32 mode whatever the backbone's dtype is: the backbone is cast before it is handed over, the
+adapters and the bank stay float32. Its bf16 mode would cast the whole module, and with it every frozen pair, so that
+pairs could no longer move bitwise between trainable and frozen.
+
+What an edit must reach (all of it is written by `put`):
+
+    stage 1, 2   p.data, a view of the flat group that every rank holds; this rank's fragment of the flat master; its moments
+    stage 3      p.ds_tensor, this rank's padded slice; the same slice of the master and of the moments; p.data while the
+                 parameter is persisted, that is small enough to be left gathered between steps
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Slot, adamw, trainables
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.weight import Weight
+
+# Top-level keys that say how to shard and communicate. DeepSpeed ignores a key that it does not know; we do not.
+KNOBS = (
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 zero_optimization "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
+    "gradient_predivide_factor steps_per_print wall_clock_breakdown dump_state comms_logger memory_breakdown"
+).split()
+
+# (path in the JSON, what makes it unusable, why and what to do)
+REFUSALS: tuple[tuple[str, Any, str], ...] = (
+    ("zero_optimization.zero_quantized_nontrainable_weights", bool, "it re-encodes frozen weights: use the recipe's `codec`"),
+    ("zero_optimization.zero_quantized_weights", bool, "exchanges would be rounded to int8 on the way: remove it"),
+    ("zero_optimization.zero_quantized_gradients", bool, "importance would be measured on rounded gradients: remove it"),
+    ("zero_optimization.zero_hpz_partition_size", lambda v: v > 1, "its secondary shards do not see an exchange: set it to 1"),
+    ("zero_optimization.mics_shard_size", lambda v: v > 0, "MiCS shards are not supported: remove it"),
+    ("zero_optimization.offload_param.device", lambda v: v == "nvme", "a parameter swapped to NVMe cannot be edited: use cpu or none"),
+    ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "moments swapped to NVMe cannot be edited: use cpu or none"),
+    ("bf16.enabled", lambda v: v is True, "it would cast the frozen pairs and the fp32 masters: write \"auto\" and set `dtype: bfloat16`"),
+    ("fp16.enabled", lambda v: v not in (False, "auto"), "fp16 training with loss scaling is not supported: set `dtype: bfloat16`"),
+)
+
+
+def resolve(config: dict[str, Any], settings: Optimization, world: int, largest_factor: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with every "auto" replaced, or ValueError naming the key that cannot be right.
+
+    "auto" is a feature of transformers, not of DeepSpeed. `largest_factor` is the number of elements of the largest A or
+    B: parameters up to that size persist under ZeRO-3, so that adapters are gathered once per step, not once per use.
+    """
+    for key in config:
+        if key not in KNOBS:
+            near = difflib.get_close_matches(key, KNOBS, 1)
+            raise ValueError(
+                f"DeepSpeed config: key {key!r} is not an engine knob" + (f"; did you mean {near[0]!r}?" if near else "")
+                + " (optimizer, scheduler and precision are set in the recipe)"
+            )
+    for path, bad, why in REFUSALS:
+        value: Any = config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and (bool(value) if bad is bool else bad(value)):
+            raise ValueError(f"DeepSpeed config: {path} = {value!r} cannot be used: {why}")
+    zero = dict(config.get("zero_optimization", {}))
+    if zero.get("stage") not in (1, 2, 3):
+        stage = zero.get("stage")
+        raise ValueError(f"DeepSpeed config: zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain` without ZeRO")
+    own = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "train_batch_size": settings.micro_batch * settings.accumulation * world,
+        "gradient_clipping": settings.max_grad_norm,  # DeepSpeed clips at 1.0 unless told
+    }
+    for key, value in own.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(f"DeepSpeed config: {key} is {config[key]} but the recipe asks for {value}; write \"auto\" in the JSON")
+    auto = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000}
+    auto["stage3_param_persistence_threshold"] = largest_factor
+    for key, value in auto.items():
+        if zero.get(key, "auto") == "auto":
+            zero[key] = value
+    for section in ("offload_param", "offload_optimizer"):
+        if isinstance(zero.get(section), dict) and zero[section].get("pin_memory") == "auto":
+            zero[section] = {**zero[section], "pin_memory": torch.cuda.is_available()}
+    leftover = [k for k, v in zero.items() if v == "auto"]
+    if leftover:
+        raise ValueError(f"DeepSpeed config: no automatic value for zero_optimization.{leftover[0]}; write a number")
+    rest = {k: v for k, v in config.items() if k not in ("bf16", "fp16", "zero_optimization")}
+    # steps_per_print: the trainer prints; torch's AdamW needs the two flags (no C++ build)
+    return {
+        "steps_per_print": 2**62, **rest, **own, "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+
+
+SHARED_MEMORY_COLLECTIVE = "deepspeed_shm_comm"
+
+
+class Zero(Engine):
+    always_a_group = True  # DeepSpeed wants a process group for one process too
+
+    def __init__(self, config: dict[str, Any] | str | Path, timeout: float = 1800.0) -> None:
+        if not isinstance(config, dict):
+            try:
+                config = json.loads(Path(config).read_text())
+            except (OSError, json.JSONDecodeError) as error:
+                raise ValueError(f"DeepSpeed config {config}: {error}") from error
+        self.config: dict[str, Any] = config  # type: ignore[assignment]
+        self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
+        # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed leaves
+        # a lock on which every later start waits forever. gloo does the same work without a compiler.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False
+        super().__init__(timeout)
+
+    def _join(self, timeout: datetime.timedelta) -> None:
+        deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+
+    def wrap(self, model: nn.Module, settings: Optimization) -> nn.Module:
+        if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
+            deepspeed.init_distributed(verbose=False)
+        params = trainables(model)
+        self.settings = settings
+        config = resolve(self.config, settings, self.world, max(p.numel() for p in params))
+        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, settings), config=config)
+        self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is our AdamW over flat partitions
+        return self.ds
+
+    # ---- where a parameter lives
+
+    def _run(self, p: nn.Parameter) -> slice:
+        """The run of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
+        size = p.ds_tensor.numel()
+        start = min(self.rank * size, p.ds_numel)
+        return slice(start, min(start + size, p.ds_numel))
+
+    def _moment_names(self, p: nn.Parameter) -> list[str]:
+        state = self.zero.optimizer.state
+        return [k for k in MOMENTS if p.requires_grad and any(k in s for s in state.values())]
+
+    def weight(self, linear: FrozenLinear) -> Weight:
+        m, n = linear.shape
+        if self.stage < 3:
+            parts = {name: getattr(linear, name).data.view(-1) for name in linear.part_names}
+            return Weight(linear.shape, linear.codec, parts, 0, m * n, self.device, sum=lambda t: t)
+        (part,) = linear.parts()  # several parts per weight need row-aligned slices
+        run = self._run(part)
+        numel = run.stop - run.start
+        parts = {linear.part_names[0]: part.ds_tensor.data[:numel]}
+        return Weight(linear.shape, linear.codec, parts, run.start, numel, self.device, self.sum, lambda: self._renew(part))
+
+    def _renew(self, p: nn.Parameter) -> None:
+        """A persisted parameter keeps a gathered copy that the forward uses: gather it again from the slices."""
+        if p.ds_status == ZeroParamStatus.AVAILABLE:
+            p.partition(has_been_updated=False)
+            p.all_gather()
+
+    def local(self, p: nn.Parameter) -> Local:
+        names = self._moment_names(p)
+        if self.stage == 3:
+            run = self._run(p)
+            numel = run.stop - run.start
+            moments = {k: safe_get_local_optimizer_state(p, k).view(-1)[:numel] for k in names}
+            return Local(run.start, safe_get_local_fp32_param(p).view(-1)[:numel], moments)
+        fragment = p._hp_mapping
+        if fragment is None:  # this rank's flat partition holds nothing of p
+            nothing = p.new_empty(0)
+            return Local(0, nothing, dict.fromkeys(names, nothing))
+        moments = {k: fragment.get_optim_state_fragment(k) for k in names}
+        return Local(fragment.lp_fragment_address.start, fragment.hp_fragment, moments)
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        if self.stage == 3:
+            run = self._run(p)
+            return safe_get_local_grad(p).view(-1)[: run.stop - run.start]
+        if p._hp_mapping is None:
+            return p.new_empty(0)
+        where = p._hp_mapping.lp_fragment_address
+        grad = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
+        return grad if grad.numel() == where.numel else grad[where.start : where.start + where.numel]
+
+    def whole(self, p: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return p.data.clone()
+        self.traffic += p.ds_numel * p.element_size()
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.data.clone()
+
+    def slot(self, p: nn.Parameter) -> Slot:
+        moments = {}
+        for k in self._moment_names(p):
+            moments[k] = safe_get_full_optimizer_state(p, k)
+            self.traffic += moments[k].nbytes
+        return Slot(self.whole(p), moments)  # fp32 mode: what the forward sees equals the master
+
+    def put(self, p: nn.Parameter, slot: Slot) -> None:
+        if self.stage < 3:
+            p.data.copy_(slot.value)
+            if p.requires_grad:
+                safe_set_full_fp32_param(p, slot.value)
+                for k, v in slot.moments.items():
+                    safe_set_full_optimizer_state(p, v, k)
+            return
+        p.ds_tensor.data.copy_(self._mine(p, slot.value))
+        if p.requires_grad:
+            safe_set_local_fp32_param(p, self._mine(p, slot.value))
+            for k, v in slot.moments.items():
+                safe_set_local_optimizer_state(p, self._mine(p, v), k)
+        if p.ds_status == ZeroParamStatus.AVAILABLE:
+            p.data.copy_(slot.value)
+
+    def _mine(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's slice of a whole value, padded with zeros to the size of the slice."""
+        run = self._run(p)
+        mine = whole.new_zeros(p.ds_tensor.numel())
+        mine[: run.stop - run.start] = whole.view(-1)[run]
+        return mine
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the shares of the loss are to be summed. scale_wrt_gas would divide once more.
+        self.ds.backward(loss * self.world, scale_wrt_gas=False)
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # counts the micro-batch, steps nothing
+
+    def step(self, learning_rate: float) -> float:
+        assert self.ds.is_gradient_accumulation_boundary(), "step() before the last micro-batch"
+        for group in self.zero.param_groups:
+            group["lr"] = learning_rate
+        self.ds.step()
+        return float(self.ds.get_global_grad_norm())
+
+    def close(self) -> None:
+        self.ds.destroy() if hasattr(self, "ds") else None
+        super().close()

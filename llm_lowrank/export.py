@@ -1,0 +1,312 @@
+"""What a run hands back: a plain PEFT LoRA over the untouched base, and a merged Hugging Face checkpoint.
+
+    trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A
+
+Whatever a method did to W, to the pairs or to the bank, all behind W0 is one low-rank matrix. `save_adapter` writes it as LoRA factors;
+`merge` adds LoRA factors to the stored W0, one tensor in memory at a time, from any PEFT LoRA folder that it fully understands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.files import stored_names, stream_safetensors, sync, write_json, write_safetensors
+from llm_lowrank.method import Method
+from llm_lowrank.pairs import Pairs
+from llm_lowrank.source import INDEX, Source
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+# --- the adapter ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    path: Path
+    rank: int  # of every factor in the file
+    ranks: dict[str, int]  # module -> pairs that its change needs
+    error: float  # what compression dropped: the largest |dropped| / |change| of a module
+
+    def __str__(self) -> str:
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        needs = f"{high}" if low == high else f"{low} to {high}"
+        return f"{self.path}: PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules (exact rank {needs}, dropped {self.error:.1e})"
+
+
+def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
+    """sum(ledger) + s B A + s bank_B bank_A with as few pairs as it needs, on the host of rank 0; None elsewhere. Collective."""
+    change = _change(engine, adapter, adapter.scale)
+    return change.compress()[0] if change is not None else None
+
+
+def save_adapter(
+    engine: Engine, adapters: Sequence[Adapter], method: Method, path: str | Path, base_model_name_or_path: str
+) -> SavedAdapter | None:
+    """Write a PEFT LoRA folder on rank 0 and describe it there; None elsewhere. Collective.
+
+    Adapters that never froze a pair are written as they were trained. Otherwise all modules get the rank that the neediest one has (the
+    others are padded with zero pairs, as vLLM wants one rank), scaling 1 and balanced factors.
+    """
+    factors: dict[str, Pairs] = {}
+    as_trained = all(_only_trained_pairs(adapter, method) for adapter in adapters)  # the ledger, so the answer, is rank 0's
+    error = 0.0
+    for adapter in adapters:
+        change = _change(engine, adapter, scale=1.0 if as_trained else adapter.scale)
+        if change is None:
+            continue
+        if as_trained:
+            factors[adapter.name] = change
+        else:
+            factors[adapter.name], dropped = change.compress()
+            error = max(error, dropped / max(_norm(change), torch.finfo(torch.float64).tiny))
+    if not engine.main:
+        return None
+
+    ranks = {name: len(pairs) for name, pairs in factors.items()}
+    rank = max(1, *ranks.values())
+    alpha = method.alpha if as_trained and method.alpha is not None else rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": as_trained and method.use_rslora,
+        "lora_dropout": method.dropout if as_trained else 0.0,
+        "target_modules": _target_modules(list(ranks), method.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, pairs in factors.items():
+        m, n = pairs.shape
+        pairs = Pairs.cat([pairs, Pairs(torch.zeros(m, rank - len(pairs)), torch.zeros(rank - len(pairs), n))])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pairs.A  # (rank, n)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pairs.B  # (m, rank)
+    described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
+    write_safetensors(Path(path) / WEIGHTS, tensors, {"format": "pt", "written_by": "llm_lowrank", "method": described})
+    write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
+    return SavedAdapter(Path(path), rank, ranks, error)
+
+
+def _only_trained_pairs(adapter: Adapter, method: Method) -> bool:
+    return not adapter.ledger and adapter.bank_A is None and (adapter.rank, adapter.scale) == (method.rank, method.scale)
+
+
+def _change(engine: Engine, adapter: Adapter, scale: float) -> Pairs | None:
+    """Everything behind W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
+    whole = [engine.whole(p) for p in adapter.factors()]  # A, B and perhaps the bank's
+    if not engine.main:
+        return None
+    now = [Pairs(b, a).to("cpu", torch.float32).scaled(scale) for a, b in zip(whole[::2], whole[1::2], strict=True)]
+    return Pairs.cat([*adapter.ledger, *now])
+
+
+def _norm(pairs: Pairs) -> float:
+    """|B A| without forming it: |B A|^2 = <B^T B, A A^T>."""
+    b, a = pairs.B.double(), pairs.A.double()
+    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def _target_modules(adapted: list[str], asked: Sequence[str]) -> list[str]:
+    """The names the user gave, which we matched as PEFT will; for a rule that PEFT reads otherwise (all-linear) the full names."""
+    by_name = all(any(name == target or name.endswith(f".{target}") for target in asked) for name in adapted)
+    return sorted(asked if by_name else adapted)
+
+
+# --- the merged checkpoint --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    path: Path
+    lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
+
+    @property
+    def worst(self) -> str:
+        return max(self.lost, key=self.lost.__getitem__)
+
+    def __str__(self) -> str:
+        most = self.lost[self.worst]
+        advice = "; merge into float32, or use the adapter unmerged, to keep all of it" if most > 0.05 else ""
+        return f"{self.path}: {len(self.lost)} modules merged, rounding error at most {most:.2%} of an update ({self.worst}){advice}"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A PEFT LoRA folder, read one module at a time."""
+
+    path: Path
+    modules: list[str]
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Lora:
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path} has no {CONFIG}: not a PEFT adapter folder")
+        config = json.loads((path / CONFIG).read_text())
+        _refuse_unknown(path, config)
+        if not (path / WEIGHTS).is_file():
+            pickled = " (adapter_model.bin is pickled: save it again with PEFT)" if (path / "adapter_model.bin").is_file() else ""
+            raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
+        keys = set(stored_names(path / WEIGHTS))
+        modules = sorted({key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
+        strange = sorted(keys ^ {cls._key(module, letter) for module in modules for letter in "AB"})
+        if strange or not modules:
+            raise ValueError(f"{path / WEIGHTS} is not made of pairs of lora_A.weight and lora_B.weight: see {strange[:3] or 'no tensors'}")
+        return cls(path, modules, config)
+
+    @staticmethod
+    def _key(module: str, letter: str) -> str:
+        return f"base_model.model.{module}.lora_{letter}.weight"
+
+    def update(self, module: str) -> tuple[Pairs, float]:
+        """B, A as stored and the scaling that the config gives this module."""
+        with safe_open(self.path / WEIGHTS, framework="pt") as handle:
+            pairs = Pairs(handle.get_tensor(self._key(module, "B")), handle.get_tensor(self._key(module, "A")))
+        rank = self._pattern("rank_pattern", module, self.config["r"])
+        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
+        if len(pairs) != rank:
+            raise ValueError(f"{self.path}: {module} has {len(pairs)} pairs, but {CONFIG} says rank {rank}")
+        return pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _pattern(self, key: str, module: str, default: float) -> float:
+        """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
+        patterns = self.config.get(key) or {}
+        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+# What a LoRA config may say here; all else must be off.
+UNDERSTOOD = {"peft_type", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+NO_MATTER = {  # does not change W + scaling B A
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors say which modules there are
+    *("megatron_config", "megatron_core", "runtime_config", "eva_config", "qalora_group_size", "ensure_weight_tying"),
+}
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # other starts are subtracted from the base
+
+
+def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} is a PEFT adapter of type {config.get('peft_type')}; only LORA can be merged here")
+    off: tuple[Any, ...] = (None, False, {}, [], "", "none")
+    unknown = {key: value for key, value in config.items() if key not in UNDERSTOOD | NO_MATTER and value not in off}
+    if unknown:
+        what = ", ".join(f"{key}={json.dumps(value)}" for key, value in unknown.items())
+        raise ValueError(f"{path}: this merge does not know how to apply {what}; use PEFT's merge_and_unload instead")
+    if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} means that the base weights were changed too; convert it to a plain LoRA first "
+            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+
+
+def merge(source: Source, adapter_dir: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> Merged:
+    """Write base + adapter as a Hugging Face checkpoint: each tensor is read, added to in float32, rounded once, and written.
+
+    No more than one tensor is in memory. `dtype` converts every floating tensor; by default each keeps its own. The folder is written
+    aside and appears under its name when it is complete. Call on one rank.
+    """
+    lora, output = Lora.open(adapter_dir), Path(output)
+    _check_output(output)
+    updated = _find_weights(source, lora)
+    layout = {name: source.layout(name) for name in source.names()}
+    if dtype is not None:
+        layout = {name: (dtype if stored.is_floating_point else stored, shape) for name, (stored, shape) in layout.items()}
+    lost: dict[str, float] = {}
+    progress = tqdm(total=len(layout), desc="merging", unit="tensor", disable=None)
+
+    def produce(name: str) -> Tensor:
+        progress.update()
+        weight, target = source.tensor(name), layout[name][0]
+        if name not in updated:
+            return weight.to(target)
+        pairs, scaling = lora.update(updated[name])
+        merged, lost[updated[name]] = add_rounded(weight, pairs, scaling, target)
+        return merged
+
+    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        for file, names in source.shards():
+            stream_safetensors(aside / file, {name: layout[name] for name in names}, produce, {"format": "pt"})
+        if len(set(source.files.values())) > 1:
+            size = sum(stored.itemsize * math.prod(shape) for stored, shape in layout.values())
+            write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
+        _copy_the_rest(source.path, aside, dtype)
+        sync(aside)
+        os.replace(aside, output)  # over an empty folder too
+        sync(output.parent)
+    finally:
+        progress.close()
+        shutil.rmtree(aside, ignore_errors=True)
+    return Merged(output, lost)
+
+
+def add_rounded(weight: Tensor, pairs: Pairs, scaling: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """W + scaling B A, summed in float32 and rounded once, and the share of the update that the rounding took.
+
+    lost = |realized - wanted| / |wanted|,  wanted = scaling B A,  realized = round(W + wanted) - round(W)
+    """
+    wanted = scaling * pairs.to(torch.float32).product()  # (m, n)
+    merged = (weight.float() + wanted).to(dtype)
+    realized = merged.float() - weight.to(dtype).float()
+    size = float(wanted.norm())
+    return merged, float((realized - wanted).norm()) / size if size else 0.0
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; give another output or remove it")
+
+
+def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
+    """Tensor name -> module, for every module of the adapter; each must be in the checkpoint, alone, with the right shape."""
+    tied = json.loads((source.path / "config.json").read_text()).get("tie_word_embeddings", False)
+    stored = set(source.names())
+    for module in lora.modules:
+        name = f"{module}.weight"
+        if (tied or name not in stored) and module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"{lora.path} adapts {module}, which shares its weight with the other end of the model in {source.path} "
+                "(tie_word_embeddings); merged, it would change both. Leave it out of target_modules or use the adapter unmerged"
+            )
+        if name not in stored:
+            near = difflib.get_close_matches(name, stored, 2)
+            hint = f" (it has {', '.join(near)})" if near else ""
+            raise ValueError(f"{lora.path} adapts {module}, but {source.path} has no tensor {name}{hint}; is it the right base model?")
+        shape, wanted = tuple(source.layout(name)[1]), lora.update(module)[0].shape
+        if shape != wanted:
+            raise ValueError(f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right base?")
+    return {f"{module}.weight": module for module in lora.modules}
+
+
+def _copy_the_rest(source: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """config.json, tokenizer, chat template, generation config: every small file of the checkpoint that is not its index."""
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, output / file.name)
+    if dtype is not None:
+        config = json.loads((source / "config.json").read_text())
+        config.pop("torch_dtype", None)  # the name before transformers 5
+        write_json(output / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})

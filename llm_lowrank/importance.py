@@ -1,0 +1,36 @@
+"""Which pairs matter: smoothed sensitivity times uncertainty (AdaLoRA, https://arxiv.org/abs/2303.10512, eqs. 8-10).
+
+    I = |w g|      mean <- b1 mean + (1 - b1) I      spread <- b2 spread + (1 - b2) |I - mean|      s(w) = mean * spread
+
+elementwise; then per pair (SRLoRA, https://arxiv.org/abs/2505.12433)
+
+    S_k = 1/m sum_i s(B[i, k]) + 1/n sum_j s(A[k, j])
+
+A rank keeps these statistics for its own run of the flattened A and B only; the sums over ranks are the caller's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def update_(mean: list[Tensor], spread: list[Tensor], w: list[Tensor], g: list[Tensor], beta1: float, beta2: float) -> None:
+    """One step of both moving averages, in place, for many flat runs at once (few kernels instead of many)."""
+    now = torch._foreach_mul(w, g)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(mean, now, 1 - beta1)
+    torch._foreach_sub_(now, mean)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(spread, now, 1 - beta2)
+
+
+def pair_sums(score: Tensor, start: int, rank: int, row_length: int, rows_are_pairs: bool) -> Tensor:
+    """Sum a flat run of elementwise scores per pair: (rank,) float64, zero for pairs that this run does not touch.
+
+    The run begins at flat position `start` of a row-major matrix with rows of `row_length`: in A (r, n) the pair is the
+    row, in B (m, r) it is the column.
+    """
+    at = torch.arange(start, start + score.numel(), device=score.device)
+    pair = at // row_length if rows_are_pairs else at % row_length
+    return torch.zeros(rank, dtype=torch.float64, device=score.device).index_add_(0, pair, score.double())

@@ -1,0 +1,7 @@
+"""One paper, one file. Every file in this folder is imported, so that putting one here registers its method."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

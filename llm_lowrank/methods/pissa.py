@@ -1,0 +1,90 @@
+"""PiSSA: train the principal pairs of W, freeze the rest.  https://arxiv.org/abs/2404.02948 eqs. 2-4
+
+    W = U diag(S) V^T      B = U[:, :r] sqrt(S[:r] / s)      A = sqrt(S[:r] / s) V[:, :r]^T      W <- W - s B A
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.exchange import Exchanged, exchange_
+from llm_lowrank.method import Method
+from llm_lowrank.pairs import Pairs
+from llm_lowrank.spectrum import Triplets, cached_triplets, top_triplets
+
+
+@Method.register_subclass("pissa")
+@dataclass(frozen=True)
+class PiSSA(Method):
+    """Start from the principal singular directions of every weight."""
+
+    svd_niter: int = 4
+    """subspace iterations of the randomized SVD"""
+    svd_exact: bool = False
+    """full SVD instead of the randomized one (slow for large weights)"""
+    svd_placement: Literal["rank0", "spread"] = "rank0"
+    """who decomposes: rank 0 for all modules, or every rank its share; the result is the same"""
+    svd_cache: str = "~/.cache/llm_lowrank/svd"
+    """folder that remembers singular directions of weights already seen; empty for none"""
+    svd_seed: int = 0
+    """seed of the randomized SVD"""
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
+        everything = torch.arange(self.rank)
+        return Exchanged.total([exchange_(engine, a, everything, fresh=p) for a, p in self.principal_pairs(adapters, engine, self.rank)])
+
+    def principal_pairs(self, adapters: list[Adapter], engine: Engine, k: int) -> Iterator[tuple[Adapter, Pairs]]:
+        """Each adapter with the k principal pairs of its untouched W, the same on every rank. Collective.
+
+        A rank that decomposes reads W from the checkpoint: nothing is gathered. Without a checkpoint all ranks iterate
+        together through products with their shards.
+        """
+        spread = engine.world if self.svd_placement == "spread" else 1
+        bar = tqdm(total=len(adapters), desc=f"SVD, top {k}", unit="module", disable=not engine.main, leave=False)
+        for first in range(0, len(adapters), spread):
+            batch = adapters[first : first + spread]
+            mine: dict[int, list[Tensor] | Exception] = {}
+            if engine.rank < len(batch) and batch[engine.rank].source is not None:
+                try:  # before the broadcasts, so that ranks really work side by side
+                    mine[engine.rank] = list(self._decompose(batch[engine.rank], k))
+                except Exception as error:  # noqa: BLE001 - raised on every rank by the broadcast below
+                    mine[engine.rank] = error
+            for owner, adapter in enumerate(batch):
+                if adapter.source is None:
+                    weight = engine.weight(adapter)
+                    found: list[Tensor] | Exception | None = list(
+                        top_triplets(weight, k, self.svd_niter, self.svd_exact, self.svd_seed, engine.device)
+                    )
+                    u, s, v = engine.broadcast(partial(_or_raise, found))
+                else:
+                    u, s, v = engine.broadcast(partial(_or_raise, mine.get(owner)), source=owner)
+                root = (s / adapter.scale).sqrt()
+                yield adapter, Pairs(u * root, (v * root).T.contiguous())
+                bar.update()
+        bar.close()
+
+    def _decompose(self, adapter: Adapter, k: int) -> Triplets:
+        assert adapter.source is not None
+        w = adapter.source()
+        if tuple(w.shape) != adapter.shape:
+            raise ValueError(f"{adapter.name}: the checkpoint holds {tuple(w.shape)}, the model {adapter.shape}")
+        cache = Path(os.path.expanduser(self.svd_cache)) if self.svd_cache else None
+        return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache)
+
+
+def _or_raise(found: list[Tensor] | Exception | None) -> list[Tensor]:
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return found

@@ -1,0 +1,148 @@
+"""SRLoRA: fuse the pairs that matter least, start fresh ones on unused singular directions.  https://arxiv.org/abs/2505.12433
+
+    start      the top r principal pairs of W are trained, as in PiSSA; the next target_rank - r wait their turn
+    every step I = |w dL/dw| of every entry of A and B; its moving mean and spread; pair score S_k       (importance.py)
+    a switch   K = the r' = gamma r pairs of a module with the smallest S_k; they freeze, the next r' directions become
+               trainable, W + s B A does not change; scores start anew
+
+There is no published code: this is SRLoRA as we read it. Where the paper is silent: switch k of N follows step
+round(k total / (N + 1)); scores are ranked within a module; second moments of fresh pairs are the mean of those that stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank import importance
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.exchange import Exchanged, Moments, exchange_, stock_bank_
+from llm_lowrank.method import Method, holds_small_updates
+from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.pairs import Pairs
+from llm_lowrank.schedule import switches
+
+
+@Method.register_subclass("srlora")
+@dataclass(frozen=True)
+class SRLoRA(PiSSA):
+    """Move the trainable pairs through target_rank singular directions, rank at a time."""
+
+    target_rank: int = 32
+    """directions visited in the whole run"""
+    gamma: float = 0.5
+    """share of the pairs replaced at a switch"""
+    beta1: float = 0.85
+    """decay of the mean importance"""
+    beta2: float = 0.85
+    """decay of its spread (uncertainty)"""
+    into: Literal["auto", "weight", "bank"] = "auto"
+    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else bank"""
+    moments: Moments = "seeded"
+    """second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)"""
+    paper_schedule: bool = False
+    """the published interval, with the last switch at the last step"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_rank < self.rank:
+            raise ValueError(f"method.target_rank ({self.target_rank}) must be at least method.rank ({self.rank})")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"method.gamma must be in (0, 1], not {self.gamma}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+
+    @property
+    def swap(self) -> int:
+        """r' = gamma r, at least 1."""
+        return max(1, round(self.gamma * self.rank))
+
+    def bank(self, codec: Codec) -> int:
+        weight = self.into == "weight" or (self.into == "auto" and holds_small_updates(codec))
+        return 0 if weight else self.target_rank - self.rank
+
+    def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
+        if self.target_rank > min(linear.weight.shape):
+            m, n = linear.weight.shape
+            raise ValueError(
+                f"{name}: method.target_rank {self.target_rank} is more than min(m, n) = {min(m, n)} of its {m} x {n} weight; "
+                "lower it or leave the module out of target_modules"
+            )
+        return super().build(name, linear, codec, seed)
+
+    def schedule(self, total_steps: int) -> tuple[int, ...]:
+        if self.target_rank == self.rank:
+            return ()
+        return tuple(step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule))
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
+        events = []
+        for adapter, pairs in self.principal_pairs(adapters, engine, self.target_rank):
+            rest = pairs.take(slice(self.rank, None))
+            if adapter.bank_A is not None:
+                events.append(stock_bank_(engine, adapter, rest))
+            elif engine.main:
+                adapter.reserve = rest.to("cpu")
+            events.append(exchange_(engine, adapter, torch.arange(self.rank), fresh=pairs.take(slice(self.rank))))
+            adapter.memory["visited"] = torch.tensor(self.rank)  # directions that have been trained, the next one's number
+            for name, p in (("A", adapter.A), ("B", adapter.B)):
+                for statistic in ("mean", "spread"):
+                    adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.local(p).value)
+        return Exchanged.total(events)
+
+    def observe(self, adapters: list[Adapter], engine: Engine) -> None:
+        params = [(a, name, getattr(a, name)) for a in adapters for name in ("A", "B")]
+        mean = [a.memory[f"mean_{name}"] for a, name, _ in params]
+        spread = [a.memory[f"spread_{name}"] for a, name, _ in params]
+        values = [engine.local(p).value for _, _, p in params]
+        gradients = [engine.gradient(p) for _, _, p in params]
+        importance.update_(mean, spread, values, gradients, self.beta1, self.beta2)
+
+    def recompose(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
+        count = min(self.swap, self.target_rank - int(adapters[0].memory["visited"]))
+        choice = self.choose(adapters, engine, count)
+        events, factors = [], [choice]
+        for adapter, index in zip(adapters, choice, strict=True):
+            visited = int(adapter.memory["visited"])
+            waiting = slice(visited - self.rank, visited - self.rank + count)
+            if adapter.bank_A is not None:
+                events.append(exchange_(engine, adapter, index, slots=waiting, moments=self.moments))
+            else:
+                b, a = engine.broadcast(partial(_waiting, adapter, waiting))
+                factors += [b, a]
+                events.append(exchange_(engine, adapter, index, fresh=Pairs(b, a), moments=self.moments))
+            adapter.memory["visited"] += count
+            for key in ("mean_A", "mean_B", "spread_A", "spread_B"):
+                adapter.memory[key].zero_()
+        engine.same("the exchanged pairs", *factors)
+        return Exchanged.total(events)
+
+    def choose(self, adapters: list[Adapter], engine: Engine, count: int) -> Tensor:
+        """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides. Collective."""
+        scores = engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))  # (modules, r)
+        if not torch.isfinite(scores).all():
+            bad = adapters[int((~torch.isfinite(scores)).any(1).nonzero()[0])].name
+            raise RuntimeError(f"{bad}: importance is not finite; a gradient was NaN or infinite since the last switch")
+        (choice,) = engine.broadcast(lambda: [torch.argsort(scores, dim=1, stable=True)[:, :count].sort(1).values])
+        return choice
+
+    def _my_scores(self, adapter: Adapter, engine: Engine) -> Tensor:
+        """S_k as far as this rank's runs of A and B go: (r,)."""
+        m, n = adapter.shape
+        memory, r = adapter.memory, self.rank
+        rows = importance.pair_sums(memory["mean_A"] * memory["spread_A"], engine.local(adapter.A).start, r, n, rows_are_pairs=True)
+        columns = importance.pair_sums(memory["mean_B"] * memory["spread_B"], engine.local(adapter.B).start, r, r, rows_are_pairs=False)
+        return columns / m + rows / n
+
+
+def _waiting(adapter: Adapter, where: slice) -> list[Tensor]:
+    assert adapter.reserve is not None
+    fresh = adapter.reserve.take(where)
+    return [fresh.B, fresh.A]

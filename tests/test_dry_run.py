@@ -1,0 +1,173 @@
+"""A dry run tells the truth: its counts are those of the model that is built, its bytes those that the engines hold."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llm_lowrank import dry_run
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import Data
+from llm_lowrank.method import attach
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.recipe import Recipe
+from tests import ranks, tiny
+
+METHOD = SRLoRA(rank=4, target_rank=8, svd_cache="")
+SHAPE = {"hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A run on a folder that holds a config.json and nothing else."""
+    tiny.config(**SHAPE).save_pretrained(tmp_path / "model")
+    return Recipe(model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), max_steps=60, method=METHOD)
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells of a row of the parameters."""
+    table = text.partition("\nparameters ")[2].partition("\nmemory ")[0]
+    (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
+    return line.removeprefix(name).replace(" x ", "x").split()
+
+
+def numbers(cells: list[str]) -> list[int]:
+    return [0 if cell in ("-", "shared") else int(cell.replace(",", "")) for cell in cells]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # without a bank and with one
+def test_counts_are_those_of_the_built_model(recipe, dtype):
+    text = dry_run.describe(replace(recipe, dtype=dtype), world=1)
+
+    model = tiny.llama(**SHAPE)
+    attach(model, METHOD, Dense(getattr(torch, dtype)))
+    named = dict(model.named_parameters())
+    trained = sum(p.numel() for p in named.values() if p.requires_grad)
+    bank = sum(p.numel() for name, p in named.items() if "bank_" in name)
+    frozen = sum(p.numel() for p in named.values()) - trained - bank
+    assert (bank > 0) == (dtype == "bfloat16")
+    assert numbers(row(text, "total")[:3]) == [frozen, bank, trained]
+    assert f"trainable {trained:,} of {frozen + bank + trained:,}" in text
+
+    # k_proj: 2 layers, 2 heads of 10 rows, 36 columns; each pair 20 + 36 elements
+    assert row(text, "k_proj")[:2] == ["2", "20x36"]
+    assert numbers(row(text, "k_proj")[2:]) == [2 * 20 * 36, 2 * 4 * 56 * (bank > 0), 2 * 4 * 56]
+    assert row(text, "embed") == ["1", "67x36", "2,412", "-", "-"]
+    assert row(text, "lm_head") == ["1", "67x36", "shared", "-", "-"]  # tied to the embedding
+    assert row(text, "norm") == ["5", "36", "180", "-", "-"]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_an_untied_output_layer_is_counted_and_not_adapted(recipe):
+    tiny.config(**SHAPE, tie_word_embeddings=False).save_pretrained(recipe.model_name_or_path)
+    assert row(dry_run.describe(recipe, world=1), "lm_head") == ["1", "67x36", "2,412", "-", "-"]
+
+
+def test_schedule_from_max_steps(recipe):
+    text = dry_run.describe(recipe, world=2)
+    assert "60 optimizer steps, 2 recompositions: after step 20, 40" in text
+    assert "global batch 16 = 8 per rank x 1 accumulated x 2 rank(s)" in text
+    assert "60 optimizer steps, 0 recompositions: none" in dry_run.describe(replace(recipe, method=LoRA(rank=4)), world=2)
+
+
+def test_schedule_from_the_data(recipe, tmp_path):
+    vocabulary = {text: number for number, text in enumerate("<s> </s> 0 1 2 3 4 5 6 7 8 9 + = ?".split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(recipe.model_name_or_path)
+    rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = replace(
+        recipe, max_steps=-1, num_train_epochs=3, per_device_train_batch_size=2,
+        data=Data(dataset=str(tmp_path / "sums.jsonl"), held_out=10, max_length=64),
+    )  # fmt: skip
+    text = dry_run.describe(recipe, world=2)  # 50 examples in batches of 4: 13 steps an epoch
+    assert "39 optimizer steps, 2 recompositions: after step 13, 26" in text
+
+
+def test_an_unknown_length_is_said(recipe):
+    text = dry_run.describe(replace(recipe, max_steps=-1, data=Data(dataset="/nowhere/rows.jsonl")), world=1)
+    assert "steps and recompositions are not known without the data (or max_steps)" in text
+
+
+def test_an_output_folder_in_use_is_said(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "not empty" not in dry_run.describe(recipe, world=1)
+    (tmp_path / "out" / "recipe.yaml").touch()
+    assert "not empty" in dry_run.describe(recipe, world=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"method": LoRA(target_modules=["q_porj"])}, "q_porj.*matches no linear module; did you mean 'q_proj'"),
+        ({"method": LoRA(rank=21)}, "k_proj: rank 21 is more than min.m, n. = 20"),
+        ({"method": SRLoRA(rank=4, target_rank=80), "max_steps": 400}, "target_rank 80 is more than"),
+        ({"method": SRLoRA(rank=2, target_rank=18), "max_steps": 3}, "do not fit into 3 steps"),
+        ({"model_name_or_path": "/nowhere"}, "model_name_or_path: cannot read the config of /nowhere"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        dry_run.describe(replace(recipe, **change), world=1)
+
+
+def test_a_deepspeed_config_that_cannot_be_right_is_refused(recipe, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}')
+    with pytest.raises(ValueError, match="zero_quantized_weights"):
+        dry_run.describe(replace(recipe, deepspeed=str(tmp_path / "ds.json")), world=1)
+
+
+def test_the_recipes_engine_is_starred(recipe):
+    def heads(**changes):
+        return dry_run.describe(replace(recipe, **changes), world=1).split("memory per rank")[1].splitlines()[0].split()[-4:]
+
+    assert heads() == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3"]
+    assert heads(deepspeed="ds_configs/zero2.json") == ["plain", "ZeRO-1", "*ZeRO-2", "ZeRO-3"]
+    assert heads(engine="plain") == ["*plain", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------------------
+
+THRESHOLD = 150  # between the elements of one A and another, so that ZeRO-3 keeps some whole
+
+
+def held(engine_name: str) -> dict[str, int]:
+    """Bytes that this rank holds after a step."""
+    zero = {"stage3_param_persistence_threshold": THRESHOLD} if engine_name == "zero3" else {}
+    trainee = tiny.Trainee(METHOD, engine_name, dtype="bf16", zero=zero, **SHAPE)
+    trainee.method.start(trainee.adapters, trainee.engine)
+    trainee.step(0)
+    engine, found = trainee.engine, dict.fromkeys(("frozen weights", "bank", "adapters", "adapters, master copy"), 0)
+    whole = 0
+    for name, p in trainee.model.named_parameters():
+        row = "adapters" if p.requires_grad else "bank" if "bank_" in name else "frozen weights"
+        found[row] += p.ds_tensor.nbytes if engine_name == "zero3" else p.nbytes
+        whole += p.nbytes if engine_name == "zero3" and p.ds_persist else 0
+    optimizer = engine.zero.optimizer if engine_name != "plain" else engine.optimizer
+    if engine_name != "plain":
+        flat = engine.zero.fp32_partitioned_groups_flat if engine_name == "zero3" else engine.zero.single_partition_of_fp32_groups
+        found["adapters, master copy"] = sum(p.nbytes for p in flat)
+    found["Adam moments"] = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    kept = [v for adapter in trainee.adapters for key, v in adapter.memory.items() if key.startswith(("mean_", "spread_"))]
+    found["importance statistics"] = sum(v.nbytes for v in kept)
+    found["small parameters, kept whole"] = whole
+    return found
+
+
+@pytest.mark.parametrize("column, engine_name", [(0, "plain"), (1, "zero1"), (2, "zero2"), (3, "zero3")])
+def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name):
+    model = tiny.llama("bf16", **SHAPE)
+    adapters = attach(model, METHOD, Dense(torch.bfloat16))
+    assert all(isinstance(a, Adapter) and a.bank_A is not None for a in adapters)
+    rows = dry_run.expected(dry_run.Sizes.of(model, METHOD), 2, {"stage3_param_persistence_threshold": THRESHOLD})
+    expected = {label: values[column] for label, values, _ in rows}
+    measured = ranks.run(2, held, engine_name)
+    for label in measured[0]:
+        mean = sum(found[label] for found in measured) / 2
+        assert mean == pytest.approx(expected[label], rel=0.02), label  # slices are padded

@@ -1,0 +1,121 @@
+"""Generation: batched greedy answers are the ones found one by one, and accuracy does not depend on the number of ranks."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llm_lowrank.data import Question
+from llm_lowrank.generate import accuracy, answer
+
+WORDS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["</s>"]
+NEW = 6
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.6,
+        attention_dropout=0.5,  # answers would be random in training mode
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def one_by_one(model, prompt_ids: list[int], end: int) -> str:
+    """The oracle: the whole forward again for each token, no batch, no padding, no cache."""
+    model.eval()
+    ids: list[int] = []
+    while len(ids) < NEW:
+        token = int(model(torch.tensor([prompt_ids + ids]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        ids.append(token)
+    return "".join(WORDS[token] for token in ids)
+
+
+def questions(model, count: int) -> list[Question]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 26, (1 + k % 5,), generator=generator).tolist() for k in range(count)]
+    right = [one_by_one(model, prompt, WORDS.index("</s>")) for prompt in prompts]
+    expected = [text if k % 3 else "wrong" for k, text in enumerate(right)]
+    return [
+        Question(prompt, f"question {k}", lambda given, text=text: 1.0 if given == text else 0.25, text)
+        for k, (prompt, text) in enumerate(zip(prompts, expected, strict=True))
+    ]
+
+
+def test_batched_answers_are_those_found_one_by_one(model, tokenizer):
+    asked = questions(model, 9)
+    found = [one_by_one(model, question.prompt_ids, tokenizer.eos_token_id) for question in asked]
+    assert len({len(text) for text in found}) > 1 and len(set(found)) > 3  # the ends differ, so the batch must hold some back
+    assert answer(model, tokenizer, asked, NEW, 4, synced=False) == found
+
+
+def test_mode_and_checkpointing_come_back(model, tokenizer):
+    asked = questions(model, 4)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    model.lm_head.eval()
+    found = answer(model, tokenizer, asked, NEW, 4, synced=False)
+    assert model.training and model.model.layers[1].training and not model.lm_head.training
+    assert model.model.gradient_checkpointing and model.model.layers[0].gradient_checkpointing
+    assert found == [one_by_one(model, question.prompt_ids, tokenizer.eos_token_id) for question in asked]
+
+
+def test_generation_uses_the_cache(model, tokenizer, monkeypatch):
+    lengths = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    answer(model.train(), tokenizer, questions(model, 3), NEW, 3, synced=False)
+    assert lengths and set(lengths[-NEW + 1 :]) == {1}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, world):
+    asked = questions(model, 7)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: calls.append(k["synced_gpus"]) or generate(**{**k, "synced_gpus": False}))
+    parts: list[torch.Tensor] = []
+
+    def run(rank, total):
+        return accuracy(model, tokenizer, asked, rank, world, lambda local: parts.append(local) or total(local), NEW, 2, synced=True)
+
+    samples, counts = [], []
+    for rank in range(world):
+        calls.clear()
+        samples += run(rank, lambda local: local).samples if rank < 7 else []
+        counts.append(len(calls))
+        assert all(calls)  # synced reaches generate
+    assert len(set(counts)) == 1  # every rank generates equally often
+    total = torch.stack(parts).sum(0)
+    report = run(0, lambda local: total)
+    assert report.count == 7
+    assert report.exact_match == pytest.approx(4 / 7) and report.mean_score == pytest.approx((4 + 3 * 0.25) / 7)
+    assert sorted(text for text, *_ in samples) == [f"question {k}" for k in range(7)]  # once each: fillers are not counted
+    assert all((given == expected) == (score == 1.0) for _, given, expected, score in samples)
+
+
+def test_a_rank_without_a_question_still_takes_part(model, tokenizer):
+    report = accuracy(model, tokenizer, questions(model, 1), 1, 2, lambda local: local + 1, NEW, 2, synced=False)
+    assert report.samples == [] and report.count == 1

@@ -1,0 +1,115 @@
+"""What tests over ranks share: a tiny LLaMA with uneven sizes, its data, and the engines by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Dense
+from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.method import Method, attach
+
+VOCABULARY = 67
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def config(**changes: object) -> LlamaConfig:
+    # 43 rows over 2 ranks and 14 over 3 are cut within a row; 43 x 14 elements leave padding
+    settings = dict(
+        vocab_size=VOCABULARY, hidden_size=42, intermediate_size=43, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=14, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def llama(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config(**changes))
+    for p in model.parameters():  # wider than the usual 0.02, so that layers matter and singular values differ
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.15)
+    return model.to(DTYPES[dtype])
+
+
+def engine(name: str, **zero: object) -> Engine:
+    if name == "plain":
+        return Plain()
+    from llm_lowrank.engines.zero import Zero
+
+    stage = int(name.removeprefix("zero"))
+    section: dict[str, object] = {"stage": stage}
+    if stage == 3:
+        section["stage3_param_persistence_threshold"] = 0
+    return Zero({"zero_optimization": {**section, **zero}})
+
+
+def batch(step: int, samples: int = 6, length: int = 8) -> Tensor:
+    return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1000 + step))
+
+
+class Trainee:
+    """A tiny model under a method and an engine, stepped on the same global batch whatever the world size."""
+
+    def __init__(
+        self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
+        zero: dict | None = None, **changes: object,
+    ) -> None:  # fmt: skip
+        self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
+        self.model = llama(dtype, **changes)
+        self.original = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.adapters: list[Adapter] = attach(self.model, method, Dense(DTYPES[dtype]), seed=0)
+        self.wrapped = self.engine.wrap(self.model, Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm))
+
+    def logits(self, step: int = 99) -> Tensor:
+        with torch.no_grad():
+            return self.wrapped(input_ids=batch(step)).logits.float()
+
+    def forward_backward(self, step: int) -> float:
+        """One global batch, split over ranks and micro-batches; returns the loss of this rank's share."""
+        tokens = batch(step, self.samples)
+        engine, total = self.engine, 0.0
+        parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]
+        for part in parts:
+            logits = self.wrapped(input_ids=part).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+            loss = loss / (tokens.shape[0] * (tokens.shape[1] - 1))
+            engine.backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def step(self, step: int, learning_rate: float = 1e-2) -> float:
+        loss = self.forward_backward(step)
+        self.method.observe(self.adapters, self.engine)
+        self.engine.step(learning_rate)
+        return float(self.engine.sum(torch.tensor(loss)))
+
+    def values(self) -> dict[str, Tensor]:
+        """A, B and bank of every adapter, whole."""
+        names = ("A", "B", "bank_A", "bank_B")
+        return {f"{a.name}.{n}": self.engine.whole(p).cpu() for a in self.adapters for n, p in zip(names, a.factors(), strict=False)}
+
+    def moments(self) -> dict[str, Tensor]:
+        found = {}
+        for a in self.adapters:
+            for n in ("A", "B"):
+                for k, v in self.engine.slot(getattr(a, n)).moments.items():
+                    found[f"{a.name}.{n}.{k}"] = v.cpu()
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every frozen W as it is stored now, decoded."""
+        return {a.name: self.engine.weight(a).matmul(torch.eye(a.shape[1])).cpu() for a in self.adapters}
+
+    def layers(self) -> dict[str, Tensor]:
+        """The linear map of every adapted layer now: W + s B A + s bank_B bank_A, in float64."""
+        values, found = self.values(), {}
+        for name, w in self.weights().items():
+            total = w.double()
+            for b, a in (("B", "A"), ("bank_B", "bank_A")):
+                if f"{name}.{a}" in values:
+                    total = total + self.method.scale * values[f"{name}.{b}"].double() @ values[f"{name}.{a}"].double()
+            found[name] = total
+        return found
