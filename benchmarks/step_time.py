@@ -25,20 +25,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_lowrank.functional import adapter_linear
+from llm_lowrank.codecs import Dense
+from llm_lowrank.method import attach
+from llm_lowrank.methods.lora import LoRA
 
 VOCABULARY = 512                                    # small, so that the linears dominate
-
-
-class StandIn(nn.Module):
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.weight = linear.weight
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features**0.5)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return adapter_linear(x, (self.weight,), lambda w: w, self.A, self.B, 1.0)
 
 
 def llama(hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -54,15 +45,11 @@ def llama(hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> LlamaFor
 
 
 def with_peft(model: nn.Module, rank: int) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def with_ours(model: nn.Module, rank: int) -> nn.Module:
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block, name, StandIn(child, rank))
+    attach(model, LoRA(rank=rank), Dense(model.dtype))
     return model
 
 

@@ -1,6 +1,6 @@
 """Merge a trained adapter into its base model, one tensor in memory at a time.
 
-    python launch/merge.py --checkpoint OUTPUT_DIR --output MERGED_DIR
+`python launch/merge.py --checkpoint OUTPUT_DIR --output MERGED_DIR`
 """
 
 import argparse

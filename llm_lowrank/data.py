@@ -212,7 +212,8 @@ def _encode_row(
 ) -> dict[str, Any]:
     try:
         if format == "messages":
-            ids, trained = encode_messages(tokenizer, _messages(row["messages"]))
+            _check(row["messages"])
+            ids, trained = encode_messages(tokenizer, row["messages"])
         else:
             for name in ("prompt", "completion"):
                 if not isinstance(row[name], str):
@@ -227,15 +228,13 @@ def _encode_row(
     return {"input_ids": ids, "labels": labels, "trained": sum(trained[1:]), "truncated": truncated}
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """Check one conversation. The table fills the keys that a message does not have with None: leave those out."""
+def _check(messages: Any) -> None:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages is not a list of {role, content}")
     for number, message in enumerate(messages):
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 raise ValueError(f"message {number}: {name} is {type(message.get(name)).__name__}, not text")
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 # Sources.

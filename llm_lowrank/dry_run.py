@@ -88,7 +88,7 @@ class Row:
         self.shape = shape if self.shape in ("", shape) else "several"
         self.modules += 1
         for name, p in module.named_parameters(recurse=False):
-            kind = "trained" if p.requires_grad else "bank" if name.startswith("bank_") else "frozen"
+            kind = _part(name, p)
             setattr(self, kind, getattr(self, kind) + p.numel() * (id(p) not in seen))
             seen.add(id(p))
 
@@ -99,6 +99,11 @@ class Row:
 
 def _columns(kind: str, modules: str, shape: str, frozen: str, bank: str, trained: str) -> str:
     return f"{kind:<24}{modules:>8}{shape:>16}{frozen:>18}{bank:>14}{trained:>14}"
+
+
+def _part(name: str, p: nn.Parameter) -> str:
+    """What a parameter is to the run: trained, bank or frozen."""
+    return "trained" if p.requires_grad else "bank" if name.rpartition(".")[2].startswith("bank_") else "frozen"
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -118,15 +123,15 @@ def _shape(module: nn.Module) -> str:
 
 def schedule(recipe: Recipe, folder: str, world: int) -> str:
     """Length of the run and the steps after which pairs are exchanged."""
-    per_device, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    batch = f"global batch {per_device * accumulation * world} = {per_device} per rank x {accumulation} accumulated x {world} rank(s)"
+    per_device, accumulated = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    batch = f"global batch {per_device * accumulated * world} = {per_device} per rank x {accumulated} accumulated x {world} rank(s)"
     try:
         total = total_steps(recipe, folder, world)
     except (ValueError, OSError) as error:
-        return f"schedule    {batch}\nsteps and recompositions are not known without the data (or max_steps): {str(error).splitlines()[0]}"
+        return f"schedule, {batch}\nsteps and recompositions are not known without the data (or max_steps): {str(error).splitlines()[0]}"
     steps = recipe.method.schedule(total)
     when = f"after step {', '.join(map(str, steps))}" if steps else "none"
-    return f"schedule    {batch}\n{total} optimizer steps, {len(steps)} recompositions: {when}"
+    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} recompositions: {when}"
 
 
 def total_steps(recipe: Recipe, folder: str, world: int) -> int:
@@ -155,8 +160,7 @@ class Sizes:
     def of(cls, model: nn.Module, method: Method) -> "Sizes":
         found: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
         for name, p in model.named_parameters():
-            kind = "trained" if p.requires_grad else "bank" if name.rpartition(".")[2].startswith("bank_") else "frozen"
-            found[kind].append((p.numel(), p.nbytes))
+            found[_part(name, p)].append((p.numel(), p.nbytes))
         observes = type(method).observe is not Method.observe
         return cls(**found, statistics=2 if observes else 0)  # mean and spread
 

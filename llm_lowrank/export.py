@@ -268,7 +268,7 @@ def add_rounded(weight: Tensor, pairs: Pairs, scaling: float, dtype: torch.dtype
 
     lost = |realized - wanted| / |wanted|,  wanted = scaling B A,  realized = round(W + wanted) - round(W)
     """
-    wanted = scaling * pairs.to(torch.float32).product()  # (m, n)
+    wanted = scaling * pairs.to(dtype=torch.float32).product()  # (m, n)
     merged = (weight.float() + wanted).to(dtype)
     realized = merged.float() - weight.to(dtype).float()
     size = float(wanted.norm())

@@ -9,6 +9,7 @@ m out, n in, r pairs, k bank pairs, t tokens.
 **Order.** The small products share x A^T (forward and dB) and g B (dx and dA): 3 t r (m + n) multiplications, all of them skinny.
 RunLoRA's two other orders are not taken. dA and dB by way of g^T x are cheaper only from r > mn / (m + n) on, which is no low rank. One
 product with W + s B A is cheaper from t > 2 mn / (m + n) on, but holds a second W, and a low-precision W + s B A rounds the update away.
+The adapter's term is added to the base product in place, by addmm_: no second (t, m) or (t, n) is made.
 
 **Memory.** Kept for backward: x and x A^T, beside references to the parameters just as they were passed in. A decoded, cast or concatenated
 parameter is made again in backward: keeping one would keep the dense model alive, and a sharding engine (ZeRO-3, FSDP2) swaps the storage
@@ -63,8 +64,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Decode, *parts: Tensor) -> Tensor:
         assert not any(ctx.needs_input_grad[1:]), "the bias and the parts of a frozen linear must not require gradients"
         ctx.decode, ctx.dtype, ctx.x_dtype = decode, _compute_dtype(x), x.dtype
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*parts)
+        ctx.save_for_backward(*parts)
         with torch.autocast(x.device.type, enabled=False):
             return _base(x.to(ctx.dtype), decode(*parts), bias)
 
@@ -93,17 +93,16 @@ class _AdapterLinear(torch.autograd.Function):
     ) -> Tensor:
         assert not any(ctx.needs_input_grad[3:]), "the bias, the bank and the parts of an adapter must not require gradients"
         ctx.decode, ctx.scale, ctx.dtype, ctx.x_dtype = decode, scale, _compute_dtype(x), x.dtype
-        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        _, need_A, need_B = ctx.needs_input_grad[:3]
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(ctx.dtype)
             rows = _rows(x)                                                         # (t, n)
-            h = (rows @ _all_A(A, bank_A, ctx.dtype).T).T.contiguous()              # (r + k, t)
+            h = rows @ _all_A(A, bank_A, ctx.dtype).T                               # (t, r + k)
             y = _base(rows, decode(*parts), bias)                                   # (t, m)
-            y.addmm_(h.T, _all_B(B, bank_B, ctx.dtype).T, alpha=scale)              # in place: no second (t, m)
-        if need_x or need_A or need_B:
-            kept = None if not need_B else h if bank_A is None else h[: len(A)].clone()         # (r, t): the bank has no gradient
-            ctx.save_for_backward(x if need_A else None, kept, A, B, bank_A, bank_B, *parts)
-        return y.view(*x.shape[:-1], len(B))                                       # (..., m)
+            y.addmm_(h, _all_B(B, bank_B, ctx.dtype).T, alpha=scale)
+        kept = h[:, : len(A)].contiguous() if need_B else None                      # (t, r): the bank has no gradient
+        ctx.save_for_backward(x if need_A else None, kept, A, B, bank_A, bank_B, *parts)
+        return y.view(*x.shape[:-1], len(B))                                        # (..., m)
 
     @staticmethod
     @once_differentiable
@@ -114,16 +113,16 @@ class _AdapterLinear(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             rows = _rows(g.to(ctx.dtype))                                           # (t, m)
             if need_x:
-                u = (rows @ _all_B(B, bank_B, ctx.dtype)).T.contiguous()            # (r + k, t)
+                u = rows @ _all_B(B, bank_B, ctx.dtype)                             # (t, r + k)
                 dx = rows @ ctx.decode(*parts).to(ctx.dtype)                        # (t, n)
-                dx.addmm_(u.T, _all_A(A, bank_A, ctx.dtype), alpha=ctx.scale)
+                dx.addmm_(u, _all_A(A, bank_A, ctx.dtype), alpha=ctx.scale)
                 dx = dx.view(*g.shape[:-1], A.shape[1]).to(ctx.x_dtype)             # (..., n)
             elif need_A:
-                u = (rows @ B.to(ctx.dtype)).T.contiguous()                         # (r, t)
+                u = rows @ B.to(ctx.dtype)                                          # (t, r)
             if need_A:
-                dA = (u[: len(A)] @ _rows(x)).to(A.dtype).mul_(ctx.scale)      # (r, n)
+                dA = (u[:, : len(A)].T @ _rows(x)).to(A.dtype).mul_(ctx.scale)      # (r, n)
             if need_B:
-                dB = (h @ rows).T.to(B.dtype).mul_(ctx.scale)                       # (m, r)
+                dB = (h.T @ rows).T.to(B.dtype).mul_(ctx.scale)                     # (m, r); h^T g runs faster than g^T h
         return dx, dA, dB, None, None, None, None, None, *(None for _ in parts)
 
 

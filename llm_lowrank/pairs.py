@@ -41,8 +41,8 @@ class Pairs:
         """Pairs whose product is s B A (the factor goes to B)."""
         return Pairs(self.B * s, self.A)
 
-    def to(self, to: torch.device | torch.dtype | str) -> Pairs:
-        return Pairs(self.B.to(to), self.A.to(to))
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pairs:
+        return Pairs(self.B.to(device, dtype), self.A.to(device, dtype))
 
     def product(self) -> Tensor:
         return self.B @ self.A  # (m, n)

@@ -179,7 +179,7 @@ def test_a_folder_has_splits(tmp_path):
 
 
 def test_messages_file(tmp_path):
-    tokenizer = byte_tokenizer(CHATML.replace("}}\n{{", "}}{% if message.name is defined %} {{ message.name }}{% endif %}\n{{"))
+    tokenizer = byte_tokenizer(CHATML.replace("}}\n{{", "}}{{ ' named' if message.name is defined }}\n{{"))
     rows = [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "ann"}, CHAT[1]]}]  # the table fills the missing names with None
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
     for name in (write_jsonl(tmp_path / "chat.jsonl", rows), str(tmp_path / "chat.parquet")):

@@ -19,7 +19,7 @@ from llm_lowrank.recipe import Recipe
 from tests import ranks, tiny
 
 METHOD = SRLoRA(rank=4, target_rank=8, svd_cache="")
-SHAPE = {"hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+SHAPE = dict(hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10)
 
 
 @pytest.fixture

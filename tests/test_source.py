@@ -262,7 +262,7 @@ def test_gguf_is_converted_once_by_processes_that_start_together(tmp_path, cache
 def test_interrupted_conversion_is_done_again(tmp_path, cache, monkeypatch):
     def half(path, folder):
         folder.mkdir()
-        (folder / "config.json").write_text("{")
+        (folder / "half.json").write_text("{")
         raise KeyboardInterrupt
 
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
@@ -271,7 +271,7 @@ def test_interrupted_conversion_is_done_again(tmp_path, cache, monkeypatch):
         Source.open(tmp_path / "x.gguf")
     monkeypatch.setattr(source, "_convert", lambda path, folder: llama().save_pretrained(folder))
     opened = Source.open(tmp_path / "x.gguf")
-    assert "model.norm.weight" in opened.names()
+    assert "model.norm.weight" in opened.names() and not (opened.path / "half.json").exists()
     assert [path for path in opened.path.parent.iterdir() if path.is_dir()] == [opened.path]  # nothing half done stays
 
 

@@ -88,7 +88,8 @@ class Engine(ABC):
         self.main = self.rank == 0
         self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
 
-    always_a_group = False
+    always_a_group = False  # whether a single process needs a process group too
+    shards_parameters = False  # whether every forward is collective, so that no rank may run fewer of them
 
     @staticmethod
     def _device() -> torch.device:
@@ -215,11 +216,21 @@ class Engine(ABC):
         if len(set(everyone)) > 1:
             raise RuntimeError(f"{what} differ between ranks {[e[:8] for e in everyone]}: refusing to train on")  # type: ignore[index]
 
-    def agree(self, error: str | None) -> None:
-        """Ends all ranks with the same message if one of them has an error. Collective."""
-        for rank, message in enumerate(self.gather(error)):
-            if message is not None:
-                raise RankError(str(message) if rank == self.rank or self.world == 1 else f"rank {rank}: {message}")
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Local work that can fail on one rank and not on another: if it fails anywhere, it fails everywhere. Collective."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:  # noqa: BLE001 - told to every rank, then raised
+            error = e
+        unexpected = "" if error is None or isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        messages = self.gather(None if error is None else f"{unexpected}{error}")
+        first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+        if first == self.rank and error is not None:
+            raise error
+        if first is not None:
+            raise RankError(f"rank {first}: {messages[first]}")
 
     def barrier(self) -> None:
         if self.world > 1:

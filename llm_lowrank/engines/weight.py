@@ -78,7 +78,7 @@ class Weight:
         Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
         rounding to the stored type took away is measured, never assumed.
         """
-        before = self.read()
+        before = self.read().clone()  # a float32 W is read in place
         asked = left[self.rows] @ right
         if not self.whole_rows:
             asked.flatten()[: self.cut[0]] = 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ class Zero(Engine):
                 raise ValueError(f"DeepSpeed config {config}: {error}") from error
         self.config: dict[str, Any] = config  # type: ignore[assignment]
         self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
+        self.shards_parameters = self.stage == 3
+        deepspeed.utils.logger.setLevel(logging.WARNING)
         # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed leaves
         # a lock on which every later start waits forever. gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False

@@ -1,0 +1,245 @@
+"""The loop. Everything that happens in a run happens here, in this order, by explicit calls."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llm_lowrank import export
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.exchange import Exchanged
+from llm_lowrank.generate import accuracy
+from llm_lowrank.method import attach
+from llm_lowrank.metrics import Metrics
+from llm_lowrank.recipe import Recipe, deepspeed_config, optimization, save
+from llm_lowrank.schedule import learning_rate
+from llm_lowrank.source import Source
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAMPLES = 5  # answers printed after training
+
+
+@dataclass
+class Run:
+    """What is there once everything is loaded, before anything is sharded."""
+
+    source: Source
+    tokenizer: transformers.PreTrainedTokenizerBase
+    corpus: Corpus
+    model: transformers.PreTrainedModel
+    adapters: list[Adapter]
+    batches: Batches
+    total_steps: int
+    recompositions: tuple[int, ...]
+
+
+def train(recipe: Recipe) -> None:
+    """Trains what the recipe says and writes output_dir. Collective: every rank calls it."""
+    engine = make_engine(recipe)
+    with engine.together():
+        run = prepare(recipe, engine)
+    method, adapters, total = recipe.method, run.adapters, run.total_steps
+    say = tqdm.write if engine.main else _silent
+    model = engine.wrap(run.model, optimization(recipe))
+    torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
+    if engine.main:
+        save(recipe, Path(recipe.output_dir) / "recipe.yaml")
+    with Metrics(recipe.output_dir, recipe.report_to == "tensorboard", engine.main) as metrics:
+        say(opening(recipe, engine, run))
+        before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
+        say(f"before training: {before}")
+        if (event := method.start(adapters, engine)) is not None:
+            say(log_exchange(metrics, 0, "start", event))
+
+        bar = tqdm(total=total, desc="train", unit="step", disable=not engine.main)
+        seen = Seen()
+        for step in range(1, total + 1):
+            rate = learning_rate(step - 1, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
+            for micro in run.batches.step(step - 1):
+                loss = summed_loss(model, micro, engine.device) / micro.tokens
+                engine.backward(loss)
+                seen.add(loss, micro)
+            method.observe(adapters, engine)
+            norm = engine.step(rate)
+            if not norm < float("inf"):
+                raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
+            if step in run.recompositions and (event := method.recompose(adapters, engine)) is not None:
+                say(log_exchange(metrics, step, "recompose", event))
+            bar.update()
+            if step % recipe.logging_steps == 0 or step == total:
+                record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": rate, "grad_norm": norm}
+                metrics.write("train", step, **record)
+                upcoming = next((s for s in run.recompositions if s > step), None)
+                bar.set_postfix(
+                    loss=f"{record['loss']:.4f}", lr=f"{rate:.2e}", tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming
+                )
+            if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
+                say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
+        bar.close()
+
+        after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
+        for question, answer, expected, score in after.samples[:SAMPLES]:
+            say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
+        say(f"before training: {before}\nafter training:  {after}")
+        saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", str(run.source.path))
+        say(f"adapter: {saved}")
+    engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
+    if recipe.save_merged and saved is not None:
+        say(f"merged:  {export.merge(run.source, saved.path, Path(recipe.output_dir) / 'merged')}")
+
+
+def make_engine(recipe: Recipe) -> Engine:
+    if recipe.engine == "plain":
+        return Plain()
+    from llm_lowrank.engines.zero import Zero  # deepspeed is imported only when it is asked for
+
+    return Zero(deepspeed_config(recipe))
+
+
+def prepare(recipe: Recipe, engine: Engine) -> Run:
+    """Loads and checks everything that a mistake in the recipe could break. No communication."""
+    if not engine.main:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    source = Source.open(recipe.model_name_or_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    corpus = load(recipe.data, tokenizer, recipe.seed)
+    batches = Batches(
+        corpus.train, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, engine.rank, engine.world, recipe.seed,
+        pad_id(tokenizer), recipe.num_train_epochs,
+    )  # fmt: skip
+    total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
+    recompositions = recipe.method.schedule(total)
+    dtype = DTYPES[recipe.dtype]
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    adapters = attach(model, recipe.method, Dense(dtype), recipe.seed)
+    stored = set(source.names())
+    for adapter in adapters:
+        name = f"{adapter.name}.weight"
+        if name not in stored:
+            raise ValueError(f"{source.path}: the checkpoint holds no tensor {name}, so that its change could not be merged back")
+        adapter.source = partial(source.tensor, name)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions)
+
+
+def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
+    """What is about to be trained, and where exchanges will go."""
+    trained = sum(a.rank * sum(a.shape) for a in run.adapters)
+    lines = [
+        f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable parameters",
+        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {recipe.dtype}; {run.total_steps} steps of "
+        f"{run.batches.global_batch} samples from {len(run.corpus.train)} ({len(run.corpus.held_out)} held out)",
+    ]
+    if run.corpus.dropped or run.corpus.truncated:
+        lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
+    if run.recompositions:
+        banked = run.adapters[0].bank_A is not None
+        why = "kept unrounded in a bank beside the weight" if banked else "fused into the weight"
+        lines.append(f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {why}")
+    return "\n".join(lines)
+
+
+def summed_loss(model: nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:
+    """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean."""
+    labels = batch.labels.to(device)
+    logits = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+class Seen:
+    """Loss, tokens and time since the last report."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss: Tensor | float = 0.0  # stays on the device: reading it every step would wait for the device
+        self.tokens, self.micros, self.began = 0, 0, time.perf_counter()
+
+    def add(self, loss: Tensor, micro: MicroBatch) -> None:
+        self.loss = self.loss + loss.detach()
+        self.tokens += int(micro.attention_mask.sum())
+        self.micros += 1
+
+    def report(self, engine: Engine, accumulation: int) -> dict[str, float]:
+        """Means over the steps since the last report, of all ranks. Collective."""
+        totals = torch.tensor([float(self.loss), float(self.tokens)], dtype=torch.float64, device=engine.device)
+        loss, tokens = engine.sum(totals).tolist()
+        seconds = time.perf_counter() - self.began
+        steps = self.micros / accumulation
+        self._restart()
+        return {"loss": loss / steps, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float | None  # mean over the trained tokens of the held-out examples; None without any
+    exact_match: float | None = None
+    count: int = 0
+    samples: tuple[tuple[str, str, str, float], ...] = ()
+
+    def __str__(self) -> str:
+        loss = "no held-out examples" if self.loss is None else f"held-out loss {self.loss:.4f}"
+        return loss if self.exact_match is None else f"{loss}, exact match {self.exact_match:.1%} of {self.count} held-out questions"
+
+
+def evaluate(
+    recipe: Recipe, engine: Engine, run: Run, model: nn.Module, step: int, metrics: Metrics, questions: bool = False
+) -> Evaluation:
+    """Loss on the held-out examples and, if asked and the data has them, answers to the held-out questions. Collective."""
+    held_out = run.corpus.held_out
+    if not len(held_out):
+        return Evaluation(None)
+    batches = Batches(held_out, recipe.per_device_eval_batch_size, 1, engine.rank, engine.world, 0, pad_id(run.tokenizer), 1)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    model.eval()
+    with torch.no_grad():
+        for t in tqdm(range(batches.total_steps), desc="evaluate", unit="batch", leave=False, disable=not engine.main):
+            for micro in batches.step(t):
+                total += summed_loss(model, micro, engine.device)
+    found = Evaluation(float(engine.sum(total)) / int(batches.trained.sum()))
+    if questions and run.corpus.questions:
+        longest = max(held_out[i].trained for i in range(len(held_out)))
+        report = accuracy(
+            run.model, run.tokenizer, run.corpus.questions, engine.rank, engine.world, engine.sum, longest + 4,
+            recipe.per_device_eval_batch_size, synced=engine.shards_parameters and engine.world > 1,
+        )  # fmt: skip
+        found = Evaluation(found.loss, report.exact_match, report.count, tuple(report.samples))
+        metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
+    model.train()
+    metrics.write("eval", step, loss=found.loss)
+    return found
+
+
+def log_exchange(metrics: Metrics, step: int, what: str, event: Exchanged) -> str:
+    """Records an exchange and returns its line."""
+    milliseconds = event.seconds * 1000
+    metrics.write(
+        "exchange", step, what=what, modules=event.modules, pairs=event.pairs, into=event.into, drift=event.drift, lost=event.lost,
+        milliseconds=milliseconds, bytes=event.traffic,
+    )  # fmt: skip
+    lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
+    return (
+        f"step {step}: {what}: {event.pairs} pairs of {event.modules} modules, frozen ones into the {event.into}; "
+        f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
+    )
+
+
+def _silent(line: str) -> None:
+    """Ranks other than 0 do not print."""

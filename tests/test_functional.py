@@ -1,0 +1,276 @@
+"""functional.py against its own equation, written naively, and against what checkpointing, autocast and ZeRO-3 do to a layer."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llm_lowrank.functional import adapter_linear, frozen_linear
+
+M, N, R, K, SCALE = 12, 10, 3, 4, 0.7           # out, in, pairs, bank pairs, s
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes * scales                           # a codec that builds a new W at every call
+
+
+class Layer:
+    """The operands of one layer; every other argument of the two functions follows from them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, bias: bool = False, bank: bool = False, adapter: torch.dtype | None = None):
+        rng = torch.Generator().manual_seed(0)
+
+        def new(*shape: int, dtype: torch.dtype = adapter or dtype) -> Tensor:
+            return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+
+        self.parts = (new(M, N, dtype=dtype), new(M, 1, dtype=dtype))
+        self.bias = new(M, dtype=dtype) if bias else None
+        self.A, self.B = new(R, N).requires_grad_(), new(M, R).requires_grad_()
+        self.bank_A, self.bank_B = (new(K, N), new(M, K)) if bank else (None, None)
+
+    def __call__(self, x: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
+        return adapter_linear(x, self.parts, decode, self.A, self.B, SCALE, self.bias, self.bank_A, self.bank_B)
+
+    def naive(self, x: Tensor) -> Tensor:
+        y = x @ decode(*self.parts).T + SCALE * (x @ self.A.T) @ self.B.T
+        if self.bank_A is not None and self.bank_B is not None:
+            y = y + SCALE * (x @ self.bank_A.T) @ self.bank_B.T
+        return y if self.bias is None else y + self.bias
+
+    def gradients(self, x: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """[y, dx, dA, dB] under a fixed, uneven g."""
+        y = (function or self)(x)
+        g = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        return [y.detach(), *torch.autograd.grad(y, (x, self.A, self.B), g)]
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def saved_by(run: Callable[[], Tensor]) -> list[Tensor]:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run()
+    return kept
+
+
+def ulp(y: Tensor) -> Tensor:
+    return 2.0 ** (y.abs().float().clamp_min(1e-30).log2().floor() - 7)         # of bf16
+
+
+@pytest.mark.parametrize("bank", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(N,), (3, N), (2, 3, N), (2, 1, 3, N)])
+def test_value_and_gradients_are_the_equation(shape, bias, bank):
+    layer = Layer(torch.float64, bias, bank)
+    x = inputs(*shape, dtype=torch.float64)
+    assert layer(x).shape == (*shape[:-1], M)
+    torch.testing.assert_close(layer(x), layer.naive(x))
+    assert torch.autograd.gradcheck(lambda x, A, B: layer(x), (x, layer.A, layer.B))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_frozen_linear_is_the_equation_and_keeps_references_only(bias):
+    layer = Layer(torch.float64, bias)
+    x = inputs(2, 3, N, dtype=torch.float64)
+    expected = x @ decode(*layer.parts).T + (0 if layer.bias is None else layer.bias)
+    torch.testing.assert_close(frozen_linear(x, layer.parts, decode, layer.bias), expected)
+    assert torch.autograd.gradcheck(lambda x: frozen_linear(x, layer.parts, decode, layer.bias), x)
+    kept = saved_by(lambda: frozen_linear(x, layer.parts, decode, layer.bias))
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in layer.parts]
+
+
+def test_strided_input_and_expanded_gradient():
+    layer = Layer(torch.float64, bank=True)
+    x = inputs(2, N, 5, dtype=torch.float64)
+    ours = torch.autograd.grad(layer(x.mT).sum(), (x, layer.A, layer.B))
+    torch.testing.assert_close(ours, torch.autograd.grad(layer.naive(x.mT).sum(), (x, layer.A, layer.B)))
+
+
+@pytest.mark.parametrize("shape", [(0, N), (2, 0, N)])
+def test_zero_tokens(shape):
+    layer = Layer(bias=True, bank=True)
+    y, dx, dA, dB = layer.gradients(inputs(*shape))
+    assert y.shape == (*shape[:-1], M) and dx.shape == shape
+    assert torch.equal(dA, torch.zeros(R, N)) and torch.equal(dB, torch.zeros(M, R))
+    frozen_linear(inputs(*shape), layer.parts, decode).sum().backward()
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_keeps_x_and_the_trainable_part_of_h_only(bank):
+    layer, x = Layer(bank=bank), inputs(2, 5, N)
+    kept = saved_by(lambda: layer(x))
+    passed = [t for t in (layer.A, layer.B, layer.bank_A, layer.bank_B, *layer.parts) if t is not None]
+    own = [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in passed}]
+    assert len(kept) == len(passed) + 2, "every parameter once, as it was passed in"
+    assert [t.data_ptr() for t in own][0] == x.data_ptr()
+    assert own[1].shape == (10, R) and own[1].untyped_storage().nbytes() == 10 * R * 4, "a view would keep the bank's part too"
+
+
+@pytest.mark.parametrize("trained", ["x", "A", "B", "xA", "xB", "AB", ""])
+def test_only_what_is_asked_for_is_computed_and_kept(trained):
+    layer = Layer(bank=True)
+    x = inputs(5, N).requires_grad_("x" in trained)
+    everything = dict(zip(("y", "x", "A", "B"), Layer(bank=True).gradients(inputs(5, N)), strict=True))
+    layer.A.requires_grad_("A" in trained)
+    layer.B.requires_grad_("B" in trained)
+    sides = {"x": x, "A": layer.A, "B": layer.B}
+    own = {t.data_ptr() for t in saved_by(lambda: layer(x))} - {t.data_ptr() for t in (layer.A, layer.B, layer.bank_A, layer.bank_B)}
+    own -= {t.data_ptr() for t in layer.parts}
+    assert (x.data_ptr() in own) == ("A" in trained) and len(own) == ("A" in trained) + ("B" in trained)
+    y = layer(x)
+    assert y.requires_grad == bool(trained)
+    if trained:
+        y.backward(torch.linspace(-1, 2, y.numel()).view(y.shape))
+    for name, side in sides.items():
+        if name in trained:
+            torch.testing.assert_close(side.grad, everything[name])
+        else:
+            assert side.grad is None
+
+
+def test_w_is_decoded_again_in_backward_and_only_for_dx():
+    calls = []
+
+    def counted(*parts: Tensor) -> Tensor:
+        calls.append(1)
+        return decode(*parts)
+
+    layer, x = Layer(), inputs(5, N)
+    y = layer(x, counted)
+    assert len(calls) == 1
+    y.sum().backward()
+    assert len(calls) == 2
+    layer(x.detach(), counted).sum().backward()
+    assert len(calls) == 3
+
+
+def test_parameters_whose_storage_is_swapped_between_forward_and_backward():
+    """ZeRO-3 frees a parameter after the forward and gathers it elsewhere before the backward."""
+    layer, x = Layer(bias=True, bank=True), inputs(2, 5, N)
+    expected = layer.gradients(x)
+    y = layer(x)
+    parameters = [layer.A, layer.B, layer.bank_A, layer.bank_B, layer.bias, *layer.parts]
+    values = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.data.fill_(torch.nan)                     # whoever kept the old storage sees this
+        p.data = torch.empty(0)
+    for p, value in zip(parameters, values, strict=True):
+        p.data = value
+    g = torch.linspace(-1, 2, y.numel()).view(y.shape)
+    for gradient, before in zip(torch.autograd.grad(y, (x, layer.A, layer.B), g), expected[1:], strict=True):
+        assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    layer, x = Layer(bias=True, bank=True), inputs(2, 5, N)
+    y = checkpoint(lambda x: layer(layer(x)[..., :N].tanh()), x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    got = [x.grad, layer.A.grad, layer.B.grad]
+    plain = layer(layer(x)[..., :N].tanh()).square().sum()
+    for a, b in zip(got, torch.autograd.grad(plain, (x, layer.A, layer.B)), strict=True):
+        assert a is not None and torch.equal(a, b)
+
+
+def test_no_grad():
+    layer, x = Layer(bias=True, bank=True), inputs(2, 5, N)
+    expected = layer(x)
+    with torch.no_grad():
+        y = layer(x)
+    assert torch.equal(y, expected) and y.grad_fn is None
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_low_precision_backbone_with_fp32_adapters(bank):
+    layer, x = Layer(torch.bfloat16, bank=bank, adapter=torch.float32), inputs(2, 5, N, dtype=torch.bfloat16)
+    y, dx, dA, dB = layer.gradients(x)
+    assert (y.dtype, dx.dtype, dA.dtype, dB.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+    exact = Layer(torch.float64, bank=bank)
+    exact.parts = (layer.parts[0].double() * layer.parts[1].double(), exact.parts[1].new_ones(M, 1))
+    for ours, true in zip((y, dx, dA, dB), exact.gradients(x.detach().double().requires_grad_()), strict=True):
+        assert (ours.double() - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_autocast(device):
+    """Values in autocast's dtype, gradients in their leaves' dtype, and the backward does not care whether autocast is still on."""
+
+    def own_precision(*parts: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled(device), "W would come out differently in forward and backward"
+        return decode(*parts)
+
+    layer = Layer(bias=True, bank=True)
+    for name in ("bias", "bank_A", "bank_B"):
+        setattr(layer, name, getattr(layer, name).to(device))
+    layer.parts = tuple(p.to(device) for p in layer.parts)
+    layer.A, layer.B = (p.detach().to(device).requires_grad_() for p in (layer.A, layer.B))
+    x = inputs(2, 5, N).detach().to(device).requires_grad_()
+    leaves = (x, layer.A, layer.B)
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(x, own_precision)
+        assert frozen_linear(x, layer.parts, own_precision, layer.bias).dtype == torch.bfloat16
+        inside = torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)
+    outside = torch.autograd.grad(y.float().square().sum(), leaves)
+    exact = torch.autograd.grad(layer.naive(x).square().sum(), leaves)
+    assert y.dtype == torch.bfloat16
+    for a, b, true in zip(inside, outside, exact, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+        assert (a - true).norm() < 0.03 * true.norm()
+    full = layer(x, own_precision)                  # a full precision forward stays one when autocast is on in backward
+    with torch.autocast(device, torch.bfloat16):
+        late = torch.autograd.grad(full.square().sum(), leaves)
+    torch.testing.assert_close(late, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_pairs_between_trainable_and_bank_changes_the_order_of_a_sum_only(dtype):
+    """s B A + s bank_B bank_A keeps its pairs, so y keeps its value: 1e-6 relative in fp32, one ulp in bf16."""
+    m, n, r, k = 96, 64, 8, 24
+    rng = torch.Generator().manual_seed(2)
+    w, x = torch.randn(m, n, generator=rng).to(dtype), torch.randn(200, n, generator=rng).to(dtype)
+    A, B = torch.randn(r + k, n, generator=rng), torch.randn(m, r + k, generator=rng) / 10
+
+    def y(order: Tensor) -> Tensor:
+        a, b = A[order], B[:, order]
+        return adapter_linear(x, (w,), lambda w: w, a[:r], b[:, :r], SCALE, None, a[r:], b[:, r:])
+
+    before, after = y(torch.arange(r + k)), y(torch.randperm(r + k, generator=rng))
+    if dtype is torch.float32:
+        assert (before - after).norm() < 1e-6 * before.norm()
+    else:
+        assert ((before - after).abs().float() <= ulp(before)).all()
+
+
+def test_a_pair_weighs_the_same_on_either_side():
+    layer, x = Layer(torch.float64, bank=True), inputs(5, N, dtype=torch.float64)
+    apart = layer(x)
+    layer.A, layer.B = torch.cat([layer.A, layer.bank_A]), torch.cat([layer.B, layer.bank_B], 1)
+    layer.bank_A = layer.bank_B = None
+    torch.testing.assert_close(layer(x), apart)
+
+
+def test_an_adapter_without_pairs_is_the_frozen_linear():
+    layer, x = Layer(bias=True), inputs(5, N)
+    y = adapter_linear(x, layer.parts, decode, torch.zeros(0, N), torch.zeros(M, 0), SCALE, layer.bias)
+    assert torch.equal(y, frozen_linear(x, layer.parts, decode, layer.bias))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(frozen_linear(x, layer.parts, decode).sum(), x)[0])
+
+
+@pytest.mark.parametrize("frozen", ["bias", "bank_A", "bank_B", "parts"])
+def test_frozen_operands_that_ask_for_a_gradient_are_not_ignored_silently(frozen):
+    layer = Layer(bias=True, bank=True)
+    operand = layer.parts[0] if frozen == "parts" else getattr(layer, frozen)
+    operand.requires_grad_()
+    with pytest.raises(AssertionError, match="must not require gradients"):
+        layer(inputs(5, N))
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = Layer(), inputs(5, N)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

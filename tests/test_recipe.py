@@ -1,0 +1,283 @@
+"""Recipes: what a command line or a file means, what is refused, and that a saved recipe is the run's."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_lowrank import command_line
+from llm_lowrank.data import Data
+from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.recipe import HEADINGS, IDENTITY, SYNONYMS, Recipe, RecipeError, deepspeed_config, optimization, parse, save, validate
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes settings to a YAML file and returns the arguments that read it."""
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "recipe.yaml").write_text(text)
+        return ["--config_path", str(tmp_path / "recipe.yaml")]
+
+    return write
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        validate(parse(argv))
+    return str(error.value)
+
+
+# --- what is meant ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_are_the_demo():
+    demo = parse([])
+    assert demo == Recipe()
+    assert (demo.model_name_or_path, demo.data.dataset) == ("smollm2-135m-instruct", "reasoning-gym:chain_sum")
+    assert isinstance(demo.method, SRLoRA) and len(demo.method.schedule(60)) >= 2
+    assert parse(["--config_path", str(ROOT / "recipes" / "demo.yaml")]) == demo
+    written_out = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    assert set(written_out) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_in_the_folder_is_valid(path, tmp_path):
+    recipe = parse(["--config_path", str(path), "--output_dir", str(tmp_path)])
+    validate(recipe)
+    assert recipe.warmup_steps < 1000 and recipe.method.schedule(2000) is not None
+
+
+def test_recipes_show_every_method():
+    assert {type(parse(["--config_path", str(path)]).method) for path in RECIPES} == {LoRA, PiSSA, SRLoRA}
+
+
+@pytest.mark.parametrize("spelling", [["--{}", "{}"], ["--{}={}"]])
+def test_both_spellings_of_an_override(spelling):
+    given = {"learning_rate": "1e-5", "max_steps": "-1", "method.rank": "24", "data.task.max_digits": "3", "output_dir": "007"}
+    argv = [part for key, value in given.items() for part in ("\0".join(spelling).format(key, value)).split("\0")]
+    recipe = parse(argv)
+    assert (recipe.learning_rate, recipe.max_steps, recipe.method.rank, recipe.output_dir) == (1e-5, -1, 24, "007")
+    assert recipe.data.task == {**Recipe().data.task, "max_digits": 3}
+
+
+def test_the_command_line_overrides_the_file(file):
+    argv = file("learning_rate: 1e-5\nseed: 1\nmethod: {type: srlora, rank: 8, gamma: 0.25}\n")
+    recipe = parse([*argv, "--seed=2", "--method.rank", "12"])
+    assert (recipe.learning_rate, recipe.seed) == (1e-5, 2)
+    assert recipe.method == SRLoRA(rank=12, gamma=0.25)
+    assert recipe.data == Recipe().data
+
+
+def test_dotted_names_in_a_file(file):
+    assert parse(file("method.rank: 8\ndata.size: 100\n")).method.rank == 8
+
+
+def test_switches_need_no_value():
+    recipe = parse(["--dry_run", "--gradient_checkpointing", "--save_merged", "false"])
+    assert (recipe.dry_run, recipe.gradient_checkpointing, recipe.save_merged) == (True, True, False)
+
+
+def test_lists_are_written_with_commas():
+    expected = ["q_proj", "v_proj"]
+    assert parse(["--method.target_modules", "q_proj,v_proj"]).method.target_modules == expected
+    assert parse(["--method.target_modules=[q_proj, v_proj]"]).method.target_modules == expected
+
+
+def test_another_dataset_or_method_starts_from_its_own_defaults(file):
+    assert parse(["--data.dataset", "rows.jsonl"]).data == Data(dataset="rows.jsonl")
+    assert parse(file("data: {dataset: rows.jsonl, max_length: 99}")).data == Data(dataset="rows.jsonl", max_length=99)
+    assert parse(["--data.size", "100"]).data == dataclasses.replace(Recipe().data, size=100)
+    assert parse(["--method.type", "lora"]).method == LoRA()
+
+
+def test_changing_the_files_method_keeps_what_both_methods_have(file):
+    argv = file("method: {type: srlora, rank: 8, target_rank: 24, target_modules: [q_proj]}")
+    assert parse([*argv, "--method.type", "lora"]).method == LoRA(rank=8, target_modules=["q_proj"])
+    assert "rnak" in refusal(*file("method: {type: srlora, rnak: 8}"), "--method.type", "lora")
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=0"]])
+def test_what_the_deepspeed_launcher_adds_is_dropped(flag):
+    assert parse([*flag, "--seed", "7"]) == parse(["--seed", "7"])
+
+
+def test_a_saved_recipe_parses_back(tmp_path):
+    argv = "--method.type srlora --method.alpha 8 --method.target_modules q_proj,v_proj --learning_rate 3e-7 --adam_epsilon 1e-12"
+    recipe = parse([*argv.split(), "--data.dataset=r\u00e9ponses: #1.jsonl", "--output_dir", "null", "--data.split", "train[:5%]"])
+    for original in (recipe, Recipe(), dataclasses.replace(recipe, method=LoRA(use_rslora=True))):
+        save(original, tmp_path / "out" / "recipe.yaml")
+        assert parse(["--config_path", str(tmp_path / "out" / "recipe.yaml")]) == original
+
+
+def test_the_optimizer_gets_the_recipes_numbers():
+    argv = "--learning_rate 0.5 --adam_beta1 0.1 --adam_beta2 0.2 --adam_epsilon 0.3 --weight_decay 0.4 --max_grad_norm 0"
+    settings = optimization(parse([*argv.split(), "--gradient_accumulation_steps=6", "--per_device_train_batch_size=7"]))
+    assert (settings.learning_rate, settings.betas, settings.eps, settings.weight_decay) == (0.5, (0.1, 0.2), 0.3, 0.4)
+    assert (settings.max_grad_norm, settings.accumulation, settings.micro_batch) == (0.0, 6, 7)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("lora_r", "method.rank"),
+        ("lora_alpha", "method.alpha"),
+        ("lora_dropout", "method.dropout"),
+        ("lora_target_modules", "method.target_modules"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("max_seq_length", "data.max_length"),
+        ("cutoff_len", "data.max_length"),
+        ("bf16", "dtype bfloat16"),
+        ("fp16", "dtype bfloat16"),
+        ("rank", "method.rank"),  # without its section
+        ("learning-rate", "learning_rate"),
+        ("learing_rate", "learning_rate"),
+        ("method.rnk", "method.rank"),
+        ("data.max_len", "data.max_length"),
+        ("data.rank", "method.rank"),
+    ],
+)
+def test_an_unknown_setting_names_the_one_that_was_meant(file, key, meant):
+    for argv in ([f"--{key}", "8"], [f"--{key}=8"], file(f"{key}: 8\n")):
+        assert f"unknown setting '{key}'; did you mean {meant}" in refusal(*argv)
+
+
+def test_an_unknown_setting_without_a_likeness(file):
+    assert refusal("--xylophone", "8") == "unknown setting 'xylophone'; --help lists what there is"
+    assert "unknown setting 'method.task'" in refusal(*file("method: {type: lora, task: {a: 1}}"))
+
+
+def test_settings_that_do_not_exist_yet_are_not_taken_for_others():
+    for key in ("resume_from_checkpoint", "save_steps", "save_total_limit", "packing", "optim"):
+        assert refusal(f"--{key}", "8") == f"unknown setting '{key}'; --help lists what there is"
+
+
+def test_all_mistakes_are_told_at_once():
+    message = refusal("--lr", "1", "--epochs", "2", "--max_steps", "many")
+    assert [line.partition(";")[0] for line in message.splitlines()] == [
+        "unknown setting 'lr'", "unknown setting 'epochs'", "max_steps: 'many' is not a value of type int",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [["--method.type", "lora", "--method.target_rank", "9"], ["FILE"]])
+def test_a_setting_of_another_method_is_refused(file, argv):
+    argv = file("method: {type: lora, target_rank: 9}") if argv == ["FILE"] else argv
+    assert refusal(*argv) == "unknown setting 'method.target_rank': method.type lora does not have it"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--learning_rate abc", "learning_rate: 'abc' is not a value of type float"),
+        ("--max_steps 1.5", "max_steps: '1.5' is not a value of type int"),
+        ("--seed true", "seed: 'True' is not a value of type int"),
+        ("--dry_run maybe", "dry_run: 'maybe' is not a value of type true|false"),
+        ("--method.rank abc", "method.rank: 'abc' is not a value of type int"),
+        ("--method.alpha abc", "method.alpha: 'abc' is not a value of type float"),
+        ("--weight_decay [1]", "weight_decay: '[1]' is not a value of type float"),
+        ("--seed null", "seed needs a value (int)"),
+        ("--learning_rate", "--learning_rate needs a value"),
+        ("--data.task 3", "data.task: '3' is not a section"),
+        ("--method.target_modules 3", "method.target_modules: '3' is not a list; write a,b,c"),
+        ("--method lora", "method is a section of settings, not a value; did you mean method.type lora?"),
+        ("--method lora --method.rank 3", "method was given a value, 'lora', and is a section"),
+        ("--engine fsdp", "engine: 'fsdp' is not one of deepspeed, plain"),
+        ("--codec nf4", "codec: 'nf4' is not one of dense"),
+        ("--dtype float16", "dtype: 'float16' is not one of float32, bfloat16"),
+        ("--method.type lorra", "method.type: 'lorra' is not one of lora, "),
+        ("--seed 3 extra", "unexpected argument 'extra'"),
+        ("--config_path nowhere.yaml", "--config_path nowhere.yaml: No such file"),
+        ("--method.target_rank 3", "method.target_rank (3) must be at least method.rank (16)"),
+        ("--method.rank 0", "method.rank must be at least 1, not 0"),
+        ("--data.max_length 1", "data.max_length=1: must be at least 2"),
+        ("--learning_rate 0", "learning_rate must be above 0, not 0.0"),
+        ("--learning_rate nan", "learning_rate must be above 0, not nan"),
+        ("--max_grad_norm -1", "max_grad_norm must be at least 0"),
+        ("--adam_beta2 1", "adam_beta2 must be at least 0 and below 1"),
+        ("--max_steps 0", "max_steps must be at least 1, or -1"),
+        ("--max_steps 4 --warmup_steps 5", "warmup_steps (5) is more than max_steps (4)"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1"),
+        ("--output_dir=", "output_dir must name a folder"),
+        ("--model_name_or_path /nowhere", "model_name_or_path: /nowhere does not exist"),
+        ("--deepspeed nowhere.json", "deepspeed: nowhere.json is not a file"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_setting(argv, message):
+    assert message in refusal(*argv.split())
+
+
+def test_a_file_that_is_no_recipe_is_refused(file):
+    assert "is not YAML" in refusal(*file("method: {type: lora"))
+    assert "must hold settings" in refusal(*file("- lora\n"))
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path):
+    argv = ["--output_dir", str(tmp_path)]
+    validate(parse(argv))
+    (tmp_path / "adapter").mkdir()
+    assert "is not empty" in refusal(*argv)
+    validate(parse([*argv, "--overwrite_output_dir"]))
+    validate(parse([*argv, "--dry_run"]))  # writes nothing
+    assert "is a file" in refusal("--output_dir", __file__)
+
+
+def test_deepspeed_settings_are_found_here_and_beside_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert deepspeed_config(Recipe()) == ROOT / "ds_configs" / "zero3.json"
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{")
+    assert deepspeed_config(Recipe()).resolve() == (tmp_path / "ds_configs" / "zero3.json").resolve()
+    assert "is not JSON" in refusal("--output_dir", str(tmp_path / "out"))
+    validate(parse(["--engine", "plain", "--output_dir", str(tmp_path / "out")]))  # does not need the file
+
+
+def test_missing_packages_are_refused_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal("--output_dir", str(tmp_path))
+    assert "pip install deepspeed or --engine plain" in message
+    assert "tensorboard is not installed" in message
+    validate(parse(["--output_dir", str(tmp_path), "--engine", "plain", "--report_to", "none"]))
+
+
+# --- help -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_every_setting_with_its_type_default_and_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for key in command_line.settings(Recipe):
+        entry = text.partition(f"  --{key} ")[2].partition("\n  --")[0]
+        assert entry, f"--{key} is missing"
+        assert text.count(f"  --{key} ") == 1, f"--{key} comes twice"
+        assert "(default:" in entry or key == "method.alpha", entry  # alpha is unset
+        assert len(entry.split()) > 5 or key == "method.type", f"--{key} says too little: {entry}"
+    assert "--learning_rate float\n" in text and "(default: 0.001)" in text
+    assert "--engine {deepspeed,plain}" in text and "--method.type {lora," in text and "}  (default: srlora)" in text
+    assert "--data.max_length int" in text and "(default: 128)" in text  # the demo's, not the class's
+    for heading in HEADINGS.values():
+        assert f"\n{heading}:\n" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_tables_about_settings_name_settings():
+    keys = {*command_line.settings(Recipe), "config_path"}
+    assert set(HEADINGS) <= keys
+    assert {f"{section}.{key}" for section, key in IDENTITY.items()} <= keys
+    assert {meant.split()[0] for meant in SYNONYMS.values()} <= keys
+    assert not {name for name in SYNONYMS if name in keys}, "a synonym hides a setting"
+    assert set(Method.get_known_choices()) >= {"lora", "pissa", "srlora"}
