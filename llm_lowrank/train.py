@@ -94,7 +94,7 @@ def train(recipe: Recipe) -> None:
         for question, answer, expected, score in after.samples[:SAMPLES]:
             say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
         say(f"before training: {before}\nafter training:  {after}")
-        saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", str(run.source.path))
+        saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", run.source.name)
         say(f"adapter: {saved}")
     engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and saved is not None:

@@ -17,6 +17,7 @@ import datetime
 import difflib
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ class Zero(Engine):
         self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
         self.shards_parameters = self.stage == 3
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls two collectives by their old names
         # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed leaves
         # a lock on which every later start waits forever. gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False
@@ -140,7 +142,8 @@ class Zero(Engine):
             deepspeed.init_distributed(verbose=False)
         params = trainables(model)
         self.settings = settings
-        config = resolve(self.config, settings, self.world, max(p.numel() for p in params))
+        with self.together():
+            config = resolve(self.config, settings, self.world, max(p.numel() for p in params))
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, settings), config=config)
         self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is our AdamW over flat partitions
         return self.ds

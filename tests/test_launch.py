@@ -1,0 +1,178 @@
+"""launch/train.py as a user starts it: under deepspeed, torchrun and python, with good and with bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import tiny
+from tests.test_data import CHATML, byte_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29731")
+PYTHON = (sys.executable,)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model, its tokenizer and two data files."""
+    folder = tmp_path_factory.mktemp("launch")
+    tokenizer = byte_tokenizer(CHATML)
+    model = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "columns.jsonl").write_text('{"query": "2 + 2", "response": "4"}\n' * 3)
+    (folder / "empty.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"messages": 1, "prompt": "c", "completion": ""}\n')
+    (folder / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n' * 3)
+    return folder
+
+
+def recipe(place: Path, **changes: object) -> list[str]:
+    settings = {
+        "model_name_or_path": place / "model", "output_dir": place / "out", "data.dataset": place / "data.jsonl", "data.held_out": 8,
+        "data.max_length": 64, "max_steps": 6, "warmup_steps": 1, "logging_steps": 1, "method.type": "srlora", "method.rank": 4,
+        "method.target_rank": 8, "method.svd_cache": place / "svd", "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in {**settings, **changes}.items()]
+
+
+def launch(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def records(output: Path, kind: str) -> list[dict]:
+    return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> dict[str, Path]:
+    """The same recipe, global batch 8, under three launchers: into the weight, fp32."""
+    started = {
+        "python": (PYTHON, {"engine": "plain", "per_device_train_batch_size": 8}),
+        "torchrun": (TORCHRUN, {"engine": "plain", "gradient_accumulation_steps": 2}),
+        "deepspeed": (DEEPSPEED, {"engine": "deepspeed", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
+    }
+    outputs = {}
+    for name, (launcher, changes) in started.items():
+        outputs[name] = place / f"out-{name}"
+        done = launch(launcher, recipe(place, output_dir=outputs[name], **changes))
+        assert done.returncode == 0, f"{name}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        (outputs[name] / "said.txt").write_text(done.stdout)
+    return outputs
+
+
+def test_three_launchers_train_alike(runs):
+    losses = {name: [r["loss"] for r in records(output, "train")] for name, output in runs.items()}
+    assert len(losses["python"]) == 6
+    for name in ("torchrun", "deepspeed"):  # float32 sums in another order, over 6 steps of Adam
+        assert losses[name] == pytest.approx(losses["python"], rel=1e-4), name
+
+
+def test_a_run_learns_and_recomposes_on_schedule(runs):
+    for output in runs.values():
+        before, after = (r["loss"] for r in records(output, "eval"))
+        assert after < before
+        events = records(output, "exchange")
+        assert [(e["what"], e["step"], e["pairs"]) for e in events] == [("start", 0, 56), ("recompose", 2, 28), ("recompose", 4, 28)]
+        assert all(e["drift"] < 1e-6 and e["into"] == "weight" for e in events)
+
+
+def test_a_run_leaves_what_the_readme_promises(runs):
+    for output in runs.values():
+        settings = yaml.safe_load((output / "recipe.yaml").read_text())
+        assert settings["method"]["target_rank"] == 8
+        assert list((output / "tensorboard").glob("events.*"))
+        assert "held-out loss" in (output / "said.txt").read_text()
+        leftovers = [p.name for p in output.rglob("*") if "tmp" in p.name]
+        assert not leftovers
+
+
+def test_adapter_in_peft_and_merged_in_transformers_agree(runs, place):
+    tokens = torch.arange(24).view(2, 12)
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    untouched = base(tokens).logits
+    for output in runs.values():
+        merged = AutoModelForCausalLM.from_pretrained(output / "merged")(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), output / "adapter")(tokens).logits
+        assert (merged - adapted).abs().max() < 1e-4
+        assert (merged - untouched).abs().max() > 1e-2
+        assert AutoTokenizer.from_pretrained(output / "merged").chat_template == CHATML
+        assert load_file(output / "adapter/adapter_model.safetensors")
+
+
+def test_no_process_is_left_behind(runs, place):
+    processes = {p: p.joinpath("cmdline") for p in Path("/proc").iterdir() if p.name.isdigit()}
+    left = [p.name for p, line in processes.items() if line.exists() and str(place).encode() in line.read_bytes()]
+    assert not left
+
+
+BAD = {
+    "unknown key": ({"lora_r": 8}, "lora_r.*method.rank"),
+    "unknown method setting": ({"method.gama": 0.5}, "method.gama.*method.gamma"),
+    "target that matches nothing": ({"method.target_modules": "q_prj"}, "q_prj.*q_proj"),
+    "rank above min(m, n)": ({"method.rank": 15, "method.target_rank": 15}, r"rank.* 15 .*min\(m, n\) = 14"),
+    "target_rank below rank": ({"method.target_rank": 2}, "target_rank.*2.*rank.*4"),
+    "missing model": ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
+    "missing dataset": ({"data.dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "missing columns": ({"data.dataset": "{place}/columns.jsonl"}, "query.*response|prompt.*completion"),
+    "no completion token": ({"data.dataset": "{place}/silent.jsonl", "data.held_out": 1}, "row 0"),
+    "used output_dir": ({"output_dir": "{place}"}, "not empty"),
+    "too few steps for the switches": ({"max_steps": 1}, "steps"),
+    "value out of range": ({"learning_rate": -1}, "learning_rate"),
+}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("launch_train", ROOT / "launch/train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_readable_message(case, place, capsys, tmp_path):
+    changes, message = BAD[case]
+    changes = {"engine": "plain", "output_dir": tmp_path / "out", **{k: str(v).format(place=place) for k, v in changes.items()}}
+    assert load_script().main(recipe(place, **changes)) == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in said
+    assert re.search(message, said), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher, changes, message",
+    [
+        (TORCHRUN, {"engine": "plain", "method.target_modules": "q_prj"}, "q_proj"),
+        (TORCHRUN, {"engine": "plain", "unknown": 1}, "unknown"),
+        (DEEPSPEED, {"deepspeed": "{place}/fixed.json"}, "train_batch_size is 7 but the recipe asks for 4"),
+    ],
+    ids=["target", "key", "world size"],
+)
+def test_bad_input_ends_all_ranks(launcher, changes, message, place, tmp_path):
+    (place / "fixed.json").write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    changes = {"output_dir": tmp_path / "out", **{k: str(v).format(place=place) for k, v in changes.items()}}
+    done = launch(launcher, recipe(place, **changes))
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line and message in line]
+    assert len(said) == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not (tmp_path / "out").exists()
