@@ -57,15 +57,17 @@ class Pairs:
 
             B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T   =>   B A = (Q_B U sqrt(S)) (sqrt(S) V^T Q_A^T)
 
-        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. Works in
-        float64 without ever forming the (m, n) product; factors come back balanced, in the dtype of A.
+        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. So are those within
+        the rounding of this very computation: a sum that cancels has no pairs. Works in float64 without ever forming the
+        (m, n) product; factors come back balanced, in the dtypes of B and A.
         """
         if len(self) == 0:
             return self, 0.0
         q_b, r_b = torch.linalg.qr(self.B.double())
         q_a, r_a = torch.linalg.qr(self.A.double().T)
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        rank = int((s > tol * s[0]).sum())  # 0 for a zero product
+        rounding = len(self) * torch.finfo(s.dtype).eps * r_b.norm() * r_a.norm()
+        rank = int(((s > tol * s[0]) & (s > rounding)).sum())  # 0 for a zero product
         root = s[:rank].sqrt()
         small = Pairs(((q_b @ u[:, :rank]) * root).to(self.B.dtype), (root[:, None] * (vt[:rank] @ q_a.T)).to(self.A.dtype))
         return small, float(s[rank:].norm())

@@ -40,7 +40,8 @@ class Weight:
         """My rows, decoded, at least float32: (rows, n), zero where an element belongs to another rank."""
         count, n = self.rows.stop - self.rows.start, self.shape[1]
         if self.whole_rows:
-            block = self.codec.decode({k: v.view(count, -1) for k, v in self.parts.items()})
+            # the width is spelled out, for -1 is ambiguous on a rank that holds no row
+            block = self.codec.decode({k: v.view(count, v.numel() // max(count, 1)) for k, v in self.parts.items()}).reshape(count, n)
         else:
             run = self.codec.decode(self.parts)  # only elementwise codecs are cut within a row
             block = torch.nn.functional.pad(run, self.cut).view(count, n)

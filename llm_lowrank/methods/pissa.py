@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.exchange import Exchanged, exchange_
 from llm_lowrank.method import Method
 from llm_lowrank.pairs import Pairs
+from llm_lowrank.source import cache_dir
 from llm_lowrank.spectrum import Triplets, cached_triplets, top_triplets
 
 
@@ -35,8 +35,8 @@ class PiSSA(Method):
     """full SVD instead of the randomized one (slow for large weights)"""
     svd_placement: Literal["rank0", "spread"] = "rank0"
     """who decomposes: rank 0 for all modules, or every rank its share; the result is the same"""
-    svd_cache: str = "~/.cache/llm_lowrank/svd"
-    """folder that remembers singular directions of weights already seen; empty for none"""
+    svd_cache: str = "auto"
+    """folder that remembers singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none"""
     svd_seed: int = 0
     """seed of the randomized SVD"""
 
@@ -79,7 +79,7 @@ class PiSSA(Method):
         w = adapter.source()
         if tuple(w.shape) != adapter.shape:
             raise ValueError(f"{adapter.name}: the checkpoint holds {tuple(w.shape)}, the model {adapter.shape}")
-        cache = Path(os.path.expanduser(self.svd_cache)) if self.svd_cache else None
+        cache = cache_dir() / "svd" if self.svd_cache == "auto" else Path(self.svd_cache).expanduser() if self.svd_cache else None
         return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache)
 
 

@@ -1,0 +1,83 @@
+"""The point of the bank, on the real model: a bfloat16 weight rounds away part of what was learned, the bank nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import Batches, Data, load, pad_id
+from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.method import attach
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.source import DEMO, Source
+from llm_lowrank.train import summed_loss
+from tests import ranks
+
+# Shallow, middle and deep, attention and MLP; a part of the model, so that the test is short.
+MODULES = """layers.0.self_attn.q_proj layers.8.mlp.up_proj layers.15.self_attn.o_proj layers.22.mlp.gate_proj
+    layers.29.mlp.down_proj""".split()
+STEPS = 8
+
+
+def one_switch(into: str) -> dict:
+    """A few steps on real data, one switch: the layers' maps at the start, before and after the switch, and its report."""
+    source = Source.open(DEMO)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16)
+    method = SRLoRA(rank=8, target_rank=12, target_modules=MODULES, into=into, svd_cache="")
+    engine = Plain()
+    adapters = attach(model, method, Dense(torch.bfloat16))
+    for adapter in adapters:
+        adapter.source = partial(source.tensor, f"{adapter.name}.weight")
+    corpus = load(Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0)
+    batches = Batches(corpus.train, 4, 1, 0, 1, 0, pad_id(tokenizer), 1)
+    engine.wrap(model, Optimization(1e-3))
+    method.start(adapters, engine)
+
+    def maps() -> list[torch.Tensor]:
+        """W + s B A + s bank_B bank_A, in float64."""
+        found = []
+        for a in adapters:
+            factors = [engine.whole(p).double() for p in a.factors()]
+            parts = [b @ a_ for a_, b in zip(factors[::2], factors[1::2], strict=True)]
+            found.append(engine.weight(a).read().double() + method.scale * sum(parts))
+        return found
+
+    start = maps()
+    for step in range(STEPS):
+        for micro in batches.step(step):
+            engine.backward(summed_loss(model, micro, engine.device) / micro.tokens)
+        method.observe(adapters, engine)
+        engine.step(1e-3)
+    learned, stored = maps(), [engine.weight(a).read().clone() for a in adapters]
+    event = method.recompose(adapters, engine)
+    after = maps()
+    return {
+        "event": event,
+        "lost": [float((x - y).norm() / (y - z).norm()) for x, y, z in zip(after, learned, start, strict=True)],
+        "weight unchanged": all(torch.equal(engine.weight(a).read(), w) for a, w in zip(adapters, stored, strict=True)),
+    }
+
+
+@pytest.fixture(scope="module")
+def switches() -> dict[str, dict]:
+    return {into: ranks.run(1, one_switch, into, timeout=240)[0] for into in ("weight", "bank")}
+
+
+def test_a_bf16_weight_rounds_away_part_of_what_was_learned(switches):
+    event, lost = switches["weight"]["event"], switches["weight"]["lost"]
+    print(f"bf16, into weight: lost of what was learned {[f'{x:.0%}' for x in lost]}, of the update of W {event.lost:.1%}")
+    assert event.into == "weight" and event.lost > 0  # reported, and logged with every switch
+    assert min(lost) > 0.01
+
+
+def test_the_bank_loses_nothing(switches):
+    event, lost = switches["bank"]["event"], switches["bank"]["lost"]
+    assert event.into == "bank" and event.lost == 0
+    assert switches["bank"]["weight unchanged"]
+    assert max(lost) < 1e-12  # float64 sums of the same numbers in another order

@@ -1,0 +1,121 @@
+"""The learning rate at its corners and the switches of SRLoRA against their closed form."""
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.schedule import learning_rate, switches
+
+SHAPES = ("cosine", "linear", "constant")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_warm_up_starts_at_peak_over_warmup_and_reaches_the_peak_with_its_last_step(shape):
+    rates = [learning_rate(step, 20, 0.5, 4, shape) for step in range(20)]
+    assert rates[:4] == [0.125, 0.25, 0.375, 0.5]
+    assert rates[4] == 0.5  # the shape starts where warm-up ended
+    assert max(rates) == 0.5 and min(rates) > 0  # no step is wasted at rate 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_warm_up_the_first_step_has_the_peak(shape):
+    assert learning_rate(0, 10, 3e-4, 0, shape) == 3e-4
+
+
+def test_cosine_linear_and_constant_are_their_equations_after_warm_up():
+    peak, warmup, total = 0.4, 3, 13
+    for step in range(warmup, total):
+        done = (step - warmup) / 10
+        assert learning_rate(step, total, peak, warmup, "cosine") == pytest.approx(peak * math.cos(math.pi * done / 2) ** 2, abs=1e-15)
+        assert learning_rate(step, total, peak, warmup, "linear") == pytest.approx(peak * (total - step) / 10, abs=1e-15)
+        assert learning_rate(step, total, peak, warmup, "constant") == peak
+    assert learning_rate(8, total, peak, warmup, "cosine") == pytest.approx(peak / 2)  # half way
+    assert learning_rate(12, total, peak, warmup, "linear") == pytest.approx(peak / 10)  # the last step still moves
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("total,warmup", [(1, 0), (1, 1), (4, 4), (4, 9), (2, 1)])
+def test_short_runs_and_long_warm_ups_give_a_rate_for_every_step(shape, total, warmup):
+    for step in range(total):
+        assert 0 < learning_rate(step, total, 1.0, warmup, shape) <= 1.0
+    assert learning_rate(0, total, 1.0, warmup, shape) == (1 / warmup if warmup else 1.0)
+
+
+@given(st.sampled_from(SHAPES), st.integers(1, 200), st.integers(0, 200))
+def test_the_rate_rises_through_warm_up_and_never_rises_after(shape, total, warmup):
+    rates = [learning_rate(step, total, 1.0, warmup, shape) for step in range(total)]
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+# ---- switches
+
+
+@pytest.mark.parametrize(
+    "total,rank,target,swap,paper,expected",
+    [
+        (30, 8, 16, 4, False, ((10, 4), (20, 4))),
+        (30, 8, 16, 4, True, ((15, 4), (30, 4))),
+        (100, 8, 18, 4, False, ((25, 4), (50, 4), (75, 2))),  # the last switch takes what is left
+        (99, 8, 18, 4, True, ((33, 4), (66, 4), (99, 2))),
+        (10, 8, 9, 4, False, ((5, 1),)),
+        (100, 8, 32, 8, False, ((25, 8), (50, 8), (75, 8))),
+        (7, 2, 5, 1, False, ((2, 1), (4, 1), (5, 1))),  # 1.75, 3.5, 5.25: halves go to the even neighbour
+        (3, 8, 12, 2, False, ((1, 2), (2, 2))),
+        (2, 8, 12, 2, True, ((1, 2), (2, 2))),
+    ],
+)
+def test_switches_at_hand(total, rank, target, swap, paper, expected):
+    assert switches(total, rank, target, swap, paper) == expected
+
+
+@given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.booleans())
+def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
+    count = -(-spare // swap)
+    nearest = [Fraction(k * total, count if paper else count + 1) for k in range(1, count + 1)]
+    try:
+        found = switches(total, rank, rank + spare, swap, paper)
+    except ValueError as error:
+        assert f"{count} switches do not fit into {total} steps" in str(error)
+        assert total < 2 * (count + 1)  # with two steps or more between switches, rounding cannot bring two together
+        return
+    steps, taken = [step for step, _ in found], [pairs for _, pairs in found]
+    assert len(found) == count
+    assert all(abs(step - exact) <= Fraction(1, 2) for step, exact in zip(steps, nearest, strict=True))
+    assert steps == sorted(set(steps)) and steps[0] >= 1  # apart, and never before the first step
+    assert steps[-1] == total if paper else steps[-1] < total  # ours leaves steps for the last fresh pairs
+    assert sum(taken) == spare and set(taken[:-1]) <= {swap} and 1 <= taken[-1] <= swap
+
+
+@pytest.mark.parametrize(
+    "total,paper", [(1, False), (2, False), (3, False), (4, False), (3, True), (1, True)], ids=lambda value: str(value)
+)
+def test_switches_are_refused_when_steps_do_not_suffice(total, paper):
+    with pytest.raises(ValueError, match=f"4 switches do not fit into {total} steps; lower target_rank, raise gamma or train longer"):
+        switches(total, 4, 12, 2, paper)
+
+
+@pytest.mark.parametrize("total,paper", [(5, False), (4, True)])
+def test_switches_fit_as_soon_as_every_step_can_hold_one(total, paper):
+    assert [step for step, _ in switches(total, 4, 12, 2, paper)] == [1, 2, 3, 4]
+
+
+def test_srlora_without_spare_directions_has_no_switch():
+    assert SRLoRA(rank=8, target_rank=8).schedule(100) == ()
+    assert SRLoRA(rank=8, target_rank=8).schedule(1) == ()
+
+
+@pytest.mark.parametrize("gamma,swap", [(0.5, 4), (1.0, 8), (0.01, 1), (0.3, 2), (0.125, 1)])
+def test_srlora_swaps_gamma_times_rank_pairs_but_at_least_one(gamma, swap):
+    method = SRLoRA(rank=8, target_rank=16, gamma=gamma)
+    assert method.swap == swap
+    assert method.schedule(400) == tuple(step for step, _ in switches(400, 8, 16, swap))
+
+
+def test_srlora_paper_schedule_switches_last_at_the_end():
+    assert SRLoRA(rank=8, target_rank=16, paper_schedule=True).schedule(40) == (20, 40)
+    assert SRLoRA(rank=8, target_rank=16).schedule(40) == (13, 27)
