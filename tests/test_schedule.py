@@ -76,13 +76,13 @@ def test_switches_at_hand(total, rank, target, swap, paper, expected):
 @given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.booleans())
 def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
     count = -(-spare // swap)
-    nearest = [Fraction(k * total, count if paper else count + 1) for k in range(1, count + 1)]
-    try:
-        found = switches(total, rank, rank + spare, swap, paper)
-    except ValueError as error:
-        assert f"{count} switches do not fit into {total} steps" in str(error)
-        assert total < 2 * (count + 1)  # with two steps or more between switches, rounding cannot bring two together
+    parts = count if paper else count + 1
+    if total < parts:  # one step or more between switches: rounding cannot bring two together; less: it must
+        with pytest.raises(ValueError, match=f"{count} switches do not fit into {total} steps"):
+            switches(total, rank, rank + spare, swap, paper)
         return
+    found = switches(total, rank, rank + spare, swap, paper)
+    nearest = [Fraction(k * total, parts) for k in range(1, count + 1)]
     steps, taken = [step for step, _ in found], [pairs for _, pairs in found]
     assert len(found) == count
     assert all(abs(step - exact) <= Fraction(1, 2) for step, exact in zip(steps, nearest, strict=True))

@@ -1,0 +1,340 @@
+"""The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested by an entry in METHODS.
+
+A cell is one short run: attach, wrap, start, six steps with the method's own schedule of recompositions, export. It is lived
+once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3 divides 43, nor 3 x 14.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llm_lowrank.export import merge, save_adapter
+from llm_lowrank.functional import adapter_linear
+from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.pairs import Pairs
+from llm_lowrank.source import Source
+from tests import ranks
+from tests.tiny import DTYPES, Trainee, batch, llama
+
+STEPS = 6
+MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]  # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
+COMMON = dict(rank=4, target_modules=MODULES)
+SRLORA = dict(COMMON, alpha=6, target_rank=7, gamma=0.5, svd_cache="")  # s = 1.5; switches of 2 and 1 pairs after steps 2 and 4
+METHODS: dict[str, Method] = {
+    "lora": LoRA(**COMMON),
+    "lora-rslora": LoRA(**COMMON, alpha=6, use_rslora=True),  # s = 3
+    "pissa": PiSSA(**COMMON, svd_cache=""),
+    "srlora-weight": SRLoRA(**SRLORA, into="weight"),
+    "srlora-bank": SRLoRA(**SRLORA, into="bank"),
+}
+ENGINES = [("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 1), ("zero3", 2), ("zero3", 3)]
+CELLS = [(method, engine, world, dtype) for method in METHODS for engine, world in ENGINES for dtype in DTYPES]
+Cell = tuple[str, str, int, str]
+
+
+def over(cells: list[Cell]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("cell", cells, ids=["-".join(map(str, cell)) for cell in cells])
+
+
+# --- one life ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Snapshot:
+    logits: Tensor  # what the wrapped model answers
+    factors: dict[str, list[Tensor]]  # module -> A, B and perhaps the bank's, as the forward sees them
+    weights: dict[str, Tensor]  # module -> W in its stored type, as the forward sees it
+    ledger: dict[str, int]  # module -> entries so far (rank 0)
+
+    @classmethod
+    def take(cls, t: Trainee) -> Snapshot:
+        def whole(p: torch.nn.Parameter) -> Tensor:
+            return t.engine.whole(p).cpu()
+
+        factors = {a.name: [whole(p) for p in a.factors()] for a in t.adapters}
+        return cls(t.logits(), factors, {a.name: whole(a.weight) for a in t.adapters}, {a.name: len(a.ledger) for a in t.adapters})
+
+    def pairs(self, name: str) -> Pairs:
+        """Trainable and bank pairs together."""
+        factors = self.factors[name]
+        return Pairs.cat([Pairs(b, a) for a, b in zip(factors[::2], factors[1::2], strict=True)])
+
+    def layer(self, name: str, scale: float) -> Tensor:
+        """W + s B A + s bank_B bank_A in float64."""
+        return self.weights[name].double() + scale * self.pairs(name).to(dtype=torch.float64).product()
+
+    def output(self, name: str, scale: float) -> Tensor:
+        """What the layer answers to a probe of its own type."""
+        w, factors = self.weights[name], self.factors[name]
+        x = torch.randn(64, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.dtype)
+        return adapter_linear(x, (w,), lambda w: w, *factors[:2], scale, None, *factors[2:])
+
+
+@dataclass
+class Life:
+    original: dict[str, Tensor]  # W of the checkpoint, by module
+    base: Tensor  # logits of the untouched model
+    attached: Tensor  # logits once adapters are attached and sharded
+    started: Snapshot
+    exchanges: list[tuple[Snapshot, Snapshot]]  # before and after every recomposition
+    final: Snapshot
+    losses: list[float]
+    norms: list[float]  # of the gradient
+    ledger: dict[str, list[Pairs]]
+    parameters: list[list[tuple]]  # (name, identity, shape, requires_grad) of every parameter: attached, started, after every step
+
+
+def shape_of(p: torch.nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(p, "ds_shape", p.shape))  # ZeRO-3 leaves an empty p.data
+
+
+def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str) -> Life:
+    untouched = llama(dtype)
+    t = Trainee(method, engine, dtype, accumulation)
+    for adapter in t.adapters:
+        adapter.source = lambda name=adapter.name: untouched.state_dict()[f"{name}.weight"]  # as in a run from a checkpoint
+
+    def parameters() -> list[tuple]:
+        return [(name, id(p), shape_of(p), p.requires_grad) for name, p in t.model.named_parameters()]
+
+    with torch.no_grad():
+        base = untouched(input_ids=batch(99)).logits.float()
+    attached, history = t.logits(), [parameters()]
+    method.start(t.adapters, t.engine)
+    started, exchanges, losses, norms = Snapshot.take(t), [], [], []
+    history.append(parameters())
+    for step in range(STEPS):
+        loss = t.forward_backward(step)
+        method.observe(t.adapters, t.engine)
+        norms.append(t.engine.step(1e-2))
+        losses.append(float(t.engine.sum(torch.tensor(loss))))
+        if step + 1 in method.schedule(STEPS):
+            before = Snapshot.take(t)
+            method.recompose(t.adapters, t.engine)
+            exchanges.append((before, Snapshot.take(t)))
+        history.append(parameters())
+    final = Snapshot.take(t)
+    save_adapter(t.engine, t.adapters, method, folder, "base")
+    original = {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}
+    return Life(original, base, attached, started, exchanges, final, losses, norms, {a.name: a.ledger for a in t.adapters}, history)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    for dtype in DTYPES:
+        llama(dtype).save_pretrained(folder / dtype)
+    return {dtype: folder / dtype for dtype in DTYPES}
+
+
+Lives = Callable[..., tuple[list[Life], Path]]
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory) -> Lives:
+    """cell -> what every rank saw, and the folder of the exported adapter. Lived once, also if it failed."""
+    known: dict[tuple, tuple[list[Life], Path] | ranks.RanksFailed] = {}
+
+    def lived(method: str, engine: str, world: int, dtype: str, accumulation: int = 1) -> tuple[list[Life], Path]:
+        key = (method, engine, world, dtype, accumulation)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("adapter")
+            try:
+                known[key] = ranks.run(world, live, METHODS[method], engine, dtype, accumulation, str(folder)), folder
+            except ranks.RanksFailed as failure:
+                known[key] = failure
+        found = known[key]
+        if isinstance(found, ranks.RanksFailed):
+            raise found
+        return found
+
+    return lived
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------------------
+
+FLOAT32 = 1e-6  # relative, of a norm: a dozen times the unit of rounding 2^-24, for two layers one after the other
+# Logits of two bf16 models that are equal but for the place of their roundings. Each of about 2 x 14 results on the way is rounded by
+# 0.6 x 2^-9 (rms), in either model on its own: sqrt(2 x 28) x 0.6 x 2^-9 = 0.9 %. Measured 1.3 %; what is wrong is off by 100 %.
+BF16_LOGITS = 2**-5
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+def half_ulp(w: Tensor) -> Tensor:
+    """Half a unit in the last place of bfloat16, which has 8 significant bits: |w| = f 2^e with f in [1/2, 1), ulp = 2^(e - 8)."""
+    return torch.ldexp(torch.ones_like(w), torch.frexp(w.abs().clamp_min(1e-30)).exponent - 9)
+
+
+def rounding(w: Tensor, updates: list[Pairs]) -> Tensor:
+    """How far a bfloat16 W can be from w + the sum of the updates when each of them is added in float32 and rounded once, elementwise."""
+    exact, bound = w.double(), torch.zeros_like(w, dtype=torch.float64)
+    for update in updates:
+        exact = exact + update.to(dtype=torch.float64).product()
+        bound += half_ulp(exact.abs() + bound)  # what is rounded differs from `exact` by the roundings before
+    return bound + FLOAT32 * exact.abs().max()  # and by the float32 arithmetic
+
+
+# --- the laws ---------------------------------------------------------------------------------------------------------------------
+
+
+@over(CELLS)
+def test_attaching_keeps_the_function_bitwise(lives, cell):
+    life = lives(*cell)[0][0]
+    assert torch.equal(life.attached, life.base)  # B and the bank are zero: y + 0
+
+
+@over(CELLS)
+def test_start_keeps_the_function(lives, cell):
+    method, _, _, dtype = cell
+    life, scale = lives(*cell)[0][0], METHODS[method].scale
+    assert relative(life.started.logits, life.base) <= (FLOAT32 if dtype == "fp32" else BF16_LOGITS)
+    for name, w in life.original.items():
+        layer, entries = life.started.layer(name, scale), life.ledger[name][: life.started.ledger[name]]
+        if dtype == "fp32":
+            assert relative(layer, w) <= FLOAT32, name
+        else:  # W was rounded once per entry of the ledger, by half a unit in the last place of what was stored
+            assert ((layer - w.double()).abs() <= rounding(w, entries)).all(), name
+        assert bool(entries) == isinstance(METHODS[method], PiSSA), "principal pairs left W, or nothing did"
+
+
+RECOMPOSING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
+
+
+@over(RECOMPOSING)
+def test_recompose_keeps_the_function(lives, cell):
+    method, _, _, dtype = cell
+    life, scale = lives(*cell)[0][0], METHODS[method].scale
+    assert len(life.exchanges) == 2
+    for before, after in life.exchanges:
+        banked = method == "srlora-bank"
+        for name in life.original:
+            was, now = before.output(name, scale), after.output(name, scale)
+            if dtype == "fp32":
+                assert relative(now, was) <= FLOAT32, name
+            elif banked:  # one summation in another order: float32 inside a bf16 product, then one rounding
+                assert ((now - was).abs().double() <= 2 * half_ulp(torch.maximum(now.abs(), was.abs()).double())).all(), name
+            else:
+                update = life.ledger[name][before.ledger[name] : after.ledger[name]]
+                difference = after.layer(name, scale) - before.layer(name, scale)
+                assert (difference.abs() <= rounding(before.weights[name], update)).all(), name
+                assert len(update) == 1, name
+            assert not torch.equal(after.factors[name][0], before.factors[name][0]), "nothing was exchanged"
+        assert relative(after.logits, before.logits) <= (FLOAT32 if dtype == "fp32" else BF16_LOGITS)
+
+
+@over([cell for cell in RECOMPOSING if cell[0].endswith("bank")])
+def test_into_the_bank_pairs_move_bitwise_and_the_bytes_of_w_never_change(lives, cell):
+    life = lives(*cell)[0][0]
+    for before, after in life.exchanges:
+        for name in life.original:
+            assert torch.equal(rows(before.pairs(name)), rows(after.pairs(name))), name
+            assert before.ledger[name] == after.ledger[name] == life.started.ledger[name], name
+    for name, stored in life.started.weights.items():
+        assert torch.equal(stored.view(torch.uint8), life.final.weights[name].view(torch.uint8)), name
+
+
+def rows(pairs: Pairs) -> Tensor:
+    """The pairs as a set: (b_k, a_k) bit by bit, sorted."""
+    bits = torch.cat([pairs.B.T, pairs.A], 1).view(torch.int32)  # (k, m + n)
+    return torch.tensor(sorted(bits.tolist()))
+
+
+@over([cell for cell in CELLS if cell[1:3] != ("plain", 1)])
+def test_sharded_steps_equal_one_process(lives, cell):
+    """With exchanges in between. Gradient norms too, as Adam would hide a gradient of the wrong size."""
+    method, _, world, dtype = cell
+    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike; what is left is
+    # the order of float32 sums, and the few entries of A and B that this takes across a rounding border of their bf16 copies.
+    reference = lives(method, "plain", 1, dtype, world if dtype == "bf16" else 1)[0][0]
+    life = lives(*cell)[0][0]
+    assert len(life.losses) == STEPS and life.losses[-1] < life.losses[0]
+    loose = dtype == "bf16"
+    assert life.losses == pytest.approx(reference.losses, rel=2e-3 if loose else 2e-6)
+    assert life.norms == pytest.approx(reference.norms, rel=2e-2 if loose else 2e-5)
+    scale = METHODS[method].scale
+    apart, moved = 0.0, 0.0
+    for name in life.original:
+        was, wanted = reference.started.layer(name, scale), reference.final.layer(name, scale)
+        apart += float((life.final.layer(name, scale) - wanted).norm() ** 2)
+        moved += float((wanted - was).norm() ** 2)
+        if not loose:  # the same pairs were chosen: any other choice is off by 100 %
+            for found, factor in zip(life.final.factors[name], reference.final.factors[name], strict=True):
+                assert relative(found, factor) <= 1e-5, name
+    # Adam divides by sqrt(v): an entry whose gradient nearly cancels turns a relative error of 1e-7 into more. Measured 2e-6 and 1e-2.
+    assert apart**0.5 <= (5e-2 if loose else 2e-5) * moved**0.5
+
+
+@over([cell for cell in CELLS if cell[2] > 1])
+def test_every_rank_computes_the_same_function(lives, cell):
+    first, *others = lives(*cell)[0]
+    for life in others:
+        assert torch.equal(life.final.logits, first.final.logits)
+        assert life.losses == first.losses and life.norms == first.norms
+        assert not any(life.ledger.values()), "the ledger is rank 0's"
+
+
+@over(CELLS)
+def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
+    method, _, _, dtype = cell
+    (life, *_), folder = lives(*cell)
+    wanted, scale = life.final.logits, METHODS[method].scale
+
+    exported = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    s = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    for name, w in life.original.items():
+        a, b = (exported[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "AB")
+        portable, layer = w.double() + s * b @ a, life.final.layer(name, scale)
+        if dtype == "fp32":
+            assert relative(portable, layer) <= FLOAT32, name
+        else:  # the adapter holds what was asked of W, W holds it rounded
+            assert ((portable - layer).abs() <= rounding(w, life.ledger[name])).all(), name
+        assert relative(portable, w) > 1e-3, "training changed nothing"
+
+    merge(Source.open(str(bases[dtype])), folder, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    through_peft = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[dtype]), folder)
+    for model in (merged, through_peft):
+        with torch.no_grad():
+            found = model.eval()(input_ids=batch(99)).logits.float()
+        if dtype == "fp32":
+            assert (found - wanted).abs().max() <= 1e-4
+        else:
+            assert relative(found, wanted) <= BF16_LOGITS
+    assert relative(life.base, wanted) > 2 * BF16_LOGITS, "the untouched base would have passed"
+
+
+@over(CELLS)
+def test_trainables_keep_number_shape_and_identity(lives, cell):
+    method = METHODS[cell[0]]
+    for life in lives(*cell)[0]:
+        first = life.parameters[0]
+        assert len(life.parameters) == 2 + STEPS and all(later == first for later in life.parameters)
+        expected = {}
+        for name, w in life.original.items():
+            m, n = w.shape
+            expected |= {f"{name}.A": (method.rank, n), f"{name}.B": (m, method.rank)}
+        assert {name: shape for name, _, shape, trained in first if trained} == expected
+        assert len({identity for _, identity, _, _ in first}) == len(first)
+
+
+def test_every_registered_method_is_under_the_laws():
+    registered = {kind for kind in Method.get_known_choices().values() if kind.__module__.startswith("llm_lowrank.")}
+    assert registered == {type(method) for method in METHODS.values()}
+    assert {engine for engine, _ in ENGINES} == {"plain", "zero1", "zero2", "zero3"}
