@@ -34,17 +34,19 @@ def main(argv: list[str]) -> int:
         return leave()
     except (ValueError, OSError, ImportError) as error:
         return refuse(str(error) if RANK == 0 else f"rank {RANK}: {error}")
+    except FloatingPointError as error:  # all ranks have the same gradient norm
+        return refuse(str(error), 1) if RANK == 0 else leave(1)
     return 0
 
 
-def refuse(message: str) -> int:
+def refuse(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
+    return code
 
 
-def leave() -> int:
+def leave(code: int = 2) -> int:
     time.sleep(GRACE)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -60,18 +60,13 @@ class Adapter(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout and self.training:
             # Only the trainable branch sees the dropped input, so it cannot share x with the fused product.
-            y = adapter_linear(x, self.parts(), self.decode, self._none_A, self._none_B, self.scale, self.bias, self.bank_A, self.bank_B)
+            if self.bank_A is None or self.bank_B is None:
+                y = super().forward(x)
+            else:
+                y = adapter_linear(x, self.parts(), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
             dropped = F.dropout(x, self.dropout)
             return y + self.scale * F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
         return adapter_linear(x, self.parts(), self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
-
-    @property
-    def _none_A(self) -> Tensor:
-        return self.A.new_zeros(0, self.shape[1])
-
-    @property
-    def _none_B(self) -> Tensor:
-        return self.B.new_zeros(self.shape[0], 0)
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """A, B and, if there is one, the bank's."""

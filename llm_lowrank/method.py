@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import draccus
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Codec, Dense
+from llm_lowrank.codecs import Codec
 
 if TYPE_CHECKING:
     from llm_lowrank.engines.base import Engine
@@ -85,11 +84,6 @@ class Method(draccus.ChoiceRegistry):
     def recompose(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
         """After a step of the schedule. Collective."""
         return None
-
-
-def holds_small_updates(codec: Codec) -> bool:
-    """Whether an update of a thousandth of W survives being stored: float32 (and float64) only."""
-    return isinstance(codec, Dense) and torch.finfo(codec.dtype).bits >= 32
 
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:

@@ -111,7 +111,7 @@ class Recipe:
     seed: int = 42
     """Of the split, the order of the samples, dropout and the adapters' start."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """The peak, after warm-up."""
     weight_decay: float = 0.0
     """Decoupled, on the adapters."""

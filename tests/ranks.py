@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -35,9 +36,11 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
     while (job := pipe.recv()) is not None:
         body, args, kwargs = job
         try:
-            pipe.send((True, body(*args, **kwargs)))
+            answer = (True, body(*args, **kwargs))
         except BaseException:  # noqa: BLE001 - sent to the test
-            pipe.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        # pickled here: the pipe's own pickler would send every tensor as an open file, and a test soon runs out of them
+        pipe.send_bytes(pickle.dumps(answer))
 
 
 class Pool:
@@ -67,7 +70,7 @@ class Pool:
                 if not pipe.poll(max(0.0, limit - time.monotonic())):
                     failures.append((rank, f"no answer within {timeout:g} s" if not failures else "still waiting"))
                     continue
-                good, results[rank] = pipe.recv()
+                good, results[rank] = pickle.loads(pipe.recv_bytes())
                 if not good:
                     failures.append((rank, results[rank]))
             except EOFError:

@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_lowrank.data import Question
 from llm_lowrank.generate import accuracy, answer
+from llm_lowrank.methods.lora import LoRA
+from tests import ranks, tiny
 
 WORDS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["</s>"]
 NEW = 6
@@ -14,6 +16,10 @@ NEW = 6
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["</s>"])
@@ -119,3 +125,24 @@ def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, wo
 def test_a_rank_without_a_question_still_takes_part(model, tokenizer):
     report = accuracy(model, tokenizer, questions(model, 1), 1, 2, lambda local: local + 1, NEW, 2, synced=False)
     assert report.samples == [] and report.count == 1
+
+
+def _is_even(text: str) -> float:
+    return float(len(text) % 2 == 0)
+
+
+def _on_zero3(count: int) -> tuple[float, int, list[tuple[str, str]]]:
+    """Words of 26 letters; the score depends on the answer, so that it tells wrong answers apart."""
+    trainee = tiny.Trainee(LoRA(rank=4), "zero3", vocab_size=len(WORDS))
+    asked = [Question([k % 26, 3 * k % 26][: 1 + k % 2], str(k), _is_even, "x") for k in range(count)]
+    engine = trainee.engine
+    report = accuracy(trainee.model, word_tokenizer(), asked, engine.rank, engine.world, engine.sum, NEW, batch_size=2, synced=engine.world > 1)
+    return report.mean_score, report.count, [sample[:2] for sample in report.samples]
+
+
+@pytest.mark.parametrize("count", [3, 4])  # uneven and even shares
+def test_a_model_sharded_by_zero3_answers_as_one_process(count):
+    ((score, total, answers),) = ranks.run(1, _on_zero3, count)
+    both = ranks.run(2, _on_zero3, count)
+    assert total == count and all((score, total) == found[:2] for found in both)
+    assert sorted(both[0][2] + both[1][2]) == sorted(answers)

@@ -86,7 +86,7 @@ def test_read_gives_my_rows_with_zeros_where_others_hold_the_element(cut):
 @given(cuts(), st.sampled_from(DTYPES))
 def test_products_and_row_norms_are_those_of_the_whole_on_every_rank(cut, dtype):
     flat = cut.integers(cut.m * cut.n).to(dtype)
-    weights, w = cut.weights(flat), flat.view(cut.m, cut.n).double()
+    weights, w = cut.weights(flat), flat.view(cut.m, cut.n).double().clone()
     wide = torch.promote_types(dtype, torch.float32)
     x, y = cut.integers(cut.n, 3).to(wide), cut.integers(cut.m, 2).to(wide)
     for found in over_ranks(weights, lambda weight: weight.matmul(x)):
@@ -117,7 +117,7 @@ def test_write_stores_my_elements_and_ignores_those_of_others(cut, dtype):
 def test_add_over_all_ranks_is_w_plus_the_product_and_counts_right(cut, k, dtype):
     # whole numbers up to 4 + 3 * 16 fit every type: nothing may be lost
     flat = cut.integers(cut.m * cut.n).to(dtype)
-    before = flat.view(cut.m, cut.n).double()
+    before = flat.view(cut.m, cut.n).double().clone()  # a float64 W would be the same tensor
     wide = torch.promote_types(dtype, torch.float32)
     left, right = cut.integers(cut.m, k).to(wide), cut.integers(k, cut.n).to(wide)
     update = left.double() @ right.double()
@@ -146,7 +146,7 @@ def test_add_on_one_rank_leaves_elements_of_others_untouched_and_counts_its_own_
 @given(cuts(), st.sampled_from([1e-3, 1e-2, 1.0]))
 def test_add_measures_what_bf16_rounding_took(cut, size):
     flat = cut.normal(cut.m * cut.n).bfloat16()
-    before = flat.view(cut.m, cut.n).double()
+    before = flat.view(cut.m, cut.n).double().clone()  # a float64 W would be the same tensor
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
     found = sum(weight.add_(left, right) for weight in cut.weights(flat))
@@ -163,7 +163,7 @@ def test_add_measures_what_bf16_rounding_took(cut, size):
 @given(cuts(), st.sampled_from([1e-3, 1e-2, 1.0]))
 def test_add_to_a_float32_weight_loses_its_rounding_only(cut, size):
     flat = cut.normal(cut.m * cut.n)
-    before = flat.view(cut.m, cut.n).double()
+    before = flat.view(cut.m, cut.n).double().clone()  # a float64 W would be the same tensor
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
     found = sum(weight.add_(left, right) for weight in cut.weights(flat))
@@ -177,7 +177,7 @@ def test_add_to_a_float32_weight_loses_its_rounding_only(cut, size):
 @pytest.mark.parametrize("bounds", [[0, 15], [0, 4, 11, 15]], ids=["whole", "cut"])
 @pytest.mark.parametrize(
     "ulps,stored",
-    [(1.0, 1.0), (0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (0.5, 0.0), (2.0, 2.0), (-0.25, -0.5), (0.0, 0.0)],
+    [(0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 1.0), (1.0, 1.0), (1.25, 1.0), (2.0, 2.0), (-0.25, 0.0), (-0.375, -0.5)],
 )
 def test_lost_and_changed_follow_the_rounding_of_a_bf16_one(bounds, ulps, stored):
     # around 1 the spacing of bf16 is u = 2^-7 above and u / 2 below; ties go to the even neighbour, which 1 is
@@ -185,8 +185,6 @@ def test_lost_and_changed_follow_the_rounding_of_a_bf16_one(bounds, ulps, stored
     flat = torch.ones(15, dtype=torch.bfloat16)
     left, right = torch.full((5, 1), ulps * u), torch.ones(1, 3)
     expected = [15 * (ulps * u) ** 2, 15 * ((ulps - stored) * u) ** 2, 15.0 if stored else 0.0]
-    if ulps == -0.25:  # half of the spacing below 1: a tie, which goes to the even 1
-        expected, stored = [15 * (ulps * u) ** 2, 15 * (ulps * u) ** 2, 0.0], 0.0
     assert sum(w.add_(left, right) for w in Cut(5, 3, bounds, 0).weights(flat)).tolist() == expected
     assert flat.tolist() == [1 + stored * u] * 15
 

@@ -14,6 +14,10 @@ class Dense:
 
     dtype: torch.dtype = torch.float32
 
+    @property
+    def holds_small_updates(self) -> bool:
+        return torch.finfo(self.dtype).bits >= 32
+
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         return {"weight": w.to(self.dtype)}
 

@@ -23,7 +23,7 @@ from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.exchange import Exchanged, Moments, exchange_, stock_bank_
-from llm_lowrank.method import Method, holds_small_updates
+from llm_lowrank.method import Method
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.schedule import switches
@@ -65,7 +65,7 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def bank(self, codec: Codec) -> int:
-        weight = self.into == "weight" or (self.into == "auto" and holds_small_updates(codec))
+        weight = self.into == "weight" or (self.into == "auto" and codec.holds_small_updates)
         return 0 if weight else self.target_rank - self.rank
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
