@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ def train(recipe: Recipe) -> None:
     model = engine.wrap(run.model, optimization(recipe))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
     if engine.main:
+        clear(Path(recipe.output_dir))
         save(recipe, Path(recipe.output_dir) / "recipe.yaml")
     with Metrics(recipe.output_dir, recipe.report_to == "tensorboard", engine.main) as metrics:
         say(opening(recipe, engine, run))
@@ -64,31 +66,32 @@ def train(recipe: Recipe) -> None:
         if (event := method.start(adapters, engine)) is not None:
             say(log_exchange(metrics, 0, "start", event))
 
-        bar = tqdm(total=total, desc="train", unit="step", disable=not engine.main)
         seen = Seen()
-        for step in range(1, total + 1):
-            rate = learning_rate(step - 1, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
-            for micro in run.batches.step(step - 1):
-                loss = summed_loss(model, micro, engine.device) / micro.tokens
-                engine.backward(loss)
-                seen.add(loss, micro)
-            method.observe(adapters, engine)
-            norm = engine.step(rate)
-            if not norm < float("inf"):
-                raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
-            if step in run.recompositions and (event := method.recompose(adapters, engine)) is not None:
-                say(log_exchange(metrics, step, "recompose", event))
-            bar.update()
-            if step % recipe.logging_steps == 0 or step == total:
-                record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": rate, "grad_norm": norm}
-                metrics.write("train", step, **record)
-                upcoming = next((s for s in run.recompositions if s > step), None)
-                bar.set_postfix(
-                    loss=f"{record['loss']:.4f}", lr=f"{rate:.2e}", tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming
-                )
-            if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
-                say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
-        bar.close()
+        with tqdm(total=total, desc="train", unit="step", disable=not engine.main) as bar:
+            for step in range(1, total + 1):
+                rate = learning_rate(step - 1, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
+                for micro in run.batches.step(step - 1):
+                    loss = summed_loss(model, micro, engine.device) / micro.tokens
+                    engine.backward(loss)
+                    seen.add(loss, micro)
+                method.observe(adapters, engine)
+                norm = engine.step(rate)
+                if not norm < float("inf"):
+                    raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
+                if step in run.recompositions and (event := method.recompose(adapters, engine)) is not None:
+                    say(log_exchange(metrics, step, "recompose", event))
+                bar.update()
+                if step % recipe.logging_steps == 0 or step == total:
+                    record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": rate, "grad_norm": norm}
+                    metrics.write("train", step, **record)
+                    upcoming = next((s for s in run.recompositions if s > step), None)
+                    bar.set_postfix(
+                        loss=f"{record['loss']:.4f}", lr=f"{rate:.2e}", tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming
+                    )
+                if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
+                    paused = time.perf_counter()
+                    say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
+                    seen.began += time.perf_counter() - paused
 
         after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
         for question, answer, expected, score in after.samples[:SAMPLES]:
@@ -99,6 +102,12 @@ def train(recipe: Recipe) -> None:
     engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and saved is not None:
         say(f"merged:  {export.merge(run.source, saved.path, Path(recipe.output_dir) / 'merged')}")
+
+
+def clear(output: Path) -> None:
+    """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed; other files stay."""
+    for name in ("adapter", "merged", "tensorboard"):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def make_engine(recipe: Recipe) -> Engine:
@@ -149,9 +158,13 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
     if run.recompositions:
-        banked = run.adapters[0].bank_A is not None
-        why = "kept unrounded in a bank beside the weight" if banked else "fused into the weight"
-        lines.append(f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {why}")
+        adapter = run.adapters[0]
+        where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
+        why = "holds" if adapter.codec.holds_small_updates else "would round away part of"
+        lines.append(
+            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in {recipe.dtype} "
+            f"{why} small updates"
+        )
     return "\n".join(lines)
 
 

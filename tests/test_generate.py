@@ -135,8 +135,8 @@ def _on_zero3(count: int) -> tuple[float, int, list[tuple[str, str]]]:
     """Words of 26 letters; the score depends on the answer, so that it tells wrong answers apart."""
     trainee = tiny.Trainee(LoRA(rank=4), "zero3", vocab_size=len(WORDS))
     asked = [Question([k % 26, 3 * k % 26][: 1 + k % 2], str(k), _is_even, "x") for k in range(count)]
-    engine = trainee.engine
-    report = accuracy(trainee.model, word_tokenizer(), asked, engine.rank, engine.world, engine.sum, NEW, batch_size=2, synced=engine.world > 1)
+    rank, world = trainee.engine.rank, trainee.engine.world
+    report = accuracy(trainee.model, word_tokenizer(), asked, rank, world, trainee.engine.sum, NEW, batch_size=2, synced=world > 1)
     return report.mean_score, report.count, [sample[:2] for sample in report.samples]
 
 

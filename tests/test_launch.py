@@ -176,3 +176,34 @@ def test_bad_input_ends_all_ranks(launcher, changes, message, place, tmp_path):
     said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line and message in line]
     assert len(said) == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert not (tmp_path / "out").exists()
+
+
+def test_bf16_runs_into_the_bank_and_says_so(place, tmp_path, capsys):
+    sums = {"data.dataset": "reasoning-gym:chain_sum", "data.size": 24, "data.max_length": 160}
+    changes = {"engine": "plain", "dtype": "bfloat16", "eval_steps": 2, **sums}
+    assert load_script().main(recipe(place, output_dir=tmp_path / "out", **changes)) == 0
+    said = capsys.readouterr().out
+    assert "kept in a bank beside the weight, which in bfloat16 would round away" in said and "exact match" in said
+    assert [(e["into"], e["lost"]) for e in records(tmp_path / "out", "exchange")][1:] == [("bank", 0.0)] * 2
+    assert [r["step"] for r in records(tmp_path / "out", "eval") if "loss" in r] == [0, 2, 4, 6]
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert config["r"] <= 2 * 8 and config["base_model_name_or_path"] == str(place / "model")
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(place, tmp_path, capsys):
+    output = tmp_path / "out"
+    for name in ("adapter/old.txt", "merged/old.txt", "tensorboard/old.txt", "notes.txt"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("of an earlier run")
+    assert load_script().main(recipe(place, output_dir=output, engine="plain")) == 2
+    assert (output / "merged/old.txt").exists()
+    assert load_script().main(recipe(place, output_dir=output, engine="plain", overwrite_output_dir=True)) == 0
+    assert [p.name for p in output.rglob("*.txt")] == ["notes.txt"]
+    assert (output / "merged/model.safetensors").exists()
+
+
+def test_a_diverged_run_ends_with_one_message(place, tmp_path, capsys):
+    changes = {"engine": "plain", "learning_rate": 1e30, "method.type": "lora", "lr_scheduler_type": "constant"}
+    arguments = [a for a in recipe(place, output_dir=tmp_path / "out", **changes) if "target_rank" not in a and "svd" not in a]
+    assert load_script().main(arguments) == 1
+    assert re.search(r"^error: step \d+: the gradient norm is (nan|inf)", capsys.readouterr().err, re.MULTILINE)

@@ -1,6 +1,6 @@
 """The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested by an entry in METHODS.
 
-A cell is one short run: attach, wrap, start, six steps with the method's own schedule of recompositions, export. It is lived
+A cell is one short run: attach, wrap, start, a few steps with the method's own schedule of recompositions, export. It is lived
 once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3 divides 43, nor 3 x 14.
 """
 
@@ -29,10 +29,10 @@ from llm_lowrank.source import Source
 from tests import ranks
 from tests.tiny import DTYPES, Trainee, batch, llama
 
-STEPS = 6
+STEPS = 4
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]  # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 COMMON = dict(rank=4, target_modules=MODULES)
-SRLORA = dict(COMMON, alpha=6, target_rank=7, gamma=0.5, svd_cache="")  # s = 1.5; switches of 2 and 1 pairs after steps 2 and 4
+SRLORA = dict(COMMON, alpha=6, target_rank=7, gamma=0.5, svd_cache="")  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
 METHODS: dict[str, Method] = {
     "lora": LoRA(**COMMON),
     "lora-rslora": LoRA(**COMMON, alpha=6, use_rslora=True),  # s = 3

@@ -266,7 +266,7 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
         assert text.count(f"  --{key} ") == 1, f"--{key} comes twice"
         assert "(default:" in entry or key == "method.alpha", entry  # alpha is unset
         assert len(entry.split()) > 5 or key == "method.type", f"--{key} says too little: {entry}"
-    assert "--learning_rate float\n" in text and "(default: 0.001)" in text
+    assert "--learning_rate float\n" in text and f"(default: {Recipe().learning_rate})" in text
     assert "--engine {deepspeed,plain}" in text and "--method.type {lora," in text and "}  (default: srlora)" in text
     assert "--data.max_length int" in text and "(default: 128)" in text  # the demo's, not the class's
     for heading in HEADINGS.values():
