@@ -55,13 +55,14 @@ class Trainee:
 
     def __init__(
         self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
-        zero: dict | None = None, **changes: object,
+        zero: dict | None = None, optimization: dict | None = None, **changes: object,
     ) -> None:  # fmt: skip
         self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
         self.model = llama(dtype, **changes)
         self.original = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.adapters: list[Adapter] = attach(self.model, method, Dense(DTYPES[dtype]), seed=0)
-        self.wrapped = self.engine.wrap(self.model, Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm))
+        settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
+        self.wrapped = self.engine.wrap(self.model, settings)
 
     def logits(self, step: int = 99) -> Tensor:
         with torch.no_grad():
