@@ -15,7 +15,8 @@ zero the first updates would be up to 6.5 times too large, for the step count is
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ class Exchanged:
     lost: float  # |stored - asked| / |asked| of the update of W: what rounding took; 0 into the bank
     seconds: float
     traffic: int  # bytes that this rank gave to collectives
-    modules: int = 1
+    modules: int = 1  # whose trainable pairs were replaced
 
     @staticmethod
     def total(events: list[Exchanged]) -> Exchanged:
@@ -53,8 +54,15 @@ class Exchanged:
             lost=max(e.lost for e in events),
             seconds=sum(e.seconds for e in events),
             traffic=sum(e.traffic for e in events),
-            modules=len(events),
+            modules=sum(e.modules for e in events),
         )
+
+
+def measured(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged | None:
+    """What a method's hook did, with all of its time and traffic: deciding and sending fresh pairs too. Collective."""
+    began, traffic = time.perf_counter(), engine.traffic
+    event = hook()
+    return None if event is None else replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
 
 
 @torch.no_grad()
@@ -107,14 +115,14 @@ def stock_bank_(engine: Engine, adapter: Adapter, pairs: Pairs) -> Exchanged:
     probe = _probe(engine, adapter)
     before = _function(engine, adapter, probe)
     pairs = pairs.to(engine.device)
-    lost = into_weight_(engine, adapter, [pairs.scaled(-1)])
     with engine.edit(*adapter.factors()[2:]) as (a, b):
         assert not a.value.any() and not b.value.any(), f"{adapter.name}: the bank is in use"
+        lost = into_weight_(engine, adapter, [pairs.scaled(-1)])
         a.value.copy_(pairs.A), b.value.copy_(pairs.B)
     for p, value in zip(adapter.factors()[2:], (pairs.A, pairs.B), strict=True):
         assert torch.equal(engine.whole(p), value), f"{adapter.name}: the bank did not reach the forward"
     drift = _drift(engine, adapter, probe, before, exact=adapter.codec.holds_small_updates)
-    return Exchanged(0, "bank", drift, lost, time.perf_counter() - began, engine.traffic - traffic)
+    return Exchanged(0, "bank", drift, lost, time.perf_counter() - began, engine.traffic - traffic, modules=0)
 
 
 def into_weight_(engine: Engine, adapter: Adapter, parts: list[Pairs]) -> float:

@@ -21,7 +21,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.exchange import Exchanged
+from llm_lowrank.exchange import Exchanged, measured
 from llm_lowrank.generate import accuracy
 from llm_lowrank.method import attach
 from llm_lowrank.metrics import Metrics
@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> None:
         say(opening(recipe, engine, run))
         before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
         say(f"before training: {before}")
-        if (event := method.start(adapters, engine)) is not None:
+        if (event := measured(engine, partial(method.start, adapters, engine))) is not None:
             say(log_exchange(metrics, 0, "start", event))
 
         seen = Seen()
@@ -78,8 +78,9 @@ def train(recipe: Recipe) -> None:
                 norm = engine.step(rate)
                 if not norm < float("inf"):
                     raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
-                if step in run.recompositions and (event := method.recompose(adapters, engine)) is not None:
-                    say(log_exchange(metrics, step, "recompose", event))
+                if step in run.recompositions:
+                    if (event := measured(engine, partial(method.recompose, adapters, engine))) is not None:
+                        say(log_exchange(metrics, step, "recompose", event))
                 bar.update()
                 if step % recipe.logging_steps == 0 or step == total:
                     record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": rate, "grad_norm": norm}

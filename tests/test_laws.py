@@ -259,25 +259,26 @@ def rows(pairs: Pairs) -> Tensor:
 def test_sharded_steps_equal_one_process(lives, cell):
     """With exchanges in between. Gradient norms too, as Adam would hide a gradient of the wrong size."""
     method, _, world, dtype = cell
-    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike; what is left is
-    # the order of float32 sums, and the few entries of A and B that this takes across a rounding border of their bf16 copies.
+    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike: over 2 ranks all is
+    # bitwise the same. Over 3, losses are multiplied by 3 before backward and gradients divided by 3 after, so that every bf16 gradient on
+    # the way is rounded anew; Adam, which divides by sqrt(v), takes the sign of an entry that nearly cancels from the noise.
     reference = lives(method, "plain", 1, dtype, world if dtype == "bf16" else 1)[0][0]
     life = lives(*cell)[0][0]
+    rounded_anew = dtype == "bf16" and world == 3
     assert len(life.losses) == STEPS and life.losses[-1] < life.losses[0]
-    loose = dtype == "bf16"
-    assert life.losses == pytest.approx(reference.losses, rel=2e-3 if loose else 2e-6)
-    assert life.norms == pytest.approx(reference.norms, rel=2e-2 if loose else 2e-5)
+    assert life.losses == pytest.approx(reference.losses, rel=2e-3 if rounded_anew else 2e-6)
+    assert life.norms == pytest.approx(reference.norms, rel=2e-2 if rounded_anew else 2e-5)
     scale = METHODS[method].scale
     apart, moved = 0.0, 0.0
     for name in life.original:
         was, wanted = reference.started.layer(name, scale), reference.final.layer(name, scale)
         apart += float((life.final.layer(name, scale) - wanted).norm() ** 2)
         moved += float((wanted - was).norm() ** 2)
-        if not loose:  # the same pairs were chosen: any other choice is off by 100 %
+        if not rounded_anew:  # the same pairs were chosen: any other choice is off by 100 %
             for found, factor in zip(life.final.factors[name], reference.final.factors[name], strict=True):
-                assert relative(found, factor) <= 1e-5, name
-    # Adam divides by sqrt(v): an entry whose gradient nearly cancels turns a relative error of 1e-7 into more. Measured 2e-6 and 1e-2.
-    assert apart**0.5 <= (5e-2 if loose else 2e-5) * moved**0.5
+                assert relative(found, factor) <= 2e-5, name
+    # Measured 1.3e-5 (one such entry in float32) and 5.5e-2.
+    assert apart**0.5 <= (0.15 if rounded_anew else 1e-4) * moved**0.5
 
 
 @over([cell for cell in CELLS if cell[2] > 1])

@@ -146,7 +146,7 @@ def test_add_on_one_rank_leaves_elements_of_others_untouched_and_counts_its_own_
 @given(cuts(), st.sampled_from([1e-3, 1e-2, 1.0]))
 def test_add_measures_what_bf16_rounding_took(cut, size):
     flat = cut.normal(cut.m * cut.n).bfloat16()
-    before = flat.view(cut.m, cut.n).double().clone()  # a float64 W would be the same tensor
+    before = flat.view(cut.m, cut.n).double()
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
     found = sum(weight.add_(left, right) for weight in cut.weights(flat))
@@ -163,7 +163,7 @@ def test_add_measures_what_bf16_rounding_took(cut, size):
 @given(cuts(), st.sampled_from([1e-3, 1e-2, 1.0]))
 def test_add_to_a_float32_weight_loses_its_rounding_only(cut, size):
     flat = cut.normal(cut.m * cut.n)
-    before = flat.view(cut.m, cut.n).double().clone()  # a float64 W would be the same tensor
+    before = flat.view(cut.m, cut.n).double()
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
     found = sum(weight.add_(left, right) for weight in cut.weights(flat))

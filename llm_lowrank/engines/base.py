@@ -50,7 +50,7 @@ class Local:
     """This rank's run of a flattened parameter: nothing here was communicated."""
 
     start: int  # flat position of the run
-    value: Tensor  # (numel,) the master value
+    value: Tensor  # (numel,) the master value, a view of it outside of autograd
     moments: dict[str, Tensor]  # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
 
 

@@ -141,7 +141,7 @@ class Zero(Engine):
         if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
             deepspeed.init_distributed(verbose=False)
         params = trainables(model)
-        self.settings = settings
+        self.settings, self.micro = settings, 0
         with self.together():
             config = resolve(self.config, settings, self.world, max(p.numel() for p in params))
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, settings), config=config)
@@ -183,13 +183,13 @@ class Zero(Engine):
             run = self._run(p)
             numel = run.stop - run.start
             moments = {k: safe_get_local_optimizer_state(p, k).view(-1)[:numel] for k in names}
-            return Local(run.start, safe_get_local_fp32_param(p).view(-1)[:numel], moments)
+            return Local(run.start, safe_get_local_fp32_param(p).detach().view(-1)[:numel], moments)
         fragment = p._hp_mapping
         if fragment is None:  # this rank's flat partition holds nothing of p
             nothing = p.new_empty(0)
             return Local(0, nothing, dict.fromkeys(names, nothing))
         moments = {k: fragment.get_optim_state_fragment(k) for k in names}
-        return Local(fragment.lp_fragment_address.start, fragment.hp_fragment, moments)
+        return Local(fragment.lp_fragment_address.start, fragment.hp_fragment.detach(), moments)
 
     def gradient(self, p: nn.Parameter) -> Tensor:
         if self.stage == 3:
@@ -241,11 +241,13 @@ class Zero(Engine):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the shares of the loss are to be summed. scale_wrt_gas would divide once more.
         self.ds.backward(loss * self.world, scale_wrt_gas=False)
+        self.micro += 1
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the micro-batch, steps nothing
 
     def step(self, learning_rate: float) -> float:
-        assert self.ds.is_gradient_accumulation_boundary(), "step() before the last micro-batch"
+        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
+        self.micro = 0
         for group in self.zero.param_groups:
             group["lr"] = learning_rate
         self.ds.step()

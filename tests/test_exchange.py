@@ -1,0 +1,413 @@
+"""The move itself, for both destinations on every kind of engine: its equation, its ledger, its report and its own checks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines import base
+from llm_lowrank.exchange import PROBES, Exchanged, exchange_, measured, stock_bank_
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.pairs import Pairs
+from tests import ranks
+from tests.tiny import Trainee
+
+RANK, BANK, SCALE = 4, 5, 0.75
+INDEX, SLOTS = [3, 0, 1], slice(1, 4)  # out of order: pair INDEX[k] goes to slot 1 + k
+MODULES = ["k_proj", "down_proj"]  # 14 x 42 and 42 x 43
+PERSISTED = {"stage3_param_persistence_threshold": 10**6}  # ZeRO-3 leaves every parameter gathered between steps
+ENGINES: dict[str, tuple[str, int, dict]] = {
+    "plain-1": ("plain", 1, {}),
+    "plain-2": ("plain", 2, {}),
+    "zero2-3": ("zero2", 3, {}),
+    "zero3-2": ("zero3", 2, {}),
+    "zero3-3": ("zero3", 3, {}),
+    "zero3-2-persisted": ("zero3", 2, PERSISTED),
+}
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+both = pytest.mark.parametrize("into", ["weight", "bank"])
+every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+
+
+@dataclass(frozen=True)
+class Banked(LoRA):
+    def bank(self, codec: Codec) -> int:
+        return BANK
+
+
+def trainee(engine: str, dtype: str = "fp32") -> Trainee:
+    name, _, zero = ENGINES[engine]
+    return Trainee(Banked(rank=RANK, alpha=RANK * SCALE, target_modules=MODULES), name, dtype, zero=zero)
+
+
+def random_pairs(adapter: Adapter, count: int, step: int) -> Pairs:
+    """Of the size of the principal pairs of a real layer: products of about a tenth of W."""
+    (m, n), noise = adapter.shape, generator(7, adapter.name, step)
+    return Pairs(torch.randn(m, count, generator=noise) / 10, torch.randn(count, n, generator=noise) / 10)
+
+
+# --- one exchange, seen from outside ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    """Everything of one adapter, as the forward sees it."""
+
+    W: Tensor
+    trained: Pairs
+    bank: Pairs
+    moments: dict[str, Tensor]  # A.exp_avg, ...
+
+    @classmethod
+    def now(cls, t: Trainee, adapter: Adapter) -> Layer:
+        a, b, bank_a, bank_b = (t.engine.whole(p) for p in adapter.factors())
+        moments = {f"{name}.{k}": v for name in "AB" for k, v in t.engine.slot(getattr(adapter, name)).moments.items()}
+        return cls(t.engine.whole(adapter.weight), Pairs(b, a), Pairs(bank_b, bank_a), moments)
+
+    def map(self) -> Tensor:
+        return self.W.double() + SCALE * sum(p.to(dtype=torch.float64).product() for p in (self.trained, self.bank))
+
+
+@dataclass
+class Seen:
+    W0: Tensor
+    stocked: Layer
+    stock: Pairs
+    before: Layer
+    after: Layer
+    fresh: Pairs | None
+    events: dict[str, Exchanged]
+    ledger: list[Pairs]
+    logits: tuple[Tensor, Tensor]  # before and after all modules had theirs
+
+    def asked(self) -> Tensor:
+        """What W was asked to become more by: s (old pairs - fresh pairs)."""
+        assert self.fresh is not None
+        old = self.before.trained.take(torch.tensor(INDEX))
+        return SCALE * (old.to(dtype=torch.float64).product() - self.fresh.to(dtype=torch.float64).product())
+
+
+def exchange_everywhere(engine: str, dtype: str, into: str) -> dict[str, Seen]:
+    """Stocks every bank, trains two steps, exchanges three pairs of every module."""
+    t = trainee(engine, dtype)
+    index, found = torch.tensor(INDEX), {}
+    stocks = {a.name: stock_bank_(t.engine, a, random_pairs(a, BANK, 0)) for a in t.adapters}
+    stocked = {a.name: Layer.now(t, a) for a in t.adapters}
+    for step in range(2):
+        t.step(step)
+    logits = t.logits()
+    for a in t.adapters:
+        before, fresh = Layer.now(t, a), random_pairs(a, len(INDEX), 1) if into == "weight" else None
+        event = exchange_(t.engine, a, index, fresh=fresh, slots=None if fresh else SLOTS)
+        found[a.name] = Seen(
+            t.original[f"{a.name}.weight"], stocked[a.name], random_pairs(a, BANK, 0), before, Layer.now(t, a), fresh,
+            {"stock": stocks[a.name], "exchange": event}, a.ledger, (logits, logits),
+        )  # fmt: skip
+    after = t.logits()
+    for seen in found.values():
+        seen.logits = (logits, after)
+    return found
+
+
+@functools.cache
+def exchanged(engine: str, dtype: str, into: str) -> list[dict[str, Seen]]:
+    return ranks.run(ENGINES[engine][1], exchange_everywhere, engine, dtype, into)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+@every_dtype
+@both
+@every_engine
+def test_w_plus_s_b_a_stays(engine, into, dtype):
+    for seen in exchanged(engine, dtype, into)[0].values():
+        difference = relative(seen.after.map(), seen.before.map())
+        if into == "bank":
+            assert difference <= 1e-15  # the same pairs, added in another order in float64
+        elif dtype == "fp32":
+            assert 0 < difference <= 1e-7  # one rounding of W: 2^-24 / sqrt(3) of an entry
+        else:
+            assert 1e-4 < difference <= 2**-9  # one rounding to 8 bits
+        before, after = seen.logits
+        assert relative(after, before) <= (1e-6 if dtype == "fp32" else 2**-5)
+
+
+@every_dtype
+@both
+@every_engine
+def test_pairs_go_where_they_were_sent_and_nothing_else_moves(engine, into, dtype):
+    stay, kept = [2], [0, 4]
+    for told in exchanged(engine, dtype, into):
+        for seen in told.values():
+            before, after = seen.before, seen.after
+            fresh = seen.fresh if seen.fresh else before.bank.take(SLOTS)
+            assert equal(after.trained.take(torch.tensor(INDEX)), fresh)
+            assert equal(after.trained.take(torch.tensor(stay)), before.trained.take(torch.tensor(stay)))
+            assert equal(after.bank.take(torch.tensor(kept)), before.bank.take(torch.tensor(kept)))
+            if into == "bank":
+                assert equal(after.bank.take(SLOTS), before.trained.take(torch.tensor(INDEX)))
+                assert torch.equal(after.W.view(torch.uint8), before.W.view(torch.uint8))
+            else:
+                assert equal(after.bank, before.bank)
+                assert not torch.equal(after.W, before.W)
+            assert after.W.dtype == seen.W0.dtype
+
+
+def equal(one: Pairs, two: Pairs) -> bool:
+    return torch.equal(one.B, two.B) and torch.equal(one.A, two.A)
+
+
+@every_engine
+def test_w_gets_the_old_pairs_and_loses_the_fresh_ones(engine):
+    for seen in exchanged(engine, "fp32", "weight")[0].values():
+        assert relative(seen.after.W, seen.before.W.double() + seen.asked()) <= 1e-7
+        stocked = seen.W0.double() - SCALE * seen.stock.to(dtype=torch.float64).product()
+        assert relative(seen.stocked.W, stocked) <= 1e-7 and equal(seen.stocked.bank, seen.stock)
+
+
+@both
+@every_engine
+def test_the_ledger_adds_up_to_what_w_received_and_is_rank_0s(engine, into):
+    first, *others = exchanged(engine, "fp32", into)
+    for seen in first.values():
+        assert len(seen.ledger) == (2 if into == "weight" else 1)  # stocking the bank, exchanging
+        total = seen.W0.double() + sum(update.to(dtype=torch.float64).product() for update in seen.ledger)
+        assert relative(seen.after.W, total) <= 1e-7
+        assert relative(seen.after.W, seen.W0) > 0.05
+    assert all(not seen.ledger for other in others for seen in other.values())
+
+
+@both
+@every_engine
+def test_fresh_pairs_start_with_m_zero_and_the_mean_v_and_the_rest_keeps_its_moments_bitwise(engine, into):
+    for told in exchanged(engine, "fp32", into):
+        for seen in told.values():
+            before, after = seen.before.moments, seen.after.moments
+            assert sorted(before) == ["A.exp_avg", "A.exp_avg_sq", "B.exp_avg", "B.exp_avg_sq"]
+            for key, was in before.items():
+                was, now = (was, after[key]) if key[0] == "A" else (was.T, after[key].T)
+                assert torch.equal(now[2], was[2]) and was[2].any()
+                expected = was[2].double().mean() if key.endswith("sq") else 0.0
+                assert torch.allclose(now[INDEX].double(), torch.full((), float(expected), dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@every_dtype
+@both
+@every_engine
+def test_the_report_equals_an_independent_measurement(engine, into, dtype):
+    name = ENGINES[engine][0]
+    for told in exchanged(engine, dtype, into):
+        for module, seen in told.items():
+            event, x = seen.events["exchange"], torch.randn(seen.W0.shape[1], PROBES, generator=generator(0, module)).double()
+            assert (event.pairs, event.into, event.modules) == (3, into, 1)
+            drift = relative(seen.after.map() @ x, seen.before.map() @ x)
+            if into == "weight" and dtype == "bf16":
+                assert event.drift == pytest.approx(drift, rel=1e-2) and drift > 1e-4
+                lost = relative(seen.after.W.double() - seen.before.W.double(), seen.asked())
+                assert event.lost == pytest.approx(lost, rel=1e-3) and lost > 1e-3
+            else:
+                assert event.drift <= 1e-6  # float32 arithmetic on the probe
+                assert event.lost == 0 if into == "bank" else 0 < event.lost <= 1e-6
+            assert event.seconds > 0
+            stock = seen.events["stock"]
+            assert (stock.pairs, stock.into, stock.modules) == (0, "bank", 0) and (stock.lost > 1e-3) == (dtype == "bf16")
+            assert (event.traffic > 0) == (name != "plain")  # copies that a rank holds whole need no collective
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_totals_are_sums_and_the_worst_drift_and_loss():
+    one = Exchanged(pairs=2, into="weight", drift=1e-7, lost=0.5, seconds=1.0, traffic=10)
+    two = Exchanged(pairs=3, into="weight", drift=1e-5, lost=0.1, seconds=2.0, traffic=5)
+    stock = Exchanged(pairs=0, into="weight", drift=0.0, lost=0.0, seconds=4.0, traffic=1, modules=0)
+    assert Exchanged.total([one, two, stock]) == Exchanged(5, "weight", 1e-5, 0.5, 7.0, 16, modules=2)
+
+
+def test_measured_counts_all_of_a_hook():
+    t = trainee("plain-1")
+
+    def hook() -> Exchanged:
+        t.engine.traffic += 1000
+        return Exchanged(1, "bank", 0.0, 0.0, seconds=0.0, traffic=0)
+
+    event = measured(t.engine, hook)
+    assert event is not None and event.traffic == 1000 and event.seconds > 0 and event.pairs == 1
+    assert measured(t.engine, lambda: None) is None
+
+
+@both
+def test_when_all_pairs_are_replaced_v_is_the_mean_of_all(into):
+    t = trainee("plain-1")
+    a = t.adapters[0]
+    t.step(0)
+    t.step(1)
+    before, index = Layer.now(t, a), torch.arange(RANK)
+    fresh = random_pairs(a, RANK, 1) if into == "weight" else None
+    exchange_(t.engine, a, index, fresh=fresh, slots=None if fresh else slice(1, 5))
+    after = Layer.now(t, a)
+    for key, was in before.moments.items():
+        expected = float(was.double().mean()) if key.endswith("sq") else 0.0
+        assert torch.allclose(after.moments[key].double(), torch.full((), expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@both
+def test_zeroed_moments_are_zero(into):
+    t = trainee("plain-1")
+    a = t.adapters[0]
+    t.step(0)
+    t.step(1)
+    fresh = random_pairs(a, 1, 1) if into == "weight" else None
+    exchange_(t.engine, a, torch.tensor([2]), fresh=fresh, slots=None if fresh else slice(0, 1), moments="zeroed")
+    after = Layer.now(t, a)
+    for key, now in after.moments.items():
+        assert not (now if key[0] == "A" else now.T)[2].any() and now.any()
+
+
+def test_before_the_first_step_there_are_no_moments_to_write():
+    t = trainee("plain-1")
+    a = t.adapters[0]
+    event = exchange_(t.engine, a, torch.tensor([1]), fresh=random_pairs(a, 1, 1))
+    assert event.pairs == 1 and not Layer.now(t, a).moments
+    t.step(0)
+
+
+def test_an_exchange_of_nothing_changes_nothing_and_leaves_no_entry_in_the_ledger():
+    t = trainee("plain-1")
+    a = t.adapters[0]
+    before, none = Layer.now(t, a), torch.tensor([], dtype=torch.long)
+    for fresh, slots in ((random_pairs(a, 0, 1), None), (None, slice(2, 2))):
+        event = exchange_(t.engine, a, none, fresh=fresh, slots=slots)
+        assert (event.pairs, event.drift, event.lost) == (0, 0.0, 0.0)
+    after = Layer.now(t, a)
+    assert torch.equal(before.W, after.W) and equal(before.trained, after.trained) and equal(before.bank, after.bank) and not a.ledger
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------
+
+
+def caught(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def stock_twice(engine: str) -> list[tuple[str, bool]]:
+    t = trainee(engine)
+    found = []
+    for a in t.adapters:
+        stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
+        w, entries = t.engine.whole(a.weight), len(a.ledger)
+        message = caught(functools.partial(stock_bank_, t.engine, a, random_pairs(a, BANK, 1)))
+        found.append((message, torch.equal(t.engine.whole(a.weight), w) and len(a.ledger) == entries))
+    return found
+
+
+@every_engine
+def test_a_bank_in_use_is_not_stocked_again_and_w_is_left_alone(engine):
+    for told in ranks.run(ENGINES[engine][1], stock_twice, engine):
+        for message, untouched in told:
+            assert message.startswith("AssertionError") and "proj: the bank is in use" in message and untouched
+
+
+def test_an_exchange_has_one_destination_and_as_many_pairs_come_as_go():
+    t = trainee("plain-1")
+    a = t.adapters[0]
+    fresh, index = random_pairs(a, 2, 1), torch.tensor([0, 1])
+    assert "one destination" in caught(lambda: exchange_(t.engine, a, index))
+    assert "one destination" in caught(lambda: exchange_(t.engine, a, index, fresh=fresh, slots=slice(0, 2)))
+    assert caught(lambda: exchange_(t.engine, a, torch.tensor([0]), fresh=fresh)).startswith("AssertionError")
+    assert caught(lambda: exchange_(t.engine, a, index, slots=slice(0, 3))).startswith("AssertionError")
+
+
+COPIES = {  # what of a parameter an edit does not reach -> what is said
+    "forward": "did not reach the forward",
+    "master": "an edited master did not persist",
+    "exp_avg": "edited moments did not persist",
+    "exp_avg_sq": "edited moments did not persist",
+}
+
+
+def stale_copy(engine: str, into: str, copy: str) -> tuple[str, str]:
+    """An exchange whose write leaves one copy of one parameter as it was."""
+    t = trainee(engine)
+    for a in t.adapters:
+        stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
+    for step in range(2):
+        t.step(step)
+    a = t.adapters[1]
+    victim, real = a.B, t.engine.put
+
+    def storage() -> Tensor:
+        if copy == "master":
+            return t.engine.local(victim).value
+        if copy in base.MOMENTS:
+            return t.engine.local(victim).moments[copy]
+        return victim.ds_tensor.data if hasattr(victim, "ds_tensor") and copy == "forward" else victim.data
+
+    def put(p: nn.Parameter, slot: base.Slot) -> None:
+        before = storage().clone() if p is victim else None
+        real(p, slot)
+        if before is not None:
+            storage().copy_(before)
+
+    t.engine.put = put
+    fresh = random_pairs(a, len(INDEX), 1) if into == "weight" else None
+    return a.name, caught(lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS))
+
+
+CASES = [
+    (engine, into, copy)
+    for engine, copies in {
+        "plain-1": ["exp_avg", "exp_avg_sq", "master"],  # one tensor is both the master and what the forward sees
+        "plain-2": ["exp_avg_sq", "master"],
+        "zero2-3": ["forward", "master", "exp_avg", "exp_avg_sq"],
+        "zero3-2": ["forward", "master", "exp_avg", "exp_avg_sq"],
+    }.items()
+    for copy in copies
+    for into in ("weight", "bank")
+]
+
+
+@pytest.mark.parametrize("engine, into, copy", CASES, ids=["-".join(case) for case in CASES])
+def test_an_exchange_that_leaves_a_copy_stale_ends_the_run(engine, into, copy):
+    found = ranks.run(ENGINES[engine][1], stale_copy, engine, into, copy)
+    assert any(COPIES[copy] in message for _, message in found), found
+    if copy == "forward":
+        assert all(message == f"AssertionError: {name}: an exchanged factor did not reach the forward" for name, message in found), found
+
+
+def wrong_map(engine: str, into: str) -> list[str]:
+    """W receives another update than asked for; in bank mode W changes at all."""
+    t = trainee(engine)
+    a = t.adapters[1]
+    stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
+    t.step(0)
+    real = t.engine.put
+
+    def put(p: nn.Parameter, slot: base.Slot) -> None:
+        real(p, slot)
+        if p is a.B:
+            t.engine.weight(a).add_(torch.full((a.shape[0], 1), 0.1), torch.full((1, a.shape[1]), 0.1))
+
+    t.engine.put = put
+    fresh = random_pairs(a, len(INDEX), 1) if into == "weight" else None
+    return [a.name, caught(lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS))]
+
+
+@both
+@pytest.mark.parametrize("engine", ["plain-1", "zero2-3", "zero3-2"])
+def test_an_exchange_that_changes_the_function_ends_the_run(engine, into):
+    for name, message in ranks.run(ENGINES[engine][1], wrong_map, engine, into):
+        assert message.startswith(f"RuntimeError: {name}: an exchange changed the layer's function by"), message
