@@ -323,6 +323,29 @@ def test_identity_requires_grad_and_shape_of_every_parameter_survive(case):
         assert sum(grad for _, grad, _ in before) == 2 * len(rank["names"])
 
 
+def put_late(name: str) -> list[Tensor]:
+    t = trainee(name)
+    t.forward_backward(0)
+    t.engine.step(1e-2)
+    params = list(t.adapters[0].factors())
+    slots = [t.engine.slot(p) for p in params]
+    logits = [t.logits()]  # a persisted parameter is gathered again by this, and stays so
+    for seed, (p, slot) in enumerate(zip(params, slots, strict=True)):
+        slot.value = dyadic(*slot.value.shape, seed=seed)
+        t.engine.put(p, slot)
+    return [*logits, t.logits(), *(t.engine.whole(p) for p in params)]
+
+
+@pytest.mark.parametrize("case", [("plain", 2), ("zero2", 2), ("zero3", 2), ("zero3-persisted", 2)], ids=lambda c: f"{c[0]}-{c[1]}")
+def test_put_reaches_the_forward_whatever_ran_since_the_slot_was_read(case):
+    before, after, *values = put_late("plain")
+    assert float((after - before).abs().max()) > 0.1 * float(before.abs().max())
+    for rank in ranks.run(case[1], put_late, case[0]):
+        close({"": rank[0]}, {"": before}, STEPPED)
+        close({"": rank[1]}, {"": after}, STEPPED)
+        assert all(torch.equal(found, value) for found, value in zip(rank[2:], values, strict=True))
+
+
 # ---- edits that must not pass silently
 
 

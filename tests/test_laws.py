@@ -259,9 +259,9 @@ def rows(pairs: Pairs) -> Tensor:
 def test_sharded_steps_equal_one_process(lives, cell):
     """With exchanges in between. Gradient norms too, as Adam would hide a gradient of the wrong size."""
     method, _, world, dtype = cell
-    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike: over 2 ranks all is
-    # bitwise the same. Over 3, losses are multiplied by 3 before backward and gradients divided by 3 after, so that every bf16 gradient on
-    # the way is rounded anew; Adam, which divides by sqrt(v), takes the sign of an entry that nearly cancels from the noise.
+    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike: over 2 ranks
+    # all is bitwise the same. Over 3, losses are multiplied by 3 before backward and gradients divided by 3 after, so that every bf16
+    # gradient on the way is rounded anew; Adam takes the sign of an entry that nearly cancels from that noise.
     reference = lives(method, "plain", 1, dtype, world if dtype == "bf16" else 1)[0][0]
     life = lives(*cell)[0][0]
     rounded_anew = dtype == "bf16" and world == 3

@@ -293,6 +293,11 @@ def test_chosen_are_the_r_prime_smallest_of_a_score_derived_from_recorded_w_and_
                     now = np.abs(w * g)
                     mean = 0.85 * mean + 0.15 * now
                     spread = 0.85 * spread + 0.15 * np.abs(now - mean)
+                for key, derived in (("mean", mean), ("spread", spread)):
+                    moment = [rank.switches[windows.index(window)][0].memory[name][f"{key}_{letter}"] for rank in everyone]
+                    starts = [rank.runs[0][f"{name}.{letter}"][0] for rank in everyone]
+                    kept = whole_runs(list(zip(starts, moment, moment, strict=True)), shape)[0]
+                    assert np.allclose(kept, derived, rtol=1e-4, atol=1e-6 * derived.max()), (name, letter, key)
                 score = mean * spread
                 pair_scores += score.mean(1) if letter == "A" else score.mean(0)  # 1/n sum_j s(A[k, j]), 1/m sum_i s(B[i, k])
             smallest = sorted(np.argsort(pair_scores)[:2].tolist())

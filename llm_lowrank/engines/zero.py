@@ -52,8 +52,8 @@ REFUSALS: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.zero_quantized_nontrainable_weights", bool, "it re-encodes frozen weights: use the recipe's `codec`"),
     ("zero_optimization.zero_quantized_weights", bool, "exchanges would be rounded to int8 on the way: remove it"),
     ("zero_optimization.zero_quantized_gradients", bool, "importance would be measured on rounded gradients: remove it"),
-    ("zero_optimization.zero_hpz_partition_size", lambda v: v > 1, "its secondary shards do not see an exchange: set it to 1"),
-    ("zero_optimization.mics_shard_size", lambda v: v > 0, "MiCS shards are not supported: remove it"),
+    ("zero_optimization.zero_hpz_partition_size", lambda v: v != 1, "its secondary shards do not see an exchange: set it to 1"),
+    ("zero_optimization.mics_shard_size", lambda v: v not in (0, -1), "MiCS shards are not supported: remove it"),
     ("zero_optimization.offload_param.device", lambda v: v == "nvme", "a parameter swapped to NVMe cannot be edited: use cpu or none"),
     ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "moments swapped to NVMe cannot be edited: use cpu or none"),
     ("bf16.enabled", lambda v: v is True, "it would cast the frozen pairs and the fp32 masters: write \"auto\" and set `dtype: bfloat16`"),
@@ -197,9 +197,9 @@ class Zero(Engine):
             return safe_get_local_grad(p).view(-1)[: run.stop - run.start]
         if p._hp_mapping is None:
             return p.new_empty(0)
-        where = p._hp_mapping.lp_fragment_address
         grad = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
-        return grad if grad.numel() == where.numel else grad[where.start : where.start + where.numel]
+        assert grad.numel() == p._hp_mapping.lp_fragment_address.numel  # in fp32 mode DeepSpeed keeps the fragment alone
+        return grad
 
     def whole(self, p: nn.Parameter) -> Tensor:
         if self.stage < 3:
