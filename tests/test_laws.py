@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "srlora-weight": SRLoRA(**SRLORA, into="weight"),
     "srlora-bank": SRLoRA(**SRLORA, into="bank"),
 }
-ENGINES = [("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 1), ("zero3", 2), ("zero3", 3)]
+ENGINES = [("plain", 1), ("plain", 2), ("zero1", 2), ("zero1", 3), ("zero2", 2), ("zero2", 3), ("zero3", 1), ("zero3", 2), ("zero3", 3)]
 CELLS = [(method, engine, world, dtype) for method in METHODS for engine, world in ENGINES for dtype in DTYPES]
 Cell = tuple[str, str, int, str]
 
