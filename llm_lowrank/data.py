@@ -99,6 +99,8 @@ class Corpus:
 
 def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """Read, encode and split a dataset. The same on every rank; datasets.disable_progress_bars() silences it."""
+    if settings.task and not settings.dataset.startswith(REASONING_GYM):
+        raise ValueError(f"data.task is for {REASONING_GYM}<task> only and {settings.dataset} would ignore it; remove it")
     if settings.dataset.startswith(REASONING_GYM):
         entries, score = _generate(settings, seed)
         rows = datasets.Dataset.from_dict({"prompt": [e["question"] for e in entries], "completion": [e["answer"] for e in entries]})

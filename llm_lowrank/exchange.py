@@ -80,7 +80,7 @@ def exchange_(
     probe = _probe(engine, adapter)
     before = _function(engine, adapter, probe)
     lost = 0.0
-    with engine.edit(*(adapter.factors() if slots else adapter.factors()[:2])) as (a, b, *bank):
+    with engine.edit(*(adapter.factors() if slots is not None else adapter.factors()[:2])) as (a, b, *bank):
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
         if slots is not None:
@@ -105,7 +105,8 @@ def exchange_(
     for p, value in zip(adapter.factors(), expected, strict=False):
         assert torch.equal(engine.whole(p), value), f"{adapter.name}: an exchanged factor did not reach the forward"
     drift = _drift(engine, adapter, probe, before, exact=slots is not None or adapter.codec.holds_small_updates)
-    return Exchanged(len(index), "bank" if slots else "weight", drift, lost, time.perf_counter() - began, engine.traffic - traffic)
+    into = "weight" if slots is None else "bank"
+    return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 
 
 @torch.no_grad()

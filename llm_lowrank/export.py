@@ -66,7 +66,7 @@ def save_adapter(
     others are padded with zero pairs, as vLLM wants one rank), scaling 1 and balanced factors.
     """
     factors: dict[str, Pairs] = {}
-    as_trained = all(_only_trained_pairs(adapter, method) for adapter in adapters)  # the ledger, so the answer, is rank 0's
+    as_trained = all(_only_trained_pairs(adapter) for adapter in adapters)  # the ledger, so the answer, is rank 0's
     error = 0.0
     for adapter in adapters:
         change = _change(engine, adapter, scale=1.0 if as_trained else adapter.scale)
@@ -109,8 +109,8 @@ def save_adapter(
     return SavedAdapter(Path(path), rank, ranks, error)
 
 
-def _only_trained_pairs(adapter: Adapter, method: Method) -> bool:
-    return not adapter.ledger and adapter.bank_A is None and (adapter.rank, adapter.scale) == (method.rank, method.scale)
+def _only_trained_pairs(adapter: Adapter) -> bool:
+    return not adapter.ledger and adapter.bank_A is None
 
 
 def _change(engine: Engine, adapter: Adapter, scale: float) -> Pairs | None:

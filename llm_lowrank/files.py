@@ -3,6 +3,7 @@
 A run may be killed at any moment (time limit, preemption, full disk). What carries the final name was complete when it got it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,6 +101,11 @@ def stream_safetensors(
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; no copy if it lies so on the CPU already."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the tensor's bytes: the key under which work on this tensor may be cached."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def stored_names(path: str | Path) -> list[str]:

@@ -61,14 +61,17 @@ class Method(draccus.ChoiceRegistry):
         return 0
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        bank = self.bank(codec)
-        if self.rank + bank > min(linear.weight.shape):
-            m, n = linear.weight.shape
+        self.check_fits("rank", self.rank, name, linear)
+        return Adapter(name, linear, codec, self.rank, self.scale, self.bank(codec), self.dropout, seed)
+
+    @staticmethod
+    def check_fits(setting: str, rank: int, name: str, linear: nn.Linear) -> None:
+        m, n = linear.weight.shape
+        if rank > min(m, n):
             raise ValueError(
-                f"{name}: rank {self.rank + bank}{' (target_rank)' if bank else ''} is more than min(m, n) = {min(m, n)} of its "
-                f"{m} x {n} weight; lower it or leave the module out of target_modules"
+                f"{name}: {setting} {rank} is more than min(m, n) = {min(m, n)} of its {m} x {n} weight; "
+                "lower it or leave the module out of target_modules"
             )
-        return Adapter(name, linear, codec, self.rank, self.scale, bank, self.dropout, seed)
 
     def schedule(self, total_steps: int) -> tuple[int, ...]:
         """Completed steps after which `recompose` is called."""

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_lowrank.files import DTYPES, raw_bytes, stored_names
+from llm_lowrank.files import DTYPES, stored_names
 
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"
@@ -62,10 +62,6 @@ class Source:
         """Each file with the names of its tensors, in the order of their names."""
         for file in sorted(set(self.files.values())):
             yield file, [name for name, home in self.files.items() if home == file]
-
-    def sha256(self, name: str) -> str:
-        """Of the tensor's bytes: the key under which work on this tensor may be cached."""
-        return hashlib.sha256(raw_bytes(self.tensor(name))).hexdigest()
 
     def _file(self, name: str) -> str:
         if name not in self.files:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_lowrank.files import write_safetensors
+from llm_lowrank.files import sha256, write_safetensors
 
 OVERSAMPLE = 8  # extra random directions; Halko et al. recommend 5 to 10
 ALGORITHM = 1  # raise when a change here changes results, so that cached pairs are not mistaken for new ones
@@ -91,9 +91,8 @@ def cached_triplets(w: Tensor, k: int, niter: int, exact: bool, seed: int, cache
     """
     if cache is None:
         return top_triplets(Matrix(w.float()), k, niter, exact, seed)
-    content = hashlib.sha256(w.contiguous().view(torch.uint8).numpy()).hexdigest()
     settings = f"{ALGORITHM}-{w.dtype}-{tuple(w.shape)}-{k}-{niter}-{exact}-{seed}"
-    file = cache / f"{content[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
+    file = cache / f"{sha256(w)[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     try:
         found = load_file(file)
         return Triplets(found["U"], found["S"], found["V"])

@@ -29,7 +29,6 @@ from llm_lowrank.recipe import Recipe, deepspeed_config, optimization, save
 from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLES = 5  # answers printed after training
 
 
@@ -108,7 +107,8 @@ def train(recipe: Recipe) -> None:
 def clear(output: Path) -> None:
     """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed; other files stay."""
     for name in ("adapter", "merged", "tensorboard"):
-        shutil.rmtree(output / name, ignore_errors=True)
+        if (output / name).exists():  # what cannot be removed is an error now, not after the training
+            shutil.rmtree(output / name)
 
 
 def make_engine(recipe: Recipe) -> Engine:
@@ -133,7 +133,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     )  # fmt: skip
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     recompositions = recipe.method.schedule(total)
-    dtype = DTYPES[recipe.dtype]
+    dtype = getattr(torch, recipe.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=recipe.attn_implementation)
     adapters = attach(model, recipe.method, Dense(dtype), recipe.seed)
     stored = set(source.names())

@@ -284,6 +284,12 @@ def test_settings_out_of_range_are_refused():
             Data("a", **wrong)
 
 
+def test_task_settings_of_a_file_are_refused_not_ignored(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", pairs(10))
+    with pytest.raises(ValueError, match="data.task is for reasoning-gym"):
+        load(Data(path, held_out=2, task={"min_terms": 2}), byte_tokenizer(CHATML), seed=0)
+
+
 def test_truncation_is_counted(tmp_path):
     rows = [
         {"prompt": "p" * 4, "completion": "c" * 3},  # 8 tokens with eos: fits

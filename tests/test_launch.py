@@ -182,7 +182,9 @@ def test_bf16_runs_into_the_bank_and_says_so(place, tmp_path, capsys):
     sums = {"data.dataset": "reasoning-gym:chain_sum", "data.size": 24, "data.max_length": 160}
     changes = {"engine": "plain", "dtype": "bfloat16", "eval_steps": 2, **sums}
     assert load_script().main(recipe(place, output_dir=tmp_path / "out", **changes)) == 0
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    said = captured.out
+    assert all(shown in captured.err for shown in ("loss=", "lr=", "tok_s=", "next_exchange=4"))  # the progress bar
     assert "kept in a bank beside the weight, which in bfloat16 would round away" in said and "exact match" in said
     assert [(e["into"], e["lost"]) for e in records(tmp_path / "out", "exchange")][1:] == [("bank", 0.0)] * 2
     assert [r["step"] for r in records(tmp_path / "out", "eval") if "loss" in r] == [0, 2, 4, 6]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_lowrank import files, source
-from llm_lowrank.files import stream_safetensors, write_json, write_safetensors, write_text
+from llm_lowrank.files import sha256, stream_safetensors, write_json, write_safetensors, write_text
 from llm_lowrank.source import DEMO, INDEX, SINGLE, Source
 from tests.tiny import llama
 
@@ -103,7 +103,7 @@ def test_sha256_changes_with_one_bit(tmp_path):
     for folder, last in (("a", 1.0), ("b", 1.0), ("c", 1.0 + 2**-7)):
         llama().config.save_pretrained(tmp_path / folder)
         save_file({"x": torch.tensor([3.0, last]).bfloat16()}, tmp_path / folder / SINGLE)
-    a, b, c = (Source.open(tmp_path / folder).sha256("x") for folder in "abc")
+    a, b, c = (sha256(Source.open(tmp_path / folder).tensor("x")) for folder in "abc")
     assert a == b != c and len(a) == 64
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.files import raw_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -211,7 +212,7 @@ class Engine(ABC):
             return
         digest = hashlib.sha256()
         for t in tensors:
-            digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(raw_bytes(t))
         everyone = self.gather(digest.hexdigest())
         if len(set(everyone)) > 1:
             raise RuntimeError(f"{what} differ between ranks {[e[:8] for e in everyone]}: refusing to train on")  # type: ignore[index]
@@ -231,10 +232,6 @@ class Engine(ABC):
             raise error
         if first is not None:
             raise RankError(f"rank {first}: {messages[first]}")
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
 
     def close(self) -> None:
         """Leaves the process group, so that no process or thread stays behind."""

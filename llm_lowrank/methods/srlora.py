@@ -69,12 +69,7 @@ class SRLoRA(PiSSA):
         return 0 if weight else self.target_rank - self.rank
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        if self.target_rank > min(linear.weight.shape):
-            m, n = linear.weight.shape
-            raise ValueError(
-                f"{name}: method.target_rank {self.target_rank} is more than min(m, n) = {min(m, n)} of its {m} x {n} weight; "
-                "lower it or leave the module out of target_modules"
-            )
+        self.check_fits("method.target_rank", self.target_rank, name, linear)
         return super().build(name, linear, codec, seed)
 
     def schedule(self, total_steps: int) -> tuple[int, ...]:
