@@ -74,3 +74,10 @@ class Plain(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def close(self) -> None:
+        # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go of the
+        # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without it the group goes first.
+        if getattr(self, "ddp", None) is not None:
+            self.ddp.reducer = self.ddp.logger = None
+        super().close()
