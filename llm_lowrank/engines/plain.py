@@ -78,6 +78,7 @@ class Plain(Engine):
     def close(self) -> None:
         # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go of the
         # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without it the group goes first.
-        if getattr(self, "ddp", None) is not None:
-            self.ddp.reducer = self.ddp.logger = None
+        ddp = getattr(self, "ddp", None)
+        if ddp is not None:
+            ddp.reducer = ddp.logger = None
         super().close()
