@@ -1,0 +1,37 @@
+"""A rank that is done ends. Its own processes, since the pools of tests/ranks.py must keep their groups."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llm_lowrank.methods.lora import LoRA
+from tests import tiny
+
+RUNS = 20  # with DDP's reducer left alive one of the first five hung
+
+
+def _train_and_close(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    for run in range(RUNS):
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}-{run}", rank=rank, world_size=2)
+        trainee = tiny.Trainee(LoRA(rank=4), "plain")
+        trainee.step(0)
+        trainee.engine.close()
+        del trainee  # the wrapped model outlives the process group, as in a run
+
+
+def test_ranks_end_after_close_though_the_wrapped_model_is_still_there(tmp_path: Path):
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]  # None: still there
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
