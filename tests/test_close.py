@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import time
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ def test_ranks_end_after_close_though_the_wrapped_model_is_still_there(tmp_path:
     processes = [context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"))) for rank in range(2)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 120
     for process in processes:
-        process.join(120)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]  # None: still there
     for process in processes:
         process.kill()
