@@ -31,8 +31,7 @@ def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
 class Adapter(FrozenLinear):
     """A (r, n) and B (m, r) are float32 masters, trained as they are and cast to the compute dtype in forward.
 
-    A starts uniform in +-1/sqrt(n) (Kaiming with a = sqrt 5, as in the paper's code), B at zero. The bank, in float32 too
-    so that pairs move bitwise, starts with `bank` zero pairs.
+    The bank of frozen pairs is float32 too, so that pairs move bitwise.
     """
 
     def __init__(
@@ -41,21 +40,41 @@ class Adapter(FrozenLinear):
         super().__init__(linear, codec)
         (m, n), device = self.shape, linear.weight.device
         self.name, self.rank, self.scale, self.dropout = name, rank, scale, dropout
-        bound = 1 / math.sqrt(n)
-        with torch.device("cpu"):  # the generator's, so that A starts alike on every device
-            start = torch.empty(rank, n).uniform_(-bound, bound, generator=generator(seed, name))
-        self.A = nn.Parameter(start.to(device))
-        self.B = nn.Parameter(torch.zeros(m, rank, device=device))
-        self.bank_A = nn.Parameter(torch.zeros(bank, n, device=device), requires_grad=False) if bank else None
-        self.bank_B = nn.Parameter(torch.zeros(m, bank, device=device), requires_grad=False) if bank else None
+        self.seed = seed
+
+        def factor(*size: int, trained: bool) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device), requires_grad=trained)
+
+        self.A, self.B = factor(rank, n, trained=True), factor(m, rank, trained=True)
+        self.bank_A = factor(bank, n, trained=False) if bank else None
+        self.bank_B = factor(m, bank, trained=False) if bank else None
+        if not linear.weight.is_meta:
+            for part, value in self.initial().items():
+                getattr(self, part).data.copy_(value)
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Pairs] = []
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
         # What a method remembers, each tensor over this rank's runs. Anything here is part of a checkpoint.
         self.memory: dict[str, Tensor] = {}
-        # Reads the untouched W from the checkpoint; None when the model did not come from one.
+        # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """Whole starting values of A, B and the bank, on the host.
+
+        With pairs (taken out of W): the first r are trained, the others fill the bank. Without: A uniform in +-1/sqrt(n) (Kaiming
+        with a = sqrt 5, as in the paper's code), B and the bank zero, so that the layer starts as it was.
+        """
+        (m, n), r, bank = self.shape, self.rank, 0 if self.bank_A is None else len(self.bank_A)
+        if pairs is None:
+            bound = 1 / math.sqrt(n)
+            with torch.device("cpu"):  # the generator's, so that A starts alike on every device
+                start = torch.empty(r, n).uniform_(-bound, bound, generator=generator(self.seed, self.name))
+                pairs = Pairs(torch.zeros(m, r + bank), torch.cat([start, torch.zeros(bank, n)]))
+        assert len(pairs) == r + bank, f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
+        values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
+        return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout and self.training:
@@ -63,10 +82,10 @@ class Adapter(FrozenLinear):
             if self.bank_A is None or self.bank_B is None:
                 y = super().forward(x)
             else:
-                y = adapter_linear(x, self.parts(), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
+                y = adapter_linear(x, tuple(self.named_parts().values()), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
             dropped = F.dropout(x, self.dropout)
             return y + self.scale * F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return adapter_linear(x, self.parts(), self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
+        return adapter_linear(x, tuple(self.named_parts().values()), self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """A, B and, if there is one, the bank's."""

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
-from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Dense
+from llm_lowrank.codecs import make
 from llm_lowrank.data import Batches, load, pad_id
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.loading import skeleton
 from llm_lowrank.method import Method, attach
 from llm_lowrank.recipe import Recipe, deepspeed_config, dump, occupied, optimization
 from llm_lowrank.source import DEMO, Source
@@ -43,13 +44,8 @@ def model_folder(name: str) -> str:
 def meta_model(folder: str, recipe: Recipe) -> nn.Module:
     """The model with its adapters, without any weights."""
     dtype = getattr(torch, recipe.dtype)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
-    attach(model, recipe.method, Dense(dtype), recipe.seed)
+    model = skeleton(folder, dtype, recipe.attn_implementation)
+    attach(model, recipe.method, make(recipe.codec, dtype, recipe.codec_double_quant), recipe.seed)
     return model
 
 
@@ -114,7 +110,7 @@ def _kind(name: str, module: nn.Module) -> str:
 
 
 def _shape(module: nn.Module) -> str:
-    shape = module.shape if isinstance(module, Adapter) else next(module.parameters(recurse=False)).shape
+    shape = module.shape if isinstance(module, FrozenLinear) else next(module.parameters(recurse=False)).shape
     return " x ".join(map(str, shape))
 
 

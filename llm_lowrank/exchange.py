@@ -109,23 +109,6 @@ def exchange_(
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 
 
-@torch.no_grad()
-def stock_bank_(engine: Engine, adapter: Adapter, pairs: Pairs) -> Exchanged:
-    """Moves `pairs` out of W into an empty bank: W <- W - s B A, bank <- (B, A). Before the first step. Collective."""
-    began, traffic = time.perf_counter(), engine.traffic
-    probe = _probe(engine, adapter)
-    before = _function(engine, adapter, probe)
-    pairs = pairs.to(engine.device)
-    with engine.edit(*adapter.factors()[2:]) as (a, b):
-        assert not a.value.any() and not b.value.any(), f"{adapter.name}: the bank is in use"
-        lost = into_weight_(engine, adapter, [pairs.scaled(-1)])
-        a.value.copy_(pairs.A), b.value.copy_(pairs.B)
-    for p, value in zip(adapter.factors()[2:], (pairs.A, pairs.B), strict=True):
-        assert torch.equal(engine.whole(p), value), f"{adapter.name}: the bank did not reach the forward"
-    drift = _drift(engine, adapter, probe, before, exact=adapter.codec.holds_small_updates)
-    return Exchanged(0, "bank", drift, lost, time.perf_counter() - began, engine.traffic - traffic, modules=0)
-
-
 def into_weight_(engine: Engine, adapter: Adapter, parts: list[Pairs]) -> float:
     """W += s (sum of the parts), recorded in the ledger; returns the share of the update that rounding took.
 

@@ -29,7 +29,7 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.files import stored_names, stream_safetensors, sync, write_json, write_safetensors
 from llm_lowrank.method import Method
 from llm_lowrank.pairs import Pairs
-from llm_lowrank.source import INDEX, Source
+from llm_lowrank.source import INDEX, SINGLE, Source
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -250,10 +250,10 @@ def merge(source: Source, adapter_dir: str | Path, output: str | Path, dtype: to
     try:
         for file, names in source.shards():
             stream_safetensors(aside / file, {name: layout[name] for name in names}, produce, {"format": "pt"})
-        if len(set(source.files.values())) > 1:
+        if set(source.files.values()) != {SINGLE}:
             size = sum(stored.itemsize * math.prod(shape) for stored, shape in layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
-        _copy_the_rest(source.path, aside, dtype)
+        _copy_the_rest(source, aside, dtype)
         sync(aside)
         os.replace(aside, output)  # over an empty folder too
         sync(output.parent)
@@ -301,12 +301,15 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
     return {f"{module}.weight": module for module in lora.modules}
 
 
-def _copy_the_rest(source: Path, output: Path, dtype: torch.dtype | None) -> None:
+def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
     """config.json, tokenizer, chat template, generation config: every small file of the checkpoint that is not its index."""
-    for file in sorted(source.iterdir()):
+    for file in sorted(source.path.iterdir()):
         if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)
-    if dtype is not None:
-        config = json.loads((source / "config.json").read_text())
-        config.pop("torch_dtype", None)  # the name before transformers 5
-        write_json(output / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    if dtype is not None or source.prequantized:
+        config = json.loads((source.path / "config.json").read_text())
+        config.pop("quantization_config", None)  # what was decoded is stored plainly
+        if dtype is not None:
+            config.pop("torch_dtype", None)  # the name before transformers 5
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(output / "config.json", config)

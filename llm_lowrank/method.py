@@ -7,6 +7,7 @@ happen; what it remembers lives on the adapters.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.pairs import Pairs
 
 if TYPE_CHECKING:
     from llm_lowrank.engines.base import Engine
@@ -57,7 +60,7 @@ class Method(draccus.ChoiceRegistry):
     # ---- the hooks, in the order in which a run calls them
 
     def bank(self, codec: Codec) -> int:
-        """Frozen pairs to keep room for beside the trainable ones."""
+        """Frozen pairs to keep room for beside the trainable ones. ValueError if the method cannot work on such a weight."""
         return 0
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
@@ -77,9 +80,17 @@ class Method(draccus.ChoiceRegistry):
         """Completed steps after which `recompose` is called."""
         return ()
 
-    def start(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
-        """Once, after sharding and before the first step. Collective."""
-        return None
+    def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
+        """For each adapter in turn the pairs that leave W at the start: the first `rank` become trainable, the others the bank.
+
+        None: W stays whole. Asked for while the model is being loaded, before W is encoded or sharded: `adapter.source` reads the
+        untouched W. Collective; the pairs are the same on every rank.
+        """
+        for _ in adapters:
+            yield None
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        """Once, when everything is loaded and sharded, before the first step. Collective."""
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         """After the last backward of every step, before the step itself. Local."""
@@ -90,7 +101,7 @@ class Method(draccus.ChoiceRegistry):
 
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
-    """The linear modules that `wanted` names. Each wanted name must match one: ValueError with what there is otherwise."""
+    """The linear modules that `wanted` names, in the model's order. Each wanted name must match one: ValueError with what there is otherwise."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if wanted == [ALL_LINEAR]:
@@ -107,16 +118,23 @@ def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"method.target_modules: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})")
         found.update(hits)
-    return found
+    return {name: m for name, m in linears.items() if name in found}
 
 
 def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> list[Adapter]:
-    """Freezes the model and puts an Adapter in the place of every targeted linear module. Works on the meta device too."""
+    """Freezes the model and puts an Adapter in the place of every targeted linear module. Works on the meta device too.
+
+    With a codec that is not dense the linear modules that are not targeted are coded as well; the output layer, embeddings and
+    norms stay as they are.
+    """
     model.requires_grad_(False)
+    wanted = targets(model, method.target_modules)
+    others = {} if codec.writable else {name: m for name, m in targets(model, [ALL_LINEAR]).items() if name not in wanted}
     adapters = []
-    for name, linear in targets(model, method.target_modules).items():
-        adapter = method.build(name, linear, codec, seed)
+    for name, linear in (wanted | others).items():
+        layer = method.build(name, linear, codec, seed) if name in wanted else FrozenLinear(linear, codec)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, adapter)
-        adapters.append(adapter)
+        setattr(model.get_submodule(parent), leaf, layer)
+        if isinstance(layer, Adapter):
+            adapters.append(layer)
     return adapters

@@ -18,6 +18,7 @@ import yaml
 from llm_lowrank.command_line import RecipeError, help_text, read
 from llm_lowrank.data import Data
 from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.method import Method
 from llm_lowrank.methods.srlora import SRLoRA
@@ -85,12 +86,14 @@ class Recipe:
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of recompositions and the expected memory, and exit."""
 
-    engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """deepspeed: ZeRO as the JSON says. plain: one process, or one per device with PyTorch's DDP."""
+    engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
+    """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's DDP."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed configuration, looked up here, then beside the package; its "auto" values come from this recipe."""
-    codec: Literal["dense"] = "dense"
-    """How the frozen weights are stored. dense: in `dtype`."""
+    codec: Literal["dense", "nf4", "int8"] = "dense"
+    """How the frozen linear weights are stored. dense: in `dtype`; nf4, int8: in 4 or 8 bits, decoded to `dtype` at each use."""
+    codec_double_quant: bool = False
+    """Store the scales of nf4 in 8 bits too: 4.2 instead of 4.5 bits a weight."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen backbone and of the forward pass; the adapters are trained in float32 in any case."""
     gradient_checkpointing: bool = False
@@ -135,6 +138,8 @@ class Recipe:
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """metrics.jsonl is written in any case."""
 
+    fsdp: Sharding = field(default_factory=Sharding)
+    """How `engine: fsdp` spreads the model."""
     method: Method = field(default_factory=SRLoRA)
     """How the model is adapted. Settings are listed below for all types, then for each type."""
     data: Data = field(default_factory=_demo_data)
@@ -208,6 +213,12 @@ def validate(recipe: Recipe) -> None:
     errors = [f"{key} {text}, not {getattr(recipe, key)}" for key, (text, good) in RANGES.items() if not good(getattr(recipe, key))]
     if 1 <= recipe.max_steps < recipe.warmup_steps:
         errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than max_steps ({recipe.max_steps})")
+    if recipe.codec_double_quant and recipe.codec != "nf4":
+        errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
+    if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
+        errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
+    if recipe.engine != "fsdp" and recipe.fsdp != Sharding():
+        errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
         errors += _deepspeed_errors(recipe)
     if recipe.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:

@@ -1,12 +1,14 @@
 """A Hugging Face checkpoint on disk, read one tensor at a time: what a run starts from and what a merge adds to.
 
 `Source.open` takes a folder, a hub name or a GGUF file and ends at a folder of safetensors files. Tensors are memory-mapped: asking for
-one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard, without the model in memory.
+one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard, without the model in memory. Rows are read one
+piece at a time, so that a rank can take its share of a weight without the rest.
 """
 
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_lowrank.files import DTYPES, stored_names
+from llm_lowrank.files import DTYPES, raw_bytes, stored_names
+from llm_lowrank.prequantized import Nf4Weight, check_config, collect
 
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"
@@ -28,10 +31,35 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its bytes, row after row, from `offset` on."""
+
+    path: Path
+    kind: str  # the dtype's name in the header
+    shape: list[int]
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.kind]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        size = self.dtype.itemsize * math.prod(self.shape[1:])  # bytes in a row
+        # not mapped: the pages of a map stay beside the copy, and count as this process's memory for as long as the map lives
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * size)
+            if file.readinto(raw_bytes(rows)) != len(rows) * size:
+                raise ValueError(f"{self.path} ends too early; it was cut short after it was opened, download or write it again")
+        return rows
+
+
+@dataclass(frozen=True)
 class Source:
     name: str  # what plain transformers and PEFT take for it: the hub name as given, or the folder
     path: Path  # a folder with config.json and safetensors files
     files: dict[str, str]  # tensor name -> file name inside the folder
+    tensors: dict[str, Stored | Nf4Weight]  # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
 
     @classmethod
     def open(cls, model_name_or_path: str | Path) -> "Source":
@@ -42,31 +70,55 @@ class Source:
             path = _downloaded(name)
         else:
             name = str(path)
-        return cls(name, path, _tensor_files(path))
+        files = _tensor_files(path)
+        tensors = _tensors(path, files)
+        return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors)
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether some weights are stored in 4 bits; read as tensors and rows they are decoded."""
+        return any(isinstance(tensor, Nf4Weight) for tensor in self.tensors.values())
 
     def names(self) -> list[str]:
         return list(self.files)
 
     def tensor(self, name: str) -> Tensor:
-        """The stored value in the stored dtype, memory-mapped (do not write to it)."""
-        with safe_open(self.path / self._file(name), framework="pt") as handle:
+        """The value in the stored dtype, memory-mapped (do not write to it); decoded if it is quantized."""
+        at = self._at(name)
+        if isinstance(at, Nf4Weight):
+            return at.rows(0, at.shape[0])
+        with safe_open(at.path, framework="pt") as handle:
             return handle.get_tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """tensor(name)[start:stop] as a copy of its own; reads these rows only and leaves nothing mapped."""
+        at = self._at(name)
+        assert 0 <= start <= stop <= at.shape[0], (name, start, stop, at.shape)
+        return at.rows(start, stop)
+
+    def is_nf4(self, name: str) -> bool:
+        return isinstance(self._at(name), Nf4Weight)
+
+    def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows start .. stop of a weight in 4 bits, not decoded: codes uint8 (rows, n / 2), scales float32 (rows, n / 64) as bytes."""
+        at = self._at(name)
+        assert isinstance(at, Nf4Weight) and 0 <= start <= stop <= at.shape[0], (name, start, stop, at)
+        return at.parts(start, stop)
+
     def layout(self, name: str) -> tuple[torch.dtype, list[int]]:
-        """The stored dtype and the shape; reads the header only."""
-        with safe_open(self.path / self._file(name), framework="pt") as handle:
-            part = handle.get_slice(name)
-            return DTYPES[part.get_dtype()], part.get_shape()
+        """The dtype and the shape of tensor(name), without reading it."""
+        at = self._at(name)
+        return at.dtype, list(at.shape)
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with the names of its tensors, in the order of their names."""
         for file in sorted(set(self.files.values())):
             yield file, [name for name, home in self.files.items() if home == file]
 
-    def _file(self, name: str) -> str:
-        if name not in self.files:
+    def _at(self, name: str) -> Stored | Nf4Weight:
+        if name not in self.tensors:
             raise ValueError(f"{self.path} holds no tensor named {name}")
-        return self.files[name]
+        return self.tensors[name]
 
 
 def cache_dir() -> Path:
@@ -103,7 +155,7 @@ def _downloaded(name: str) -> Path:
 
 
 def _tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the files' own headers. Refuses what is not a complete, plain safetensors checkpoint."""
+    """Tensor name -> file name, from the files' own headers. Refuses what is not a complete safetensors checkpoint."""
     if (path / INDEX).is_file():
         indexed = json.loads((path / INDEX).read_text())["weight_map"]
     elif (path / SINGLE).is_file():
@@ -126,12 +178,27 @@ def _tensor_files(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download the checkpoint again")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: not a Hugging Face checkpoint")
-    quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
-    if quantization:
-        raise ValueError(
-            f"{path} stores quantized weights ({quantization.get('quant_method', 'unknown method')}); start from the unquantized checkpoint"
-        )
     return dict(stored)
+
+
+def _tensors(path: Path, files: dict[str, str]) -> dict[str, Stored | Nf4Weight]:
+    """Where each tensor of the model lies. Refuses quantized weights, but for those in nf4, and takes their parts together."""
+    stored = {name: at for file in sorted(set(files.values())) for name, at in _header(path / file).items()}
+    quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
+    if not quantization:
+        return {**stored}
+    check_config(path, quantization)
+    weights, beside = collect(path, stored)
+    return {name: weights.get(name, at) for name, at in stored.items() if name not in beside}
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """8 bytes with the length of the header (little endian), the header (JSON), then the tensors' bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: Stored(path, at["dtype"], at["shape"], 8 + length + at["data_offsets"][0]) for name, at in header.items()}
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------------------

@@ -84,20 +84,22 @@ def top_triplets(w: Products, k: int, niter: int = 4, exact: bool = False, seed:
     return Triplets((u * sign).contiguous(), s.contiguous(), (v * sign).contiguous())
 
 
-def cached_triplets(w: Tensor, k: int, niter: int, exact: bool, seed: int, cache: Path | None) -> Triplets:
-    """top_triplets of a matrix at hand, remembered in the folder `cache` (None: not remembered).
+def cached_triplets(
+    w: Tensor, k: int, niter: int, exact: bool, seed: int, cache: Path | None, device: torch.device | str = "cpu"
+) -> Triplets:
+    """top_triplets of a matrix at hand, computed on `device`, remembered in the folder `cache` (None: not remembered).
 
     The key is the content of W (SHA-256) with k, niter, exact and seed: a changed checkpoint can never hit an old entry.
     """
     if cache is None:
-        return top_triplets(Matrix(w.float()), k, niter, exact, seed)
+        return top_triplets(Matrix(w.to(device, torch.float32)), k, niter, exact, seed, device)
     settings = f"{ALGORITHM}-{w.dtype}-{tuple(w.shape)}-{k}-{niter}-{exact}-{seed}"
     file = cache / f"{sha256(w)[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     try:
         found = load_file(file)
         return Triplets(found["U"], found["S"], found["V"])
     except (FileNotFoundError, SafetensorError, KeyError):  # absent or damaged: compute and write anew
-        triplets = top_triplets(Matrix(w.float()), k, niter, exact, seed)
+        triplets = top_triplets(Matrix(w.to(device, torch.float32)), k, niter, exact, seed, device)
         cache.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, triplets._asdict(), {"settings": settings})
         return triplets

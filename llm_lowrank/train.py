@@ -15,11 +15,12 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_lowrank import export
+from llm_lowrank import export, loading
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Dense
+from llm_lowrank.codecs import make
 from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
 from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.exchange import Exchanged, measured
 from llm_lowrank.generate import accuracy
@@ -34,7 +35,7 @@ SAMPLES = 5  # answers printed after training
 
 @dataclass
 class Run:
-    """What is there once everything is loaded, before anything is sharded."""
+    """What is there once everything is checked, before any weight is read."""
 
     source: Source
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Run:
     batches: Batches
     total_steps: int
     recompositions: tuple[int, ...]
+    unused: list[str]  # tensors of the checkpoint that the model has no place for
 
 
 def train(recipe: Recipe) -> None:
@@ -53,17 +55,20 @@ def train(recipe: Recipe) -> None:
         run = prepare(recipe, engine)
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
-    model = engine.wrap(run.model, optimization(recipe))
+    say(opening(recipe, engine, run))
+    model, loaded = loading.load(engine, run.model, adapters, method, run.source, optimization(recipe))
+    say(str(loaded))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
     if engine.main:
         clear(Path(recipe.output_dir))
         save(recipe, Path(recipe.output_dir) / "recipe.yaml")
     with Metrics(recipe.output_dir, recipe.report_to == "tensorboard", engine.main) as metrics:
-        say(opening(recipe, engine, run))
+        metrics.write(
+            "load", 0, seconds=loaded.seconds, bytes=loaded.bytes, modules=loaded.modules, pairs=loaded.pairs,
+            error=loaded.errors[loaded.worst],
+        )  # fmt: skip
         before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
         say(f"before training: {before}")
-        if (event := measured(engine, partial(method.start, adapters, engine))) is not None:
-            say(log_exchange(metrics, 0, "start", event))
 
         seen = Seen()
         with tqdm(total=total, desc="train", unit="step", disable=not engine.main) as bar:
@@ -114,13 +119,15 @@ def clear(output: Path) -> None:
 def make_engine(recipe: Recipe) -> Engine:
     if recipe.engine == "plain":
         return Plain()
+    if recipe.engine == "fsdp":
+        return FSDP(recipe.fsdp)
     from llm_lowrank.engines.zero import Zero  # deepspeed is imported only when it is asked for
 
     return Zero(deepspeed_config(recipe))
 
 
 def prepare(recipe: Recipe, engine: Engine) -> Run:
-    """Loads and checks everything that a mistake in the recipe could break. No communication."""
+    """Reads the data and checks everything that a mistake in the recipe could break; no weights yet. No communication."""
     if not engine.main:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -134,18 +141,13 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     recompositions = recipe.method.schedule(total)
     dtype = getattr(torch, recipe.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=recipe.attn_implementation)
-    adapters = attach(model, recipe.method, Dense(dtype), recipe.seed)
-    stored = set(source.names())
-    for adapter in adapters:
-        name = f"{adapter.name}.weight"
-        if name not in stored:
-            raise ValueError(f"{source.path}: the checkpoint holds no tensor {name}, so that its change could not be merged back")
-        adapter.source = partial(source.tensor, name)
+    model = loading.skeleton(source.path, dtype, recipe.attn_implementation)
+    adapters = attach(model, recipe.method, make(recipe.codec, dtype, recipe.codec_double_quant), recipe.seed)
+    unused = loading.bind(model, adapters, source)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions)
+    return Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
 
 
 def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
@@ -153,20 +155,27 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     trained = sum(a.rank * sum(a.shape) for a in run.adapters)
     lines = [
         f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable parameters",
-        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {recipe.dtype}; {run.total_steps} steps of "
+        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; {run.total_steps} steps of "
         f"{run.batches.global_batch} samples from {len(run.corpus.train)} ({len(run.corpus.held_out)} held out)",
     ]
+    if run.unused:
+        lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {', '.join(run.unused[:3])}{', ...' * (len(run.unused) > 3)}")
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
     if run.recompositions:
         adapter = run.adapters[0]
         where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
-        why = "holds" if adapter.codec.holds_small_updates else "would round away part of"
+        why = "holds" if adapter.codec.holds_small_updates else "would round away"
         lines.append(
-            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in {recipe.dtype} "
+            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in {stored(recipe)} "
             f"{why} small updates"
         )
     return "\n".join(lines)
+
+
+def stored(recipe: Recipe) -> str:
+    """How the frozen weights are stored."""
+    return recipe.dtype if recipe.codec == "dense" else f"{recipe.codec} computed in {recipe.dtype}"
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import Batches, Data, load, pad_id
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.loading import bind, skeleton
+from llm_lowrank.loading import load as load_model
 from llm_lowrank.method import attach
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.source import DEMO, Source
@@ -28,16 +28,14 @@ def one_switch(into: str) -> dict:
     """A few steps on real data, one switch: the layers' maps at the start, before and after the switch, and its report."""
     source = Source.open(DEMO)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16)
+    model = skeleton(source.path, torch.bfloat16, "sdpa")
     method = SRLoRA(rank=8, target_rank=12, target_modules=MODULES, into=into, svd_cache="")
     engine = Plain()
     adapters = attach(model, method, Dense(torch.bfloat16))
-    for adapter in adapters:
-        adapter.source = partial(source.tensor, f"{adapter.name}.weight")
+    assert bind(model, adapters, source) == []
     corpus = load(Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0)
     batches = Batches(corpus.train, 4, 1, 0, 1, 0, pad_id(tokenizer), 1)
-    engine.wrap(model, Optimization(1e-3))
-    method.start(adapters, engine)
+    load_model(engine, model, adapters, method, source, Optimization(1e-3))
 
     def maps() -> list[torch.Tensor]:
         """W + s B A + s bank_B bank_A, in float64."""

@@ -141,7 +141,6 @@ def held(engine_name: str) -> dict[str, int]:
     """Bytes that this rank holds after a step."""
     zero = {"stage3_param_persistence_threshold": THRESHOLD} if engine_name == "zero3" else {}
     trainee = tiny.Trainee(METHOD, engine_name, dtype="bf16", zero=zero, **SHAPE)
-    trainee.method.start(trainee.adapters, trainee.engine)
     trainee.step(0)
     engine, found = trainee.engine, dict.fromkeys(("frozen weights", "bank", "adapters", "adapters, master copy"), 0)
     whole = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm_lowrank.adapter import Adapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines import base
-from llm_lowrank.exchange import PROBES, Exchanged, exchange_, measured, stock_bank_
+from llm_lowrank.exchange import PROBES, Exchanged, exchange_, measured
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.pairs import Pairs
 from tests import ranks
@@ -30,6 +30,11 @@ ENGINES: dict[str, tuple[str, int, dict]] = {
     "zero3-2": ("zero3", 2, {}),
     "zero3-3": ("zero3", 3, {}),
     "zero3-2-persisted": ("zero3", 2, PERSISTED),
+    "fsdp-1": ("fsdp", 1, {}),
+    "fsdp-2": ("fsdp", 2, {}),
+    "fsdp-3": ("fsdp", 3, {}),
+    "fsdp-2-gathered": ("fsdp", 2, {"reshard_after_forward": False}),
+    "fsdp-2-replicas": ("fsdp", 2, {"shard_size": 1}),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 both = pytest.mark.parametrize("into", ["weight", "bank"])
@@ -38,8 +43,15 @@ every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 
 @dataclass(frozen=True)
 class Banked(LoRA):
+    """LoRA with a bank that starts with random pairs, taken out of W; what is trained adds nothing at the start."""
+
     def bank(self, codec: Codec) -> int:
         return BANK
+
+    def starting_pairs(self, adapters: list[Adapter], engine: base.Engine) -> Iterator[Pairs]:
+        for a in adapters:
+            trained = random_pairs(a, RANK, 2)
+            yield Pairs.cat([Pairs(torch.zeros_like(trained.B), trained.A), random_pairs(a, BANK, 0)])
 
 
 def trainee(engine: str, dtype: str = "fp32") -> Trainee:
@@ -78,12 +90,13 @@ class Layer:
 @dataclass
 class Seen:
     W0: Tensor
-    stocked: Layer
-    stock: Pairs
+    start: Layer
+    bank: Pairs  # what was taken out of W0
+    error: float  # that loading reported
     before: Layer
     after: Layer
     fresh: Pairs | None
-    events: dict[str, Exchanged]
+    event: Exchanged
     ledger: list[Pairs]
     logits: tuple[Tensor, Tensor]  # before and after all modules had theirs
 
@@ -95,11 +108,10 @@ class Seen:
 
 
 def exchange_everywhere(engine: str, dtype: str, into: str) -> dict[str, Seen]:
-    """Stocks every bank, trains two steps, exchanges three pairs of every module."""
+    """Trains two steps, exchanges three pairs of every module."""
     t = trainee(engine, dtype)
     index, found = torch.tensor(INDEX), {}
-    stocks = {a.name: stock_bank_(t.engine, a, random_pairs(a, BANK, 0)) for a in t.adapters}
-    stocked = {a.name: Layer.now(t, a) for a in t.adapters}
+    started = {a.name: Layer.now(t, a) for a in t.adapters}
     for step in range(2):
         t.step(step)
     logits = t.logits()
@@ -107,8 +119,8 @@ def exchange_everywhere(engine: str, dtype: str, into: str) -> dict[str, Seen]:
         before, fresh = Layer.now(t, a), random_pairs(a, len(INDEX), 1) if into == "weight" else None
         event = exchange_(t.engine, a, index, fresh=fresh, slots=None if fresh else SLOTS)
         found[a.name] = Seen(
-            t.original[f"{a.name}.weight"], stocked[a.name], random_pairs(a, BANK, 0), before, Layer.now(t, a), fresh,
-            {"stock": stocks[a.name], "exchange": event}, a.ledger, (logits, logits),
+            t.original[f"{a.name}.weight"], started[a.name], random_pairs(a, BANK, 0), t.loaded.errors[a.name], before, Layer.now(t, a),
+            fresh, event, a.ledger, (logits, logits),
         )  # fmt: skip
     after = t.logits()
     for seen in found.values():
@@ -170,8 +182,19 @@ def equal(one: Pairs, two: Pairs) -> bool:
 def test_w_gets_the_old_pairs_and_loses_the_fresh_ones(engine):
     for seen in exchanged(engine, "fp32", "weight")[0].values():
         assert relative(seen.after.W, seen.before.W.double() + seen.asked()) <= 1e-7
-        stocked = seen.W0.double() - SCALE * seen.stock.to(dtype=torch.float64).product()
-        assert relative(seen.stocked.W, stocked) <= 1e-7 and equal(seen.stocked.bank, seen.stock)
+
+
+@every_dtype
+@every_engine
+def test_the_bank_was_taken_out_of_w_at_the_start_and_the_error_of_that_is_reported(engine, dtype):
+    for told in exchanged(engine, dtype, "weight"):
+        for seen in told.values():
+            rest = seen.W0.double() - SCALE * seen.bank.to(dtype=torch.float64).product()
+            assert torch.equal(seen.start.W, rest.to(torch.float32).to(seen.W0.dtype))  # rounded once, whoever holds how many rows
+            assert equal(seen.start.bank, seen.bank) and not seen.start.trained.B.any() and seen.start.trained.A.all()
+            error = relative(seen.start.map(), seen.W0)
+            assert seen.error == pytest.approx(error, rel=1e-3)
+            assert 0 < error <= 1e-7 if dtype == "fp32" else 1e-4 < error <= 2**-9
 
 
 @both
@@ -179,7 +202,8 @@ def test_w_gets_the_old_pairs_and_loses_the_fresh_ones(engine):
 def test_the_ledger_adds_up_to_what_w_received_and_is_rank_0s(engine, into):
     first, *others = exchanged(engine, "fp32", into)
     for seen in first.values():
-        assert len(seen.ledger) == (2 if into == "weight" else 1)  # stocking the bank, exchanging
+        assert len(seen.ledger) == (2 if into == "weight" else 1)  # the start, the exchange
+        assert relative(seen.ledger[0].product(), -SCALE * seen.bank.to(dtype=torch.float64).product()) <= 1e-6
         total = seen.W0.double() + sum(update.to(dtype=torch.float64).product() for update in seen.ledger)
         assert relative(seen.after.W, total) <= 1e-7
         assert relative(seen.after.W, seen.W0) > 0.05
@@ -207,7 +231,7 @@ def test_the_report_equals_an_independent_measurement(engine, into, dtype):
     name = ENGINES[engine][0]
     for told in exchanged(engine, dtype, into):
         for module, seen in told.items():
-            event, x = seen.events["exchange"], torch.randn(seen.W0.shape[1], PROBES, generator=generator(0, module)).double()
+            event, x = seen.event, torch.randn(seen.W0.shape[1], PROBES, generator=generator(0, module)).double()
             assert (event.pairs, event.into, event.modules) == (3, into, 1)
             drift = relative(seen.after.map() @ x, seen.before.map() @ x)
             if into == "weight" and dtype == "bf16":
@@ -218,8 +242,6 @@ def test_the_report_equals_an_independent_measurement(engine, into, dtype):
                 assert event.drift <= 1e-6  # float32 arithmetic on the probe
                 assert event.lost == 0 if into == "bank" else 0 < event.lost <= 1e-6
             assert event.seconds > 0
-            stock = seen.events["stock"]
-            assert (stock.pairs, stock.into, stock.modules) == (0, "bank", 0) and (stock.lost > 1e-3) == (dtype == "bf16")
             assert (event.traffic > 0) == (name != "plain")  # copies that a rank holds whole need no collective
 
 
@@ -229,8 +251,8 @@ def test_the_report_equals_an_independent_measurement(engine, into, dtype):
 def test_totals_are_sums_and_the_worst_drift_and_loss():
     one = Exchanged(pairs=2, into="weight", drift=1e-7, lost=0.5, seconds=1.0, traffic=10)
     two = Exchanged(pairs=3, into="weight", drift=1e-5, lost=0.1, seconds=2.0, traffic=5)
-    stock = Exchanged(pairs=0, into="weight", drift=0.0, lost=0.0, seconds=4.0, traffic=1, modules=0)
-    assert Exchanged.total([one, two, stock]) == Exchanged(5, "weight", 1e-5, 0.5, 7.0, 16, modules=2)
+    more = Exchanged(pairs=4, into="weight", drift=0.0, lost=0.0, seconds=4.0, traffic=1, modules=3)
+    assert Exchanged.total([one, two, more]) == Exchanged(9, "weight", 1e-5, 0.5, 7.0, 16, modules=5)
 
 
 def test_measured_counts_all_of_a_hook():
@@ -284,12 +306,13 @@ def test_before_the_first_step_there_are_no_moments_to_write():
 def test_an_exchange_of_nothing_changes_nothing_and_leaves_no_entry_in_the_ledger():
     t = trainee("plain-1")
     a = t.adapters[0]
-    before, none = Layer.now(t, a), torch.tensor([], dtype=torch.long)
+    before, none, entries = Layer.now(t, a), torch.tensor([], dtype=torch.long), list(a.ledger)
     for fresh, slots in ((random_pairs(a, 0, 1), None), (None, slice(2, 2))):
         event = exchange_(t.engine, a, none, fresh=fresh, slots=slots)
         assert (event.pairs, event.drift, event.lost) == (0, 0.0, 0.0)
     after = Layer.now(t, a)
-    assert torch.equal(before.W, after.W) and equal(before.trained, after.trained) and equal(before.bank, after.bank) and not a.ledger
+    assert torch.equal(before.W, after.W) and equal(before.trained, after.trained) and equal(before.bank, after.bank)
+    assert len(entries) == len(a.ledger) == 1 and a.ledger[0] is entries[0]  # the start's
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------------------
@@ -301,24 +324,6 @@ def caught(function: Callable[[], object]) -> str:
     except (AssertionError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
-
-
-def stock_twice(engine: str) -> list[tuple[str, bool]]:
-    t = trainee(engine)
-    found = []
-    for a in t.adapters:
-        stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
-        w, entries = t.engine.whole(a.weight), len(a.ledger)
-        message = caught(functools.partial(stock_bank_, t.engine, a, random_pairs(a, BANK, 1)))
-        found.append((message, torch.equal(t.engine.whole(a.weight), w) and len(a.ledger) == entries))
-    return found
-
-
-@every_engine
-def test_a_bank_in_use_is_not_stocked_again_and_w_is_left_alone(engine):
-    for told in ranks.run(ENGINES[engine][1], stock_twice, engine):
-        for message, untouched in told:
-            assert message.startswith("AssertionError") and "proj: the bank is in use" in message and untouched
 
 
 def test_an_exchange_has_one_destination_and_as_many_pairs_come_as_go():
@@ -342,8 +347,6 @@ COPIES = {  # what of a parameter an edit does not reach -> what is said
 def stale_copy(engine: str, into: str, copy: str) -> tuple[str, str]:
     """An exchange whose write leaves one copy of one parameter as it was."""
     t = trainee(engine)
-    for a in t.adapters:
-        stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
     for step in range(2):
         t.step(step)
     a = t.adapters[1]
@@ -374,6 +377,8 @@ CASES = [
         "plain-2": ["exp_avg_sq", "master"],
         "zero2-3": ["forward", "master", "exp_avg", "exp_avg_sq"],
         "zero3-2": ["forward", "master", "exp_avg", "exp_avg_sq"],
+        "fsdp-2": ["master", "exp_avg", "exp_avg_sq"],  # the forward gathers the masters
+        "fsdp-2-replicas": ["master", "exp_avg_sq"],
     }.items()
     for copy in copies
     for into in ("weight", "bank")
@@ -392,7 +397,6 @@ def wrong_map(engine: str, into: str) -> list[str]:
     """W receives another update than asked for; in bank mode W changes at all."""
     t = trainee(engine)
     a = t.adapters[1]
-    stock_bank_(t.engine, a, random_pairs(a, BANK, 0))
     t.step(0)
     real = t.engine.put
 
@@ -407,7 +411,7 @@ def wrong_map(engine: str, into: str) -> list[str]:
 
 
 @both
-@pytest.mark.parametrize("engine", ["plain-1", "zero2-3", "zero3-2"])
+@pytest.mark.parametrize("engine", ["plain-1", "zero2-3", "zero3-2", "fsdp-2", "fsdp-2-replicas"])
 def test_an_exchange_that_changes_the_function_ends_the_run(engine, into):
     for name, message in ranks.run(ENGINES[engine][1], wrong_map, engine, into):
         assert message.startswith(f"RuntimeError: {name}: an exchange changed the layer's function by"), message

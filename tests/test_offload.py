@@ -1,4 +1,4 @@
-"""CPU offload, as in ds_configs/zero3_offload.json: the same losses, exchanges and values as without."""
+"""CPU offload, as in ds_configs/zero3_offload.json and FSDP2's: the same losses, exchanges and values as without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ SHIPPED = json.loads((Path(__file__).parents[1] / "ds_configs/zero3_offload.json
 
 def train(engine: str, into: str, zero: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     t = tiny.Trainee(SRLoRA(rank=4, target_rank=8, svd_cache="", into=into), engine, zero=zero)
-    t.method.start(t.adapters, t.engine)
     losses = []
     for step in range(4):
         losses.append(t.step(step))
@@ -34,8 +33,13 @@ def test_the_shipped_file_offloads_parameters_and_optimizer():
 @pytest.mark.parametrize("into", ["bank", "weight"])
 @pytest.mark.parametrize(
     "engine, offload",
-    [("zero2", {"offload_optimizer": CPU}), ("zero3", {"offload_optimizer": CPU, "offload_param": CPU})],
-    ids=["zero2", "zero3"],
+    [
+        ("zero2", {"offload_optimizer": CPU}),
+        ("zero3", {"offload_optimizer": CPU, "offload_param": CPU}),
+        ("fsdp", {"cpu_offload": True}),
+        ("fsdp", {"cpu_offload": True, "shard_size": 1}),
+    ],
+    ids=["zero2", "zero3", "fsdp", "fsdp-hybrid"],
 )
 def test_offload_changes_nothing(engine, offload, into):
     want, values, weights = ranks.run(2, train, engine, into, {})[0]

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import gguf
 import pytest
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_lowrank import files, source
-from llm_lowrank.files import sha256, stream_safetensors, write_json, write_safetensors, write_text
+from llm_lowrank.files import raw_bytes, sha256, stream_safetensors, write_json, write_safetensors, write_text
 from llm_lowrank.source import DEMO, INDEX, SINGLE, Source
-from tests.tiny import llama
+from tests.tiny import DTYPES, llama
 
 # ---- files
 
@@ -97,6 +98,85 @@ def test_tensors_of_a_folder(tmp_path, shard):
         assert opened.layout(name) == (value.dtype, list(value.shape))
     with pytest.raises(ValueError, match="no tensor named nonsense"):
         opened.tensor("nonsense")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shard", ["10KB", "10MB"])
+def test_rows_are_a_slice_of_the_tensor(tmp_path, shard, dtype):
+    llama(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    opened = Source.open(tmp_path)
+    for name in opened.names():  # of one dimension (norms) and of two
+        whole = opened.tensor(name)
+        for start, stop in ((0, len(whole)), (3, 11), (len(whole) - 1, len(whole)), (5, 5), (len(whole), len(whole))):
+            rows = opened.rows(name, start, stop)
+            assert rows.dtype == whole.dtype == DTYPES[dtype] and torch.equal(rows, whole[start:stop]), (name, start, stop)
+        for start, stop in ((0, len(whole) + 1), (-1, 1), (2, 1)):
+            with pytest.raises(AssertionError):
+                opened.rows(name, start, stop)
+    assert not opened.prequantized and not any(map(opened.is_nf4, opened.names()))
+    with pytest.raises(ValueError, match="no tensor named nonsense"):
+        opened.rows("nonsense", 0, 1)
+
+
+def test_rows_of_every_dtype_and_shape(tmp_path):
+    llama().config.save_pretrained(tmp_path)
+    tensors = {
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "eighths": torch.randn(6, 3).to(torch.float8_e4m3fn),
+        "experts": torch.randn(4, 3, 2).half(),
+        "flags": torch.tensor([True, False, True]),
+        "nothing in a row": torch.zeros(4, 0),
+    }
+    write_safetensors(tmp_path / SINGLE, tensors, {"format": "pt"})
+    opened = Source.open(tmp_path)
+    for name, tensor in tensors.items():
+        rows = opened.rows(name, 1, 3)
+        assert rows.dtype == tensor.dtype and rows.shape == tensor[1:3].shape and raw_bytes(rows) == raw_bytes(tensor[1:3])
+
+
+def test_rows_are_a_private_copy_and_leave_nothing_mapped(tmp_path):
+    llama().save_pretrained(tmp_path)
+    opened = Source.open(tmp_path)
+    name = "model.embed_tokens.weight"
+    before = (tmp_path / SINGLE).read_bytes()
+    first, second = opened.rows(name, 2, 5), opened.rows(name, 2, 5)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    first.zero_()
+    assert torch.equal(second, opened.tensor(name)[2:5]) and second.abs().min() > 0
+    assert (tmp_path / SINGLE).read_bytes() == before
+    whole = opened.tensor(name)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text(), "the check above should be able to fail"
+    assert whole.shape == (67, 42)
+
+
+def test_reading_rows_costs_the_memory_of_the_rows(tmp_path):
+    """The peak grows by the piece that is read, not by two (a map and its copy) and not by the file."""
+    llama().config.save_pretrained(tmp_path)
+    piece, size = 2**10, 2**10 * 9000 * 4  # 37 MB: above 32 MiB the allocator returns what is freed, so that peaks can be compared
+    write_safetensors(tmp_path / SINGLE, {"w": torch.ones(3 * piece, 9000)})
+    opened = Source.open(tmp_path)
+    assert opened.rows("w", 0, 8).sum() == 8 * 9000
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
+    before = _peak()
+    for start in range(0, 3 * piece, piece):
+        assert opened.rows("w", start, start + piece)[:, 0].sum() == piece
+    assert 0.9 * size < _peak() - before < 1.3 * size
+    (tmp_path / SINGLE).unlink()  # pytest keeps the folder
+
+
+def _peak():
+    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def test_rows_of_a_file_that_was_cut_short_are_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    opened = Source.open(tmp_path)
+    last = max(opened.names(), key=lambda name: opened.tensors[name].offset)
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-4])
+    m = opened.layout(last)[1][0]
+    opened.rows(last, 0, m - 1)
+    with pytest.raises(ValueError, match="cut short.*download or write it again"):
+        opened.rows(last, 0, m)
 
 
 def test_sha256_changes_with_one_bit(tmp_path):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Dense
+from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.fsdp import FSDP, Sharding
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.loading import bind, load
 from llm_lowrank.method import Method, attach
 
 VOCABULARY = 67
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "int8": torch.float32}  # computed in
+CODECS: dict[str, Codec] = {"fp32": Dense(torch.float32), "bf16": Dense(torch.bfloat16), "nf4": Nf4(), "int8": Int8()}
 
 
 def config(**changes: object) -> LlamaConfig:
@@ -31,12 +35,51 @@ def llama(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
     for p in model.parameters():  # wider than the usual 0.02, so that layers matter and singular values differ
         if p.ndim == 2:
             nn.init.normal_(p, std=0.15)
-    return model.to(DTYPES[dtype])
+        p.data = p.data.to(DTYPES[dtype])  # buffers stay float32, as from_pretrained leaves them
+    return model
+
+
+def skeleton(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
+    """The same model without values."""
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM._from_config(config(**changes), dtype=DTYPES[dtype])
+    model.tie_weights()
+    return model
+
+
+class Checkpoint:
+    """Tensors in memory, asked for as those of a checkpoint on disk are."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+        self.elements = 0  # read by rows
+
+    def names(self) -> list[str]:
+        return list(self.state)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.state[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        found = self.state[name][start:stop].clone()
+        self.elements += found.numel()
+        return found
+
+    def layout(self, name: str) -> tuple[torch.dtype, list[int]]:
+        return self.state[name].dtype, list(self.state[name].shape)
+
+    def is_nf4(self, name: str) -> bool:
+        return False
+
+    def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        raise AssertionError(name)
 
 
 def engine(name: str, **zero: object) -> Engine:
     if name == "plain":
         return Plain()
+    if name.startswith("fsdp"):
+        return FSDP(Sharding(**zero))  # type: ignore[arg-type]
     from llm_lowrank.engines.zero import Zero
 
     stage = int(name.removeprefix("zero"))
@@ -55,14 +98,16 @@ class Trainee:
 
     def __init__(
         self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
-        zero: dict | None = None, optimization: dict | None = None, **changes: object,
+        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, **changes: object,
     ) -> None:  # fmt: skip
         self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
-        self.model = llama(dtype, **changes)
-        self.original = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.adapters: list[Adapter] = attach(self.model, method, Dense(DTYPES[dtype]), seed=0)
+        self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
+        self.model = skeleton(dtype, **changes)
+        self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
+        self.checkpoint = checkpoint = Checkpoint(self.original)
+        bind(self.model, self.adapters, checkpoint)
         settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
-        self.wrapped = self.engine.wrap(self.model, settings)
+        self.wrapped, self.loaded = load(self.engine, self.model, self.adapters, method, checkpoint, settings)
 
     def logits(self, step: int = 99) -> Tensor:
         with torch.no_grad():

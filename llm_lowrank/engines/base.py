@@ -1,7 +1,10 @@
 """What the floors above may ask of the way a model is spread over ranks.
 
-One contract, several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py). Above this floor no code
-knows how many ranks there are; what takes a decision takes it on rank 0 and broadcasts it.
+One contract, several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py), PyTorch FSDP2 (fsdp.py).
+Above this floor no code knows how many ranks there are; what takes a decision takes it on rank 0 and broadcasts it.
+
+A model comes without values, its parameters on the meta device. `wrap` asks for the rows that this rank will hold, module
+by module, and keeps nothing else: no rank ever holds the whole model because it was on its way to the others.
 
 Loss: `backward` wants this rank's share, such that the shares of all ranks and micro-batches sum to the loss of the
 global batch. Gradients are sums over ranks and micro-batches, whatever the library underneath divides by.
@@ -27,6 +30,10 @@ from llm_lowrank.engines.weight import Weight
 from llm_lowrank.files import raw_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# read(module name, module, {parameter name: rows of its dim 0}) -> those rows. All ranks ask for the modules in the same order,
+# each for its own rows, so that a reader may communicate.
+Read = Callable[[str, nn.Module, dict[str, slice]], dict[str, Tensor]]
 
 
 class RankError(RuntimeError):
@@ -106,8 +113,16 @@ class Engine(ABC):
     # ---- what each engine says for itself
 
     @abstractmethod
-    def wrap(self, model: nn.Module, settings: Optimization) -> nn.Module:
-        """Shards the model, builds the optimizer over its trainable parameters, returns what to call. Collective."""
+    def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
+        """Shards the model, fills it, builds the optimizer over its trainable parameters, returns what to call. Collective."""
+
+    @abstractmethod
+    def _rows(self, p: nn.Parameter) -> slice:
+        """The rows of dim 0 of which this rank will hold something."""
+
+    @abstractmethod
+    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        """The parameter that takes the place of p, which has no values, given this rank's rows of it."""
 
     @abstractmethod
     def weight(self, linear: FrozenLinear) -> Weight:
@@ -142,6 +157,20 @@ class Engine(ABC):
         """Clips, steps, clears the gradients; returns the gradient norm before clipping."""
 
     # ---- written once
+
+    def _fill(self, model: nn.Module, read: Read) -> None:
+        """Gives every parameter its values, one module at a time; a parameter of two modules is read once. Collective."""
+        filled: dict[nn.Parameter, nn.Parameter] = {}
+        for name, module in model.named_modules():
+            own = {k: p for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
+            new = {k: self._rows(p) for k, p in own.items() if p not in filled}
+            values = read(name, module, new) if new else {}
+            for k, p in own.items():
+                if p not in filled:
+                    filled[p] = self._hold(p, values.pop(k).contiguous())
+                setattr(module, k, filled[p])
+            for k, buffer in module.named_buffers(recurse=False):
+                setattr(module, k, buffer.to(self.device))
 
     @contextmanager
     def edit(self, *params: nn.Parameter) -> Iterator[list[Slot]]:

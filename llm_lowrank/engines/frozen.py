@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llm_lowrank.codecs import Codec
@@ -13,27 +14,44 @@ class FrozenLinear(nn.Module):
 
     Owns the parts as frozen parameters, so that an engine shards them like any other parameter. They are decoded in
     forward and again in backward; a decoded W is never kept.
+
+    A linear on the meta device gives parts without values, to be filled by an engine.
     """
 
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:
         super().__init__()
         self.shape = (linear.out_features, linear.in_features)  # (m, n)
         self.codec = codec
-        parts = codec.encode(linear.weight.data)
-        self.part_names = tuple(parts)
-        for name, part in parts.items():
-            assert part.shape[0] == self.shape[0], (name, part.shape)
-            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.stored_rows = self.shape[0]
+        self.part_names = tuple(codec.layout(self.shape[1]))
+        self._own(self._empty_parts() if linear.weight.is_meta else codec.encode(linear.weight.data))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
 
-    def parts(self) -> tuple[nn.Parameter, ...]:
-        return tuple(getattr(self, name) for name in self.part_names)
+    def _empty_parts(self) -> dict[str, Tensor]:
+        layout = self.codec.layout(self.shape[1])
+        return {name: torch.empty(self.stored_rows, width, dtype=dtype, device="meta") for name, (width, dtype) in layout.items()}
+
+    def _own(self, parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+
+    def pad_rows(self, multiple: int) -> None:
+        """Room for rows of zeros up to a multiple, before values: then each of so many ranks holds whole rows of a coded W.
+
+        A dense W is left alone, as its rows may be cut.
+        """
+        if not self.codec.writable and self.shape[0] % multiple:
+            self.stored_rows = -(-self.shape[0] // multiple) * multiple
+            self._own(self._empty_parts())
+
+    def named_parts(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, name) for name in self.part_names}
 
     def decode(self, *parts: Tensor) -> Tensor:
-        return self.codec.decode(dict(zip(self.part_names, parts, strict=True)))
+        return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.parts(), self.decode, self.bias)
+        return frozen_linear(x, tuple(self.named_parts().values()), self.decode, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, codec={self.codec}"

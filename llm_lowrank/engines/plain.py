@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Slot, adamw, trainables
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
 
 class Plain(Engine):
-    def wrap(self, model: nn.Module, settings: Optimization) -> nn.Module:
-        model.to(self.device)
+    def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
+        self._fill(model, read)
         self.settings, self.micro = settings, 0
         self.params = trainables(model)
         self.optimizer = adamw(self.params, settings)
@@ -21,10 +21,14 @@ class Plain(Engine):
         self._reduce_at_boundary()
         return self.ddp or model
 
+    def _rows(self, p: nn.Parameter) -> slice:
+        return slice(0, len(p))
+
+    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        return nn.Parameter(rows.to(self.device), p.requires_grad)
+
     def weight(self, linear: FrozenLinear) -> Weight:
-        parts = {name: getattr(linear, name).data.view(-1) for name in linear.part_names}
-        m, n = linear.shape
-        return Weight(linear.shape, linear.codec, parts, 0, m * n, self.device, sum=lambda t: t)
+        return Weight.everything(linear.shape, linear.codec, linear.named_parts(), self.device)
 
     def local(self, p: nn.Parameter) -> Local:
         run = self._run(p)

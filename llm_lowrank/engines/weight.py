@@ -3,19 +3,23 @@
     W x = sum over ranks of (my rows) x          W^T y = sum over ranks of (my rows)^T y[my rows]
     W += L R  needs on each rank only the rows of L that the rank holds: no communication at all.
 
-A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs in the middle of a row;
-then the block that is read has zeros where another rank's elements are, so that sums over ranks stay right.
+A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs of a dense W in the middle
+of a row; then the block that is read has zeros where another rank's elements are, so that sums over ranks stay right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llm_lowrank.codecs import Codec
+
+
+def _alone(t: Tensor) -> Tensor:
+    return t
 
 
 @dataclass
@@ -29,6 +33,23 @@ class Weight:
     sum: Callable[[Tensor], Tensor]  # over the ranks that share W; the identity where every rank holds all of it
     written: Callable[[], None] = lambda: None  # tells the engine to renew its other copies of W
 
+    @classmethod
+    def everything(cls, shape: tuple[int, int], codec: Codec, parts: Mapping[str, Tensor], device: torch.device) -> Weight:
+        """A W of which every rank holds all, in row-shaped parts."""
+        return cls.of_rows(shape, codec, parts, 0, shape[0], device, _alone)
+
+    @classmethod
+    def of_rows(
+        cls, shape: tuple[int, int], codec: Codec, parts: Mapping[str, Tensor], first: int, stop: int, device: torch.device,
+        sum: Callable[[Tensor], Tensor],
+    ) -> Weight:  # fmt: skip
+        """A W of which this rank stores the rows first..stop; those from m on are filling."""
+        m, n = shape
+        first, stop = min(first, m), min(stop, m)
+        layout = codec.layout(n)
+        runs = {name: part.detach().view(-1)[: (stop - first) * layout[name][0]] for name, part in parts.items()}
+        return cls(shape, codec, runs, first * n, (stop - first) * n, device, sum)
+
     def __post_init__(self) -> None:
         n = self.shape[1]
         stop = self.start + self.numel
@@ -40,15 +61,16 @@ class Weight:
         """My rows, decoded, at least float32: (rows, n), zero where an element belongs to another rank."""
         count, n = self.rows.stop - self.rows.start, self.shape[1]
         if self.whole_rows:
-            # the width is spelled out, for -1 is ambiguous on a rank that holds no row
-            block = self.codec.decode({k: v.view(count, v.numel() // max(count, 1)) for k, v in self.parts.items()}).reshape(count, n)
+            layout = self.codec.layout(n)
+            block = self.codec.decode({k: v.view(count, layout[k][0]) for k, v in self.parts.items()}, n)
         else:
-            run = self.codec.decode(self.parts)  # only elementwise codecs are cut within a row
+            run = self.codec.decode(self.parts, n)  # only a dense W is cut within a row
             block = torch.nn.functional.pad(run, self.cut).view(count, n)
         return block.to(self.device, torch.promote_types(block.dtype, torch.float32))
 
     def write(self, block: Tensor) -> None:
         """Encode my rows again and store them; elements of other ranks in a shared row are ignored."""
+        assert self.codec.writable, f"{self.codec}: a coded weight is never written again"
         if self.numel:
             if not self.whole_rows:
                 block = block.flatten()[self.cut[0] : block.numel() - self.cut[1]]

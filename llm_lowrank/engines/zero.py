@@ -36,7 +36,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Slot, adamw, trainables
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -112,6 +112,14 @@ def resolve(config: dict[str, Any], settings: Optimization, world: int, largest_
     }  # fmt: skip
 
 
+class _Slices(deepspeed.zero.Init):
+    """Makes a parameter a ZeRO-3 parameter without sending rank 0's values to the others: each rank has read its own."""
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
 SHARED_MEMORY_COLLECTIVE = "deepspeed_shm_comm"
 
 
@@ -137,16 +145,40 @@ class Zero(Engine):
     def _join(self, timeout: datetime.timedelta) -> None:
         deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
 
-    def wrap(self, model: nn.Module, settings: Optimization) -> nn.Module:
+    def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
         if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
             deepspeed.init_distributed(verbose=False)
-        params = trainables(model)
         self.settings, self.micro = settings, 0
         with self.together():
-            config = resolve(self.config, settings, self.world, max(p.numel() for p in params))
+            config = resolve(self.config, settings, self.world, max(p.numel() for p in trainables(model)))
+        if self.shards_parameters:
+            self.init = _Slices(config_dict_or_path=config, dtype=torch.float32)
+            for module in model.modules():
+                if isinstance(module, FrozenLinear):
+                    module.pad_rows(self.world)
+        self._fill(model, read)
+        params = trainables(model)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, settings), config=config)
         self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is our AdamW over flat partitions
         return self.ds
+
+    def _rows(self, p: nn.Parameter) -> slice:
+        if not self.shards_parameters:
+            return slice(0, len(p))
+        size, width = -(-p.numel() // self.world), max(1, p.numel() // max(1, len(p)))
+        start = min(self.rank * size, p.numel())
+        stop = min(start + size, p.numel())
+        return slice(start // width, -(-stop // width)) if start < stop else slice(0, 0)
+
+    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        if not self.shards_parameters:
+            return nn.Parameter(rows.to(self.device), p.requires_grad)
+        # DeepSpeed slices whole parameters. Only my rows of this one get values; the rest is never read, nor, on a CPU, even mapped.
+        whole = torch.empty(p.shape, dtype=p.dtype, device=self.init.local_device)
+        whole[self._rows(p)] = rows.to(whole.device)
+        held = nn.Parameter(whole, p.requires_grad)
+        self.init._convert_to_zero_parameters([held])
+        return held
 
     # ---- where a parameter lives
 
@@ -161,15 +193,19 @@ class Zero(Engine):
         return [k for k in MOMENTS if p.requires_grad and any(k in s for s in state.values())]
 
     def weight(self, linear: FrozenLinear) -> Weight:
-        m, n = linear.shape
+        parts = linear.named_parts()
         if self.stage < 3:
-            parts = {name: getattr(linear, name).data.view(-1) for name in linear.part_names}
-            return Weight(linear.shape, linear.codec, parts, 0, m * n, self.device, sum=lambda t: t)
-        (part,) = linear.parts()  # several parts per weight need row-aligned slices
+            return Weight.everything(linear.shape, linear.codec, parts, self.device)
+        if not linear.codec.writable:  # stored_rows is a multiple of the world: slices are whole rows
+            rows = linear.stored_rows // self.world
+            slices = {name: part.ds_tensor for name, part in parts.items()}
+            return Weight.of_rows(
+                linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum
+            )
+        ((name, part),) = parts.items()
         run = self._run(part)
         numel = run.stop - run.start
-        parts = {linear.part_names[0]: part.ds_tensor.data[:numel]}
-        return Weight(linear.shape, linear.codec, parts, run.start, numel, self.device, self.sum, lambda: self._renew(part))
+        return Weight(linear.shape, linear.codec, {name: part.ds_tensor.data[:numel]}, run.start, numel, self.device, self.sum, lambda: self._renew(part))
 
     def _renew(self, p: nn.Parameter) -> None:
         """A persisted parameter keeps a gathered copy that the forward uses: gather it again from the slices."""

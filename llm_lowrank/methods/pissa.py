@@ -13,15 +13,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, exchange_
 from llm_lowrank.method import Method
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import cache_dir
-from llm_lowrank.spectrum import Triplets, cached_triplets, top_triplets
+from llm_lowrank.spectrum import Triplets, cached_triplets
 
 
 @Method.register_subclass("pissa")
@@ -40,51 +38,39 @@ class PiSSA(Method):
     svd_seed: int = 0
     """seed of the randomized SVD"""
 
-    def start(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
-        everything = torch.arange(self.rank)
-        return Exchanged.total([exchange_(engine, a, everything, fresh=p) for a, p in self.principal_pairs(adapters, engine, self.rank)])
+    def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
+        return self.principal_pairs(adapters, engine, self.rank)
 
-    def principal_pairs(self, adapters: list[Adapter], engine: Engine, k: int) -> Iterator[tuple[Adapter, Pairs]]:
-        """Each adapter with the k principal pairs of its untouched W, the same on every rank. Collective.
+    def principal_pairs(self, adapters: list[Adapter], engine: Engine, k: int) -> Iterator[Pairs]:
+        """The k principal pairs of each untouched W, on the host, the same on every rank. Collective.
 
-        A rank that decomposes reads W from the checkpoint: nothing is gathered. Without a checkpoint all ranks iterate
-        together through products with their shards.
+        The rank that decomposes reads W from the checkpoint: nothing is gathered.
         """
         spread = engine.world if self.svd_placement == "spread" else 1
-        bar = tqdm(total=len(adapters), desc=f"SVD, top {k}", unit="module", disable=not engine.main, leave=False)
         for first in range(0, len(adapters), spread):
             batch = adapters[first : first + spread]
-            mine: dict[int, list[Tensor] | Exception] = {}
-            if engine.rank < len(batch) and batch[engine.rank].source is not None:
+            mine: Triplets | Exception | None = None
+            if engine.rank < len(batch):
                 try:  # before the broadcasts, so that ranks really work side by side
-                    mine[engine.rank] = list(self._decompose(batch[engine.rank], k))
+                    mine = self._decompose(batch[engine.rank], k, engine.device)
                 except Exception as error:  # noqa: BLE001 - raised on every rank by the broadcast below
-                    mine[engine.rank] = error
+                    mine = error
             for owner, adapter in enumerate(batch):
-                if adapter.source is None:
-                    weight = engine.weight(adapter)
-                    found: list[Tensor] | Exception | None = list(
-                        top_triplets(weight, k, self.svd_niter, self.svd_exact, self.svd_seed, engine.device)
-                    )
-                    u, s, v = engine.broadcast(partial(_or_raise, found))
-                else:
-                    u, s, v = engine.broadcast(partial(_or_raise, mine.get(owner)), source=owner)
+                u, s, v = (t.cpu() for t in engine.broadcast(partial(_or_raise, mine), source=owner))
                 root = (s / adapter.scale).sqrt()
-                yield adapter, Pairs(u * root, (v * root).T.contiguous())
-                bar.update()
-        bar.close()
+                yield Pairs(u * root, (v * root).T.contiguous())
 
-    def _decompose(self, adapter: Adapter, k: int) -> Triplets:
+    def _decompose(self, adapter: Adapter, k: int, device: torch.device) -> Triplets:
         assert adapter.source is not None
         w = adapter.source()
         if tuple(w.shape) != adapter.shape:
             raise ValueError(f"{adapter.name}: the checkpoint holds {tuple(w.shape)}, the model {adapter.shape}")
         cache = cache_dir() / "svd" if self.svd_cache == "auto" else Path(self.svd_cache).expanduser() if self.svd_cache else None
-        return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache)
+        return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache, device)
 
 
-def _or_raise(found: list[Tensor] | Exception | None) -> list[Tensor]:
+def _or_raise(found: Triplets | Exception | None) -> list[Tensor]:
     if isinstance(found, Exception):
         raise found
     assert found is not None
-    return found
+    return list(found)

@@ -11,6 +11,7 @@ round(k total / (N + 1)); scores are ranked within a module; second moments of f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,7 +23,7 @@ from llm_lowrank import importance
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, Moments, exchange_, stock_bank_
+from llm_lowrank.exchange import Exchanged, Moments, exchange_
 from llm_lowrank.method import Method
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.pairs import Pairs
@@ -65,6 +66,11 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def bank(self, codec: Codec) -> int:
+        if self.into == "weight" and not codec.writable:
+            raise ValueError(
+                f"method.into: weight cannot be used on a coded backbone ({codec}): encoding W again rounds an update of 2 % of W away "
+                "entirely, and LoRA updates are smaller; set method.into: bank (or auto), which loses nothing"
+            )
         weight = self.into == "weight" or (self.into == "auto" and codec.holds_small_updates)
         return 0 if weight else self.target_rank - self.rank
 
@@ -77,20 +83,20 @@ class SRLoRA(PiSSA):
             return ()
         return tuple(step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule))
 
-    def start(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
-        events = []
-        for adapter, pairs in self.principal_pairs(adapters, engine, self.target_rank):
-            rest = pairs.take(slice(self.rank, None))
+    def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
+        for adapter, pairs in zip(adapters, self.principal_pairs(adapters, engine, self.target_rank), strict=True):
             if adapter.bank_A is not None:
-                events.append(stock_bank_(engine, adapter, rest))
-            elif engine.main:
-                adapter.reserve = rest.to("cpu")
-            events.append(exchange_(engine, adapter, torch.arange(self.rank), fresh=pairs.take(slice(self.rank))))
+                yield pairs
+            else:
+                adapter.reserve = pairs.take(slice(self.rank, None)) if engine.main else None
+                yield pairs.take(slice(self.rank))
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        for adapter in adapters:
             adapter.memory["visited"] = torch.tensor(self.rank)  # directions that have been trained, the next one's number
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
                     adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.local(p).value)
-        return Exchanged.total(events)
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         params = [(a, name, getattr(a, name)) for a in adapters for name in ("A", "B")]

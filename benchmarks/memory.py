@@ -1,0 +1,215 @@
+"""Peak resident memory of a rank while a model is loaded and at a recomposition.  python benchmarks/memory.py
+
+    loading         peak - baseline  <=  shard + 2 x largest tensor + LOADING
+    recomposition   peak - before    <=  one decoder layer + RECOMPOSITION            (decoded, in float32)
+
+A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for every engine x codec,
+--ranks fresh processes load it under SRLoRA (rank 16 through 32 directions; into the weight where it is dense, into the bank where it is
+coded), take two training steps and one recomposition. A process measures itself: VmRSS and VmHWM of /proc/self/status, the peak reset before
+each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
+collected and the allocator's free pages are given back, so that a peak cannot hide in memory that was resident anyway.
+
+shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. Gathered
+copies of small parameters (ZeRO-3 persists A and B), rank 0's ledger and reserve, masters and buffers of the optimizer are not in it: they
+have to fit in the rest. The exit code is 1 if a bound does not hold.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llm_lowrank.codecs import make
+from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.fsdp import FSDP
+from llm_lowrank.files import stream_safetensors
+from llm_lowrank.loading import bind, load, skeleton
+from llm_lowrank.method import attach
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.source import SINGLE, Source
+
+ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
+LOADING = RECOMPOSITION = 0
+MB = 1e6
+HEADER = ""
+
+
+def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
+    """A random LLaMA in float32, as close to so many gigabytes as whole layers allow."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_attention_heads=hidden // 64, vocab_size=vocabulary,
+        tie_word_embeddings=False, max_position_embeddings=64,
+    )  # fmt: skip
+    layer = 4 * hidden**2 + 3 * hidden * config.intermediate_size
+    config.num_hidden_layers = max(1, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / layer))
+    with init_empty_weights():
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    stream_safetensors(
+        folder / SINGLE,
+        {name: (torch.float32, shape) for name, shape in shapes.items()},
+        lambda name: torch.ones(shapes[name]) if len(shapes[name]) == 1 else torch.randn(shapes[name], generator=generator).mul_(0.02),
+        {"format": "pt"},
+    )
+
+
+# --- one rank ---------------------------------------------------------------------------------------------------------------------
+
+
+def resident(what: str) -> int:
+    """VmRSS or VmHWM, in bytes."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def from_here() -> int:
+    """The resident size without garbage; the peak starts here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def make_engine(name: str) -> Engine:
+    if name == "fsdp":
+        return FSDP()
+    from llm_lowrank.engines.zero import Zero
+
+    return Zero({"zero_optimization": {"stage": 3}})
+
+
+def held(engine: Engine, model: torch.nn.Module) -> int:
+    """Bytes of this rank's slices of all parameters."""
+    slices = [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor for p in model.parameters()]
+    return sum(t.numel() * t.element_size() for t in slices)
+
+
+def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, float]:
+    torch.set_num_threads(1)
+    codec = make(codec_name, torch.float32)
+    codec.decode(codec.encode(torch.ones(64, 64)), 64)  # bitsandbytes is imported when it is first used
+    if engine_name == "deepspeed":
+        import deepspeed  # noqa: F401
+    method = SRLoRA(rank=16, target_rank=32, svd_niter=1, svd_cache="")
+
+    baseline, began = from_here(), time.perf_counter()
+    engine = make_engine(engine_name)
+    source = Source.open(folder)
+    model = skeleton(source.path, torch.float32, "sdpa")
+    adapters = attach(model, method, codec)
+    bind(model, adapters, source)
+    wrapped, loaded = load(engine, model, adapters, method, source, Optimization())
+    seconds, loading = time.perf_counter() - began, resident("VmHWM") - baseline
+
+    ids = torch.randint(source.layout("lm_head.weight")[1][0], (1, 16))
+    for _ in range(2):
+        logits = wrapped(input_ids=ids, use_cache=False).logits
+        engine.backward(F.cross_entropy(logits[0, :-1], ids[0, 1:]) / engine.world)
+        del logits
+        method.observe(adapters, engine)
+        engine.step(1e-4)
+    before, began = from_here(), time.perf_counter()
+    event = method.recompose(adapters, engine)
+    assert event is not None and event.modules == len(adapters)
+    recomposing, extra = time.perf_counter() - began, resident("VmHWM") - before
+
+    sizes = {name: 4 * torch.Size(source.layout(name)[1]).numel() for name in source.names()}
+    row = {
+        "rank": engine.rank, "model": sum(sizes.values()), "shard": held(engine, model), "largest": max(sizes.values()),
+        "layer": sum(size for name, size in sizes.items() if ".layers.0." in name), "W": max(4 * a.shape[0] * a.shape[1] for a in adapters),
+        "baseline": baseline, "loading": loading, "resident": before - baseline, "seconds": seconds,
+        "recomposition": extra, "recomposition_seconds": recomposing,
+    }  # fmt: skip
+    engine.close()
+    return row
+
+
+# --- all ranks --------------------------------------------------------------------------------------------------------------------
+
+
+def measure(engine: str, codec: str, ranks: int, folder: str | Path, timeout: float = 180.0) -> list[dict[str, float]]:
+    """What each of so many fresh processes measures of itself, in bytes and seconds, by rank."""
+    with tempfile.TemporaryDirectory() as answers:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
+        command += ["--rank_of", engine, codec, str(folder), answers]
+        launcher = subprocess.Popen(command, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        try:
+            code = launcher.wait(timeout)
+        finally:
+            launcher.terminate()  # it takes its ranks along
+            launcher.wait()
+        if code:
+            raise RuntimeError(f"{engine}, {codec}: the ranks failed, see above")
+        return [json.loads((Path(answers) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def loading_bound(row: dict[str, float]) -> float:
+    return row["shard"] + 2 * row["largest"] + LOADING
+
+
+def recomposition_bound(row: dict[str, float]) -> float:
+    return row["layer"] + RECOMPOSITION
+
+
+def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
+    """Prints the line of the rank that needs most; whether both bounds hold on every rank."""
+    load_row = max(rows, key=lambda row: row["loading"] - loading_bound(row))
+    move_row = max(rows, key=lambda row: row["recomposition"])
+    good = all(row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows)
+    cells = [load_row["shard"], load_row["loading"], loading_bound(load_row), max(row["resident"] for row in rows)]
+    moved = [move_row["recomposition"], recomposition_bound(move_row), move_row["W"]]
+    print(
+        f"{engine:10}{codec:6}{len(rows):6}" + "".join(f"{x / MB:9.1f}" for x in cells)
+        + f"{max(row['seconds'] for row in rows):8.1f}" + "".join(f"{x / MB:9.1f}" for x in moved)
+        + f"{max(row['recomposition_seconds'] for row in rows):8.2f}" + ("" if good else "   BEYOND THE BOUND"),
+        flush=True,
+    )  # fmt: skip
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Peak resident memory per rank while loading and at a recomposition.")
+    parser.add_argument("--gigabytes", type=float, default=1.5, help="of the model on disk, in float32")
+    parser.add_argument("--hidden", type=int, default=1536, help="width of the model, a multiple of 64")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=CODECS)
+    parser.add_argument("--output", type=Path, help="write what every rank measured here as JSON")
+    parser.add_argument("--rank_of", nargs=4, help=argparse.SUPPRESS)  # engine, codec, model, answers: what measure() starts
+    args = parser.parse_args()
+    if args.rank_of:
+        engine, codec, model, answers = args.rank_of
+        row = rank_of_many(engine, codec, Path(model))
+        (Path(answers) / f"{row['rank']}.json").write_text(json.dumps(row))
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), args.gigabytes, args.hidden, args.vocabulary)
+        results = {}
+        for engine in args.engines:
+            for codec in args.codecs:
+                rows = measure(engine, codec, args.ranks, folder)
+                if not results:
+                    print(f"model {rows[0]['model'] / MB:.1f} MB, largest tensor {rows[0]['largest'] / MB:.1f} MB; MB per rank, the worst rank")
+                    print(HEADER)
+                results[engine, codec] = rows
+                report(engine, codec, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""PyTorch FSDP2: every parameter a DTensor, cut along its rows.  https://arxiv.org/abs/2304.11277, torch.distributed.fsdp.fully_shard
+
+One group per decoder layer, gathered for its forward and backward, and a root group for the rest: embeddings, the output
+layer, the last norm, and whatever two layers share. Ranks form a mesh (replicas, shards); with one replica that is plain
+sharding, with more hybrid sharding.
+
+No mixed precision policy of FSDP's is used beyond float32 reduction: it would cast every floating parameter in its
+all-gather, the float32 pairs of the bank and a codec's scales with them. The backbone is stored in its dtype, codes and
+scales are bytes, A and B are cast where they are used.
+
+Writing to a DTensor by index changes nothing, without a word; every edit here goes to the local tensor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.weight import Weight
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 spreads the model."""
+
+    reshard_after_forward: bool = True
+    """free a layer's gathered parameters after its forward and gather them again for backward; false: more memory, less traffic"""
+    cpu_offload: bool = False
+    """keep parameters, gradients and optimizer in host memory between uses"""
+    shard_size: int = 0
+    """ranks that share one copy of the model; the copies are replicas (hybrid sharding). 0: all ranks share one"""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 0:
+            raise ValueError(f"fsdp.shard_size must be at least 0, not {self.shard_size}")
+
+    def shards(self, world: int) -> int:
+        if self.shard_size and world % self.shard_size:
+            raise ValueError(f"fsdp.shard_size ({self.shard_size}) does not divide the {world} ranks; take one that does, or 0 for all")
+        return self.shard_size or world
+
+
+class FSDP(Engine):
+    always_a_group = True  # a device mesh lies over a process group
+    shards_parameters = True
+
+    def __init__(self, sharding: Sharding | None = None, timeout: float = 1800.0) -> None:
+        super().__init__(timeout)
+        self.sharding = sharding or Sharding()
+        shards = self.sharding.shards(self.world)
+        shape, names = (self.world // shards, shards), ("replica", "shard")
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.mesh = mesh if shape[0] > 1 else mesh["shard"]
+        self.replica, self.replicas = self.rank // shards, shape[0]
+        self.group = mesh["shard"].get_group()
+
+    def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
+        self.settings, self.micro = settings, 0
+        self.model = self._shard(model)
+        self._fill(model, read)
+        self.params = trainables(model)
+        self.optimizer = adamw(self.params, settings)
+        for module in self.groups:  # gradients are sums over ranks
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        # The root stays gathered after a forward, for its backward. Without a backward to come it would stay so, and the module
+        # would answer with the gathered parameters, whose edits are lost.
+        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._reshard())
+        return model
+
+    def _shard(self, model: nn.Module) -> FSDPModule:
+        layers = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
+        if not layers:
+            raise ValueError(f"engine: fsdp cannot tell the decoder layers of {type(model).__name__}; use engine: deepspeed")
+        shared = _shared(model, layers)
+        policy = dict(
+            mesh=self.mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.sharding.cpu_offload else OffloadPolicy(),
+        )
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=self.sharding.reshard_after_forward, ignored_params=shared, **policy)
+        root = fully_shard(model, reshard_after_forward=False, **policy)
+        self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        return root
+
+    def _reshard(self) -> None:
+        for module in self.groups:
+            module.reshard()
+
+    # ---- where a parameter lives
+
+    @property
+    def _host(self) -> torch.device:
+        return torch.device("cpu") if self.sharding.cpu_offload else self.device
+
+    def _rows(self, p: nn.Parameter) -> slice:
+        """torch's chunks: ceil(rows / shards) each, so that the last ranks may hold fewer or none."""
+        shards = self.mesh.size(-1)
+        size = -(-p.shape[0] // shards)
+        start = min(self.mesh.get_local_rank(self.mesh.ndim - 1) * size, p.shape[0])
+        return slice(start, min(start + size, p.shape[0]))
+
+    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        assert isinstance(p, DTensor), "a parameter escaped sharding"
+        local = rows.to(self._host, copy=True)
+        return nn.Parameter(
+            DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()), p.requires_grad
+        )
+
+    def weight(self, linear: FrozenLinear) -> Weight:
+        parts = {name: _local(part) for name, part in linear.named_parts().items()}
+        rows = self._rows(next(iter(linear.named_parts().values())))
+        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self._sum_of_shards)
+
+    def _sum_of_shards(self, t: Tensor) -> Tensor:
+        self.traffic += t.nbytes
+        torch.distributed.all_reduce(t, group=self.group)
+        return t
+
+    def _run(self, p: nn.Parameter) -> tuple[int, slice]:
+        """Where this rank's run starts in the flattened p, and where it lies in the local tensor: replicas share the work."""
+        held = _local(p).numel()
+        size = -(-held // self.replicas)
+        run = slice(min(self.replica * size, held), min((self.replica + 1) * size, held))
+        width = p.numel() // max(1, p.shape[0])
+        return self._rows(p).start * width + run.start, run
+
+    def local(self, p: nn.Parameter) -> Local:
+        start, run = self._run(p)
+        moments = {k: _local(v).view(-1)[run] for k, v in self._moments(p).items()}
+        return Local(start, _local(p).view(-1)[run], moments)
+
+    def gradient(self, p: nn.Parameter) -> Tensor:
+        assert isinstance(p.grad, DTensor), "gradient() before backward"
+        return _local(p.grad).reshape(-1)[self._run(p)[1]].to(self.device)
+
+    def _gathered(self, t: DTensor) -> Tensor:
+        self.traffic += t.numel() * t.element_size()
+        return t.detach().to(self.device).full_tensor().clone()  # of one rank the full tensor is the local one
+
+    def whole(self, p: nn.Parameter) -> Tensor:
+        assert isinstance(p, DTensor), "the parameters of this layer are still gathered"
+        return self._gathered(p)
+
+    def slot(self, p: nn.Parameter) -> Slot:
+        return Slot(self.whole(p), {k: self._gathered(v) for k, v in self._moments(p).items()})
+
+    def put(self, p: nn.Parameter, slot: Slot) -> None:
+        rows = self._rows(p)
+        _local(p).copy_(slot.value[rows])
+        for k, v in self._moments(p).items():
+            _local(v).copy_(slot.moments[k][rows])
+
+    def _moments(self, p: nn.Parameter) -> dict[str, DTensor]:
+        state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
+        return {k: state[k] for k in MOMENTS if k in state}
+
+    # ---- steps
+
+    def backward(self, loss: Tensor) -> None:
+        self.micro += 1
+        last = self.micro == self.settings.accumulation
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
+        self.micro = 0
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert isinstance(norm, DTensor)
+        return float(norm.full_tensor())
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's rows, outside of autograd; written to, they change the parameter."""
+    assert isinstance(t, DTensor), "the parameters of this layer are still gathered"
+    return t.detach().to_local()
+
+
+def _shared(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that two layers use, or a layer and what is outside of all layers."""
+    users: dict[nn.Parameter, set[int]] = defaultdict(set)
+    for i, layer in enumerate(layers):
+        for p in layer.parameters():
+            users[p].add(i)
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if module not in inside:
+            for p in module.parameters(recurse=False):
+                users[p].add(-1)
+    return {p for p, where in users.items() if len(where) > 1}

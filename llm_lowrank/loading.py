@@ -1,0 +1,232 @@
+"""From a checkpoint to a sharded model, tensor by tensor: read my rows, take out the starting pairs, encode, drop the source.
+
+    stored W = encode(W - s B A)        B A the pairs with which a method starts: trainable and bank
+
+Both happen on the unquantized rows as they stream by, so that nothing is ever re-quantized, and the residual without its
+principal directions is also easier to quantize. What a rank reads at once is its rows of one tensor; the rank that
+decomposes a weight holds that weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Codec, Nf4
+from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.method import Method
+from llm_lowrank.pairs import Pairs
+
+# |function after loading - function of the checkpoint| / |function of the checkpoint|, Frobenius. Measured: 4e-7 float32, 2e-3 bfloat16,
+# 6e-3 int8, 9e-2 nf4. Beyond these a layer was not loaded but damaged.
+EXACT, ROUNDED, CODED = 1e-4, 2e-2, 0.5
+BLOCK = 2**21  # elements of W that are worked on at a time: 16 MB in float64, a few times over
+
+
+class Tensors(Protocol):
+    """Where values come from: a checkpoint on disk (source.py)."""
+
+    def names(self) -> list[str]: ...
+    def tensor(self, name: str) -> Tensor: ...  # whole
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...  # of dim 0
+    def layout(self, name: str) -> tuple[torch.dtype, list[int]]: ...  # dtype and shape
+    def is_nf4(self, name: str) -> bool: ...  # stored in 4 bits already
+    def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]: ...  # as the parts of Nf4
+
+
+@dataclass
+class Loaded:
+    """What loading did, over all ranks."""
+
+    modules: int = 0  # linear modules whose W is frozen
+    pairs: int = 0  # taken out of W
+    bytes: int = 0  # that this rank asked of the checkpoint
+    seconds: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)  # module -> |loaded - W| / |W|, adapter included
+
+    @property
+    def worst(self) -> str:
+        return max(self.errors, key=self.errors.__getitem__)
+
+    def __str__(self) -> str:
+        mean = sum(self.errors.values()) / len(self.errors)
+        taken = f"{self.pairs} pairs taken out of W, " if self.pairs else ""
+        return (
+            f"loaded {self.bytes / 1e9:.2f} GB a rank in {self.seconds:.1f} s: {self.modules} frozen linear modules, {taken}"
+            f"|loaded - W| / |W| {mean:.1e} on average, at most {self.errors[self.worst]:.1e} ({self.worst})"
+        )
+
+
+def skeleton(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model of a checkpoint's config, its parameters on the meta device, its buffers real."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the codec stores the weights, not transformers
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> list[str]:
+    """Says where every value will come from; ValueError if the checkpoint lacks one. Returns the tensors that nothing asks for."""
+    stored, wanted, seen = set(tensors.names()), set(), set()
+    for name, module in model.named_modules():
+        for k, p in module.named_parameters(recurse=False):
+            if isinstance(module, FrozenLinear) and k != "bias":
+                wanted.add(f"{name}.weight")
+            elif p not in seen:  # tied to one before
+                wanted.add(f"{name}.{k}")
+            seen.add(p)
+    missing = sorted(wanted - stored)
+    if missing:
+        raise ValueError(
+            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing), so that it could be neither loaded "
+            "nor merged back; save the model with save_pretrained of plain transformers, names and weights unfused"
+        )
+    for adapter in adapters:
+        adapter.source = partial(tensors.tensor, f"{adapter.name}.weight")
+    return sorted(stored - wanted)
+
+
+def load(
+    engine: Engine, model: PreTrainedModel, adapters: list[Adapter], method: Method, tensors: Tensors, settings: Optimization
+) -> tuple[nn.Module, Loaded]:
+    """Shards, fills and wraps the model, and starts the method; the model to call, and what happened. Collective."""
+    began = time.perf_counter()
+    reader = _Reader(engine, model, tensors, method.starting_pairs(adapters, engine))
+    with reader.progress:
+        wrapped = engine.wrap(model, settings, reader)
+    reader.check_sharded_bytes()
+    method.start(adapters, engine)
+    loaded = reader.report()
+    loaded.seconds = time.perf_counter() - began
+    return wrapped, loaded
+
+
+class _Reader:
+    """Gives an engine the rows that it asks for, module by module."""
+
+    def __init__(self, engine: Engine, model: PreTrainedModel, tensors: Tensors, pairs: Iterator[Pairs | None]) -> None:
+        self.engine, self.tensors, self.pairs = engine, tensors, pairs
+        self.loaded = Loaded()
+        self.squares: dict[str, tuple[Tensor, Codec]] = {}  # (|loaded - W|^2, |W|^2) of my rows
+        self.witness: tuple[FrozenLinear, dict[str, slice], dict[str, Tensor]] | None = None
+        total = sum(p.numel() for p in model.parameters())
+        self.progress = tqdm(total=total, desc="load", unit="param", unit_scale=True, disable=not engine.main, leave=False)
+
+    def __call__(self, name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
+        pairs = next(self.pairs) if isinstance(module, Adapter) else None  # collective
+        with self.engine.together(), torch.no_grad():
+            values: dict[str, Tensor] = {}
+            if isinstance(module, FrozenLinear):
+                mine = rows[module.part_names[0]]
+                values |= self._coded(name, module, mine, pairs)
+                if self.witness is None and not module.codec.writable:
+                    self.witness = module, {k: mine for k in module.part_names}, {k: values[k].clone() for k in module.part_names}
+            if isinstance(module, Adapter):
+                values |= {k: v[rows[k]] for k, v in module.initial(pairs).items()}
+                if pairs is not None:
+                    self.loaded.pairs += len(pairs)
+                    if self.engine.main:
+                        module.ledger.append(pairs.scaled(-module.scale))
+            for k, run in rows.items():
+                if k not in values:
+                    values[k] = self._read(f"{name}.{k}", run).to(getattr(module, k).dtype)
+        self.progress.update(sum(getattr(module, k).numel() for k in rows))
+        return values
+
+    def _read(self, name: str, rows: slice) -> Tensor:
+        found = self.tensors.rows(name, rows.start, rows.stop)
+        self.loaded.bytes += found.nbytes
+        self.progress.set_postfix_str(f"{self.loaded.bytes / 1e9 / max(1e-9, self.progress.format_dict['elapsed']):.2f} GB/s", refresh=False)
+        return found
+
+    def _coded(self, name: str, layer: FrozenLinear, stored: slice, pairs: Pairs | None) -> dict[str, Tensor]:
+        """The parts of my rows: encode(W - s B A)."""
+        key, device = f"{name}.weight", self.engine.device
+        self.loaded.modules += 1
+        rows = slice(min(stored.start, layer.shape[0]), min(stored.stop, layer.shape[0]))  # without filling
+        if self.tensors.is_nf4(key) and not layer.codec.writable:
+            return self._as_it_is(key, layer, stored, rows, pairs)
+        m, n = self.tensors.layout(key)[1]
+        if (m, n) != layer.shape:
+            raise ValueError(f"{key}: the checkpoint holds {(m, n)}, the model {layer.shape}; is config.json that of this checkpoint?")
+        layout = layer.codec.layout(n)
+        parts = {k: torch.zeros(stored.stop - stored.start, width, dtype=dtype, device=device) for k, (width, dtype) in layout.items()}
+        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        step = max(1, BLOCK // n)
+        for first in range(rows.start, rows.stop, step):
+            block = slice(first, min(first + step, rows.stop))
+            w = self._read(key, block).to(device)
+            residual, taken = w, torch.zeros((), device=device)
+            if pairs is not None:
+                assert isinstance(layer, Adapter)
+                # in float64: float32 products of more or fewer rows differ in their last bit, and a code on an edge would tip over
+                taken = (layer.scale * pairs.B[block].to(device).double()) @ pairs.A.to(device).double()  # (rows, n)
+                residual = (w.double() - taken).float()
+            encoded = layer.codec.encode(residual)
+            kept = layer.codec.decode(encoded, n) + taken
+            squares += torch.stack([(kept - w).double().square().sum(), w.double().square().sum()])
+            for k, part in encoded.items():
+                parts[k][block.start - stored.start : block.stop - stored.start] = part
+        self.squares[name] = squares, layer.codec
+        return parts
+
+    def _as_it_is(self, key: str, layer: FrozenLinear, stored: slice, rows: slice, pairs: Pairs | None) -> dict[str, Tensor]:
+        """Codes and scales of a checkpoint that is quantized already."""
+        if pairs is not None:
+            raise ValueError(
+                f"{key} is quantized in the checkpoint; a method that starts from singular directions needs the unquantized model: "
+                "give that as model_name_or_path, or use method.type: lora"
+            )
+        if not isinstance(layer.codec, Nf4) or layer.codec.double_quant:
+            raise ValueError(f"{key} is stored in nf4 already, with single scales: set codec: nf4, codec_double_quant: false")
+        found = self.tensors.nf4_rows(key, rows.start, rows.stop)
+        self.loaded.bytes += sum(part.nbytes for part in found.values())
+        missing = stored.stop - stored.start - (rows.stop - rows.start)
+        self.squares[key.removesuffix(".weight")] = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.engine.device), layer.codec
+        return {k: torch.nn.functional.pad(part, (0, 0, 0, missing)) for k, part in found.items()}
+
+    def check_sharded_bytes(self) -> None:
+        """Gathers one coded weight and compares it with what was handed over: a cast or a swap on the way would be silent. Collective."""
+        if self.witness is None:
+            return
+        layer, rows, handed = self.witness
+        whole = {name: self.engine.whole(part) for name, part in layer.named_parts().items()}
+        with self.engine.together():
+            for name, part in handed.items():
+                if not torch.equal(whole[name][rows[name]].cpu(), part.cpu()):
+                    raise RuntimeError(
+                        f"{layer.extra_repr()}: the bytes of {name} changed while they were sharded; {type(self.engine).__name__} on "
+                        f"{self.engine.device.type} cannot hold coded weights with these versions: use codec: dense, and please report it"
+                    )
+        self.witness = None
+
+    def report(self) -> Loaded:
+        """The errors of every layer, summed over the ranks' rows; raises when one is more than rounding can do. Collective."""
+        sums = self.engine.sum(torch.stack([squares for squares, _ in self.squares.values()]))  # (modules, 2)
+        for (name, (_, codec)), (lost, whole) in zip(self.squares.items(), sums.tolist(), strict=True):
+            error = (lost / whole) ** 0.5 if whole else float(lost > 0)
+            limit = EXACT if codec.holds_small_updates else ROUNDED if codec.writable else CODED
+            if not error <= limit:
+                raise RuntimeError(f"{name}: loading changed the layer's function by {error:.1e}, more than {limit:g}: not training on")
+            self.loaded.errors[name] = error
+        return self.loaded

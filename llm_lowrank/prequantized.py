@@ -1,0 +1,165 @@
+"""Weights that bitsandbytes stored in 4 bits, read as they are.
+
+    W[i, j] = map[code[i, j]] * absmax[i, j // 64]
+    absmax[b] = nested_map[byte[b]] * nested_absmax[b // 256] + offset     where absmax was quantized once more (b counts blocks by rows)
+
+https://arxiv.org/abs/2305.14314: map is nf4, 16 quantiles of a normal distribution. In the files a quantized weight (m, n) is
+
+    X.weight                                uint8 (m n / 2, 1): two codes a byte, the first in the high bits (or those bytes as wider words)
+    X.weight.absmax                         float32 (m n / 64,), or uint8 if nested
+    X.weight.quant_map                      float32 (16,)
+    X.weight.quant_state.bitsandbytes__nf4  JSON as uint8: quant_type, blocksize, dtype, shape, nested_blocksize, nested_offset, ...
+    X.weight.nested_absmax                  float32 (m n / 64 / 256,), only if nested
+    X.weight.nested_quant_map               float32 (256,), only if nested
+
+With n a multiple of 64 no block crosses a row, so that any rows decode from their own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # elements under one scale: what bitsandbytes does unless it is told otherwise
+START_OVER = "start from the unquantized checkpoint"
+KIND = ".quant_state.bitsandbytes__"
+STATE = f"{KIND}nf4"
+BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+
+
+class Part(Protocol):
+    """A tensor as it lies in a file."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> list[int]: ...
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """One quantized weight, (m, n) in the dtype that it had before."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    words: Part  # the codes
+    absmax: Part
+    nested: Nested | None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop decoded, from the bytes of these rows only."""
+        rows, columns = stop - start, self.shape[1]
+        if not rows:
+            return torch.empty(0, columns, dtype=self.dtype)  # bitsandbytes does not take nothing
+        functional = _bitsandbytes().functional
+        state = functional.QuantState(
+            self._scales(start, stop), shape=torch.Size([rows, columns]), blocksize=BLOCK, quant_type="nf4", dtype=self.dtype
+        )
+        return functional.dequantize_4bit(self._codes(start, stop).view(-1, 1), state)  # (rows, n)
+
+    def parts(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows start .. stop not decoded: codes uint8 (rows, n / 2) and scales, the bytes of float32 (rows, n / 64)."""
+        scales = self._scales(start, stop).view(stop - start, self.shape[1] // BLOCK)
+        return {"codes": self._codes(start, stop), "scales": scales.view(torch.uint8)}  # (rows, 4 n / 64)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        width = self.shape[1] // 2 // self.words.dtype.itemsize  # words in a row
+        return self.words.rows(start * width, stop * width).view(torch.uint8).view(stop - start, self.shape[1] // 2)
+
+    def _scales(self, start: int, stop: int) -> Tensor:
+        """float32, one for each block of these rows."""
+        width = self.shape[1] // BLOCK  # blocks in a row
+        stored = self.absmax.rows(start * width, stop * width)  # ((stop - start) n / 64,)
+        return stored if self.nested is None else self.nested.decode(stored, start * width)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """map[byte[b]] * absmax[b // blocksize] + offset: how the scales themselves were quantized."""
+
+    map: Part
+    absmax: Part
+    blocksize: int
+    offset: float
+
+    def decode(self, stored: Tensor, first: int) -> Tensor:
+        """Scales first, first + 1, ... from their bytes."""
+        block = torch.arange(first, first + len(stored)) // self.blocksize
+        return _whole(self.map)[stored.int()] * _whole(self.absmax)[block] + self.offset
+
+
+def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
+    """Refuse every quantized checkpoint but nf4 of bitsandbytes."""
+    method = str(quantization.get("quant_method", "unknown method"))
+    if method == "bitsandbytes" and quantization.get("load_in_4bit"):
+        method = str(quantization.get("bnb_4bit_quant_type"))
+        if method == "nf4":
+            return
+    elif method == "bitsandbytes":
+        method = "bitsandbytes int8"
+    raise ValueError(f"{path} stores quantized weights ({method}), of which only bitsandbytes nf4 is read; {START_OVER}")
+
+
+def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight], set[str]]:
+    """The quantized weights among the stored tensors, and the names of the tensors that only describe them."""
+    _bitsandbytes()
+    weights: dict[str, Nf4Weight] = {}
+    beside: set[str] = set()
+    for key in stored:
+        name, found, kind = key.partition(KIND)
+        if found:
+            if kind != "nf4":
+                raise ValueError(f"{path}: {name} is stored in {kind}, of 4 bit types only nf4 is read; {START_OVER}")
+            weights[name] = _weight(f"{path}: {name}", name, stored)
+            beside |= {name + end for end in BESIDE}
+    if not weights:
+        raise ValueError(f"{path}: config.json speaks of nf4 weights but there are none; if all are plain, delete its quantization_config")
+    return weights, beside
+
+
+def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
+    try:
+        words, absmax, quant_map = (stored[name + end] for end in ("", ".absmax", ".quant_map"))
+        state = json.loads(bytes(_whole(stored[name + STATE]).numpy()))
+        dtype, shape, blocksize = getattr(torch, state["dtype"]), state["shape"], state["blocksize"]
+        nested = None
+        if f"{name}.nested_absmax" in stored:
+            map_, scales = stored[f"{name}.nested_quant_map"], stored[f"{name}.nested_absmax"]
+            nested = Nested(map_, scales, state["nested_blocksize"], state["nested_offset"])
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where} is not described completely ({error}); download the checkpoint again") from error
+    if blocksize != BLOCK:
+        raise ValueError(f"{where} is quantized in blocks of {blocksize}, only {BLOCK} is read; {START_OVER}")
+    if len(shape) != 2 or shape[1] % BLOCK:
+        raise ValueError(f"{where} has shape {shape}, not rows of whole blocks of {BLOCK}; {START_OVER}")
+    nf4 = _bitsandbytes().functional.get_4bit_type("nf4", device="cpu")
+    if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):  # bitsandbytes compares so
+        raise ValueError(f"{where} has a quant_map that is not that of nf4; {START_OVER}")
+    blocks = shape[0] * shape[1] // BLOCK
+    stored_as = words.dtype.itemsize * words.shape[0], absmax.dtype, absmax.shape
+    if stored_as != (blocks * BLOCK // 2, torch.uint8 if nested else torch.float32, [blocks]) or (
+        nested and nested.absmax.shape != [-(-blocks // nested.blocksize)]
+    ):
+        raise ValueError(f"{where} has codes or scales that do not fit its shape {shape}; download the checkpoint again")
+    return Nf4Weight(dtype, shape, words, absmax, nested)
+
+
+def _whole(part: Part) -> Tensor:
+    return part.rows(0, part.shape[0])
+
+
+def _bitsandbytes() -> ModuleType:
+    """Imported when it is needed: it takes seconds, and only these checkpoints need it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes") from error
+    return bitsandbytes
