@@ -5,13 +5,19 @@
 
 A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for every engine x codec,
 --ranks fresh processes load it under SRLoRA (rank 16 through 32 directions; into the weight where it is dense, into the bank where it is
-coded), take two training steps and one recomposition. A process measures itself: VmRSS and VmHWM of /proc/self/status, the peak reset before
-each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
+coded), take two training steps and one recomposition. A process measures itself: VmRSS and VmHWM of /proc/self/status, the peak reset
+before each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
 collected and the allocator's free pages are given back, so that a peak cannot hide in memory that was resident anyway.
 
 shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. Gathered
 copies of small parameters (ZeRO-3 persists A and B), rank 0's ledger and reserve, masters and buffers of the optimizer are not in it: they
-have to fit in the rest. The exit code is 1 if a bound does not hold.
+have to fit in the rest. The constants:
+
+    LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
+                    gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
+    RECOMPOSITION    64 MB: the same 40, and 24 for an allocator that gives back pages late
+
+The exit code is 1 if a bound does not hold.
 """
 
 import argparse
@@ -24,8 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +48,9 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.source import SINGLE, Source
 
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
-LOADING = RECOMPOSITION = 0
+LOADING, RECOMPOSITION = 128e6, 64e6
 MB = 1e6
-HEADER = ""
+COLUMNS = ("shard", "loading", "bound", "resident", "sec", "recomp.", "bound", "layer", "W", "sec")
 
 
 def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
@@ -140,20 +146,25 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
 # --- all ranks --------------------------------------------------------------------------------------------------------------------
 
 
-def measure(engine: str, codec: str, ranks: int, folder: str | Path, timeout: float = 180.0) -> list[dict[str, float]]:
-    """What each of so many fresh processes measures of itself, in bytes and seconds, by rank."""
+def launch(script: str, ranks: int, arguments: list[str], threads: int = 1, timeout: float = 300.0) -> list[dict[str, Any]]:
+    """Runs a script in so many fresh processes under torchrun; what each wrote as JSON to <last argument>/<rank>.json, by rank."""
     with tempfile.TemporaryDirectory() as answers:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
-        command += ["--rank_of", engine, codec, str(folder), answers]
-        launcher = subprocess.Popen(command, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script, *arguments, answers]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            code = launcher.wait(timeout)
+            printed, _ = launcher.communicate(timeout=timeout)
         finally:
             launcher.terminate()  # it takes its ranks along
             launcher.wait()
-        if code:
-            raise RuntimeError(f"{engine}, {codec}: the ranks failed, see above")
+        if launcher.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed\n{printed}")
         return [json.loads((Path(answers) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def measure(engine: str, codec: str, ranks: int, folder: str | Path) -> list[dict[str, float]]:
+    """What each of so many fresh processes measures of itself, in bytes and seconds, by rank."""
+    return launch(__file__, ranks, ["--rank_of", engine, codec, str(folder)])
 
 
 def loading_bound(row: dict[str, float]) -> float:
@@ -165,18 +176,14 @@ def recomposition_bound(row: dict[str, float]) -> float:
 
 
 def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
-    """Prints the line of the rank that needs most; whether both bounds hold on every rank."""
-    load_row = max(rows, key=lambda row: row["loading"] - loading_bound(row))
-    move_row = max(rows, key=lambda row: row["recomposition"])
+    """Prints the figures of the worst rank, each column for itself; whether both bounds hold on every rank."""
+    worst = {name: max(row[name] for row in rows) for name in rows[0]}
     good = all(row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows)
-    cells = [load_row["shard"], load_row["loading"], loading_bound(load_row), max(row["resident"] for row in rows)]
-    moved = [move_row["recomposition"], recomposition_bound(move_row), move_row["W"]]
-    print(
-        f"{engine:10}{codec:6}{len(rows):6}" + "".join(f"{x / MB:9.1f}" for x in cells)
-        + f"{max(row['seconds'] for row in rows):8.1f}" + "".join(f"{x / MB:9.1f}" for x in moved)
-        + f"{max(row['recomposition_seconds'] for row in rows):8.2f}" + ("" if good else "   BEYOND THE BOUND"),
-        flush=True,
+    figures = (
+        worst["shard"] / MB, worst["loading"] / MB, loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
+        worst["recomposition"] / MB, recomposition_bound(worst) / MB, worst["layer"] / MB, worst["W"] / MB, worst["recomposition_seconds"],
     )  # fmt: skip
+    print(f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}", flush=True)
     return good
 
 
@@ -197,18 +204,18 @@ def main() -> int:
         (Path(answers) / f"{row['rank']}.json").write_text(json.dumps(row))
         return 0
 
+    print(f"{'engine':10}{'codec':6}{'ranks':>6}{''.join(f'{name:>9}' for name in COLUMNS)}   MB of the worst rank, over the baseline")
+    results, good = {}, True
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.gigabytes, args.hidden, args.vocabulary)
-        results = {}
         for engine in args.engines:
             for codec in args.codecs:
-                rows = measure(engine, codec, args.ranks, folder)
-                if not results:
-                    print(f"model {rows[0]['model'] / MB:.1f} MB, largest tensor {rows[0]['largest'] / MB:.1f} MB; MB per rank, the worst rank")
-                    print(HEADER)
-                results[engine, codec] = rows
-                report(engine, codec, rows)
-    return 0
+                rows = results[f"{engine} {codec}"] = measure(engine, codec, args.ranks, folder)
+                good &= report(engine, codec, rows)
+    print(f"model {rows[0]['model'] / MB:.1f} MB, its largest tensor {rows[0]['largest'] / MB:.1f} MB, both in float32")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llm_lowrank.export import CONFIG, merge
+from llm_lowrank.export import BACKBONE, CONFIG, Backbone, merge
 from llm_lowrank.source import Source
 
 
@@ -20,13 +20,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="new folder for the merged Hugging Face checkpoint")
     parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base")
+    parser.add_argument(
+        "--merge_base", choices=["original", "dequantized"], default="original",
+        help="after a run with codec nf4 or int8: merge into the checkpoint's weights, or into what was trained on, decoded",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         adapter = find_adapter(args.checkpoint)
         base = args.model_name_or_path or json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
-        print(merge(Source.open(base), adapter, args.output, getattr(torch, args.dtype) if args.dtype else None))
+        backbone = Backbone.open(args.checkpoint / BACKBONE) if args.merge_base == "dequantized" else None
+        print(merge(Source.open(base), adapter, args.output, getattr(torch, args.dtype) if args.dtype else None, backbone))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

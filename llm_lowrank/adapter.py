@@ -74,7 +74,8 @@ class Adapter(FrozenLinear):
                 pairs = Pairs(torch.zeros(m, r + bank), torch.cat([start, torch.zeros(bank, n)]))
         assert len(pairs) == r + bank, f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
         values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
-        return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
+        values |= {"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {}
+        return {k: v.clone() for k, v in values.items()}  # trained in place: the ledger keeps the pairs as they were
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout and self.training:
@@ -85,7 +86,8 @@ class Adapter(FrozenLinear):
                 y = adapter_linear(x, tuple(self.named_parts().values()), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
             dropped = F.dropout(x, self.dropout)
             return y + self.scale * F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return adapter_linear(x, tuple(self.named_parts().values()), self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
+        parts = tuple(self.named_parts().values())
+        return adapter_linear(x, parts, self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """A, B and, if there is one, the bank's."""

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 from llm_lowrank.codecs import make
 from llm_lowrank.data import Batches, load, pad_id
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.fsdp import Sharding, decoder_layers
 from llm_lowrank.loading import skeleton
 from llm_lowrank.method import Method, attach
 from llm_lowrank.recipe import Recipe, deepspeed_config, dump, occupied, optimization
 from llm_lowrank.source import DEMO, Source
 
 GIB = 2**30
-ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 
 
 def describe(recipe: Recipe, world: int) -> str:
@@ -151,6 +152,9 @@ class Sizes:
     bank: list[tuple[int, int]]
     trained: list[tuple[int, int]]
     statistics: int  # float32 values that the method keeps of each trained element
+    layer: int  # bytes of the largest decoder layer
+    layers: int  # bytes of all of them; the rest is embeddings, the output layer and the last norm
+    decoded: int  # bytes of the largest coded W, decoded; 0 without
 
     @classmethod
     def of(cls, model: nn.Module, method: Method) -> "Sizes":
@@ -158,30 +162,35 @@ class Sizes:
         for name, p in model.named_parameters():
             found[_part(name, p)].append((p.numel(), p.nbytes))
         observes = type(method).observe is not Method.observe
-        return cls(**found, statistics=2 if observes else 0)  # mean and spread
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
+        coded = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
+        decoded = max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in coded), default=0)
+        return cls(**found, statistics=2 if observes else 0, layer=max(layers), layers=sum(layers), decoded=decoded)  # mean and spread
 
 
 def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     """A table of what every rank holds under each engine, with the formulas; a star marks the recipe's."""
     config = _resolved(recipe, sizes, world)
     zero = config.get("zero_optimization", {})
-    chosen = f"ZeRO-{zero['stage']}" if zero else "plain"
-    rows = expected(sizes, world, zero)
+    chosen = f"ZeRO-{zero['stage']}" if zero else {"fsdp": "FSDP2"}.get(recipe.engine, recipe.engine)
+    rows = expected(sizes, world, zero, recipe.fsdp)
     heads = [f"*{engine}" if engine == chosen else engine for engine in ENGINES]
     lines = [f"memory per rank, GiB, {world} rank(s)".ljust(36) + "".join(f"{head:>10}" for head in heads)]
     for label, values, formula in rows:
         lines.append(label.ljust(36) + "".join(f"{value / GIB:>10.3f}" for value in values) + f"   {formula}")
     totals = [sum(values[i] for _, values, _ in rows) for i in range(len(ENGINES))]
     lines.append("total".ljust(36) + "".join(f"{total / GIB:>10.3f}" for total in totals))
-    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32); N ranks")
+    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32); N ranks, F that share a copy")
     lines.append("Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host")
     for section in ("offload_param", "offload_optimizer"):
         if (zero.get(section) or {}).get("device", "none") != "none":
             lines.append(f"{section}: part of this lies in {zero[section]['device']} memory, as {recipe.deepspeed} says.")
+    if recipe.engine == "fsdp" and recipe.fsdp.cpu_offload:
+        lines.append("fsdp.cpu_offload: what FSDP2 shards lies in host memory between uses.")
     return "\n".join(lines)
 
 
-def expected(sizes: Sizes, n: int, zero: dict[str, Any]) -> list[tuple[str, list[float], str]]:
+def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding) -> list[tuple[str, list[float], str]]:
     """(what, bytes under each of ENGINES on n ranks, formula). `zero`: the zero_optimization section, "auto" resolved."""
     w, k, t = (sum(nbytes for _, nbytes in part) for part in (sizes.frozen, sizes.bank, sizes.trained))
     everything = sizes.frozen + sizes.bank + sizes.trained
@@ -190,17 +199,24 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any]) -> list[tuple[str, list
     live = zero.get("stage3_max_live_parameters", 10**9) * max(nbytes / elements for elements, nbytes in sizes.frozen)
     gathered = min(w + k + t - whole, live)
     alone = n == 1  # then a slice is the whole
+    f = sharding.shards(n)
+    root = w + k + t - sizes.layers
+    groups = root + (min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers)  # one in use, one on its way
     return [
-        ("frozen weights", [w, w, w, w / n], "W; ZeRO-3: W / N"),
-        ("bank", [k, k, k, k / n], "K; ZeRO-3: K / N"),
-        ("adapters", [t, t, t, t / n], "T; ZeRO-3: T / N"),
-        ("adapters, master copy", [0, t / n, t / n, t / n], "ZeRO: T / N"),
-        ("gradients", [t if alone else 2 * t, t, t / n, t / n], "T, twice with DDP; ZeRO-2, 3: T / N"),
-        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n], "2 T; ZeRO: 2 T / N"),
-        ("importance statistics", [sizes.statistics * t / n] * 4, f"{sizes.statistics} T / N"),
-        ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole], "ZeRO-3: persistence threshold"),
-        ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered], "ZeRO-3: stage3_max_live_parameters"),
-    ]
+        ("frozen weights", [w, w, w, w / n, w / f], "W; ZeRO-3: W / N; FSDP2: W / F"),
+        ("bank", [k, k, k, k / n, k / f], "K; ZeRO-3: K / N; FSDP2: K / F"),
+        ("adapters", [t, t, t, t / n, t / f], "T; ZeRO-3: T / N; FSDP2: T / F"),
+        ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
+        ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, twice with DDP; ZeRO-2, 3: T / N; FSDP2: T / F"),
+        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n, 2 * t / f], "2 T; ZeRO: 2 T / N; FSDP2: 2 T / F"),
+        ("importance statistics", [sizes.statistics * t / n] * 5, f"{sizes.statistics} T / N"),
+        ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "ZeRO-3: persistence threshold"),
+        (
+            "gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups],
+            "ZeRO-3: stage3_max_live_parameters; FSDP2: two layers and the root",
+        ),
+        ("decoded for use", [sizes.decoded] * 5, "the largest W, if coded"),
+    ]  # fmt: skip
 
 
 def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:

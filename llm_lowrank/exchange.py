@@ -77,10 +77,13 @@ def exchange_(
     assert (fresh is None) != (slots is None), "an exchange has one destination"
     began, traffic = time.perf_counter(), engine.traffic
     index = index.to(engine.device)
+    moving = adapter.factors() if slots is not None else adapter.factors()[:2]
     probe = _probe(engine, adapter)
-    before = _function(engine, adapter, probe)
+    weighed = engine.weight(adapter).matmul(probe)  # W x
+    still = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], probe)
     lost = 0.0
-    with engine.edit(*(adapter.factors() if slots is not None else adapter.factors()[:2])) as (a, b, *bank):
+    with engine.edit(*moving) as (a, b, *bank):
+        before = weighed + still + _applied(adapter, [s.value for s in (a, b, *bank)], probe)
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
         if slots is not None:
@@ -92,6 +95,7 @@ def exchange_(
             assert fresh is not None
             fresh = fresh.to(engine.device)
             lost = into_weight_(engine, adapter, [old, fresh.scaled(-1)])
+            weighed = engine.weight(adapter).matmul(probe)
         trained.put_(index, fresh)
         stay = torch.ones(adapter.rank, dtype=torch.bool, device=engine.device)
         stay[index] = False
@@ -102,9 +106,13 @@ def exchange_(
             m_a[index] = m_a[keep].mean() if seeded else 0.0
             m_b[:, index] = m_b[:, keep].mean() if seeded else 0.0
         expected = [s.value for s in (a, b, *bank)]
-    for p, value in zip(adapter.factors(), expected, strict=False):
-        assert torch.equal(engine.whole(p), value), f"{adapter.name}: an exchanged factor did not reach the forward"
-    drift = _drift(engine, adapter, probe, before, exact=slots is not None or adapter.codec.holds_small_updates)
+    seen = [engine.whole(p) for p in moving]
+    for value, wanted in zip(seen, expected, strict=True):
+        assert torch.equal(value, wanted), f"{adapter.name}: an exchanged factor did not reach the forward"
+    drift = float((weighed + still + _applied(adapter, seen, probe) - before).norm() / before.norm().clamp_min(1e-30))
+    limit = EXACT_DRIFT if slots is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
+    if not drift <= limit:
+        raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
     into = "weight" if slots is None else "bank"
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 
@@ -129,19 +137,9 @@ def _probe(engine: Engine, adapter: Adapter) -> Tensor:
     return torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)  # (n, 2)
 
 
-def _function(engine: Engine, adapter: Adapter, x: Tensor) -> Tensor:
-    """W x + s B A x + s bank_B bank_A x from what the forward sees: (n, p) -> (m, p). Collective."""
-    y = engine.weight(adapter).matmul(x)
-    factors = [engine.whole(p) for p in adapter.factors()]
+def _applied(adapter: Adapter, factors: list[Tensor], x: Tensor) -> Tensor:
+    """s B A x, summed over the pairs of factors (A, B, A', B', ...): (n, p) -> (m, p)."""
+    y = x.new_zeros(adapter.shape[0], x.shape[1])
     for a, b in zip(factors[::2], factors[1::2], strict=True):
-        y = y + adapter.scale * (b @ (a @ x))
+        y += adapter.scale * (b @ (a @ x))
     return y
-
-
-def _drift(engine: Engine, adapter: Adapter, probe: Tensor, before: Tensor, exact: bool) -> float:
-    """|f(x) - f_before(x)| / |f_before(x)|; raises when that is more than rounding can do. Collective."""
-    drift = float((_function(engine, adapter, probe) - before).norm() / before.norm().clamp_min(1e-30))
-    limit = EXACT_DRIFT if exact else ROUNDED_DRIFT
-    if not drift <= limit:
-        raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
-    return drift

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import stored_names, stream_safetensors, sync, write_json, write_safetensors
+from llm_lowrank.loading import blocks, changed
 from llm_lowrank.method import Method
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import INDEX, SINGLE, Source
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BACKBONE = "backbone.safetensors"
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------------------------
@@ -222,36 +227,111 @@ def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def merge(source: Source, adapter_dir: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> Merged:
-    """Write base + adapter as a Hugging Face checkpoint: each tensor is read, added to in float32, rounded once, and written.
+@dataclass(frozen=True)
+class Backbone:
+    """What a run really trained on, when its codec rounded W: `output_dir/backbone.safetensors`.
 
-    No more than one tensor is in memory. `dtype` converts every floating tensor; by default each keeps its own. The folder is written
-    aside and appears under its name when it is complete. Call on one rank.
+        base = decode(encode(W0 + C)) - C        C the pairs that left W before it was encoded, with the sign that they left it
+
+    so that base + adapter is the trained layer. Row by row from W0 and C, as it was loaded; no weights are stored.
     """
-    lora, output = Lora.open(adapter_dir), Path(output)
+
+    codec: Codec
+    modules: list[str]  # all coded ones, adapted or not
+    path: Path
+
+    @staticmethod
+    def save(path: str | Path, model: torch.nn.Module) -> None:
+        """Call on rank 0, whose ledgers they are. Coded weights never change later, so that a ledger has its start only."""
+        coded = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) and not m.codec.writable}
+        tensors: dict[str, Tensor] = {"none": torch.zeros(0)}  # a safetensors file holds something
+        for name, layer in coded.items():
+            if isinstance(layer, Adapter) and layer.ledger:
+                (start,) = layer.ledger
+                tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
+        codec = next(iter(coded.values())).codec
+        settings = {"name": type(codec).__name__.lower(), "dtype": str(codec.dtype), "double_quant": getattr(codec, "double_quant", False)}
+        write_safetensors(path, tensors, {"format": "pt", "codec": json.dumps(settings), "modules": json.dumps(list(coded))})
+
+    @classmethod
+    def open(cls, path: str | Path) -> Backbone:
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist: runs with codec nf4 or int8 write it, the only ones with a base to dequantize")
+        stored_names(path)  # refuses a damaged file
+        with safe_open(path, framework="pt") as handle:
+            notes = handle.metadata()
+        settings = json.loads(notes["codec"])
+        dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
+        return cls(make(settings["name"], dtype, settings["double_quant"]), json.loads(notes["modules"]), Path(path))
+
+    def base(self, name: str, w: Tensor) -> Tensor:
+        """The base of a module, float32, given W0."""
+        with safe_open(self.path, framework="pt") as handle:
+            has = f"{name}.B" in handle.keys()  # noqa: SIM118 - a handle is not iterable
+            change = Pairs(handle.get_tensor(f"{name}.B"), handle.get_tensor(f"{name}.A")) if has else None
+        m, n = w.shape
+        base = torch.empty(m, n)
+        for rows in blocks(slice(0, m), n):
+            parts = self.codec.encode(w[rows] if change is None else changed(w[rows], change, rows))
+            decoded = self.codec.decode(parts, n)
+            base[rows] = decoded.float() if change is None else changed(decoded, change.scaled(-1), rows)
+        return base
+
+
+@dataclass
+class Merging:
+    """The tensors of a merged checkpoint, one at a time: base + adapter in float32, rounded once.
+
+    The base is that of the checkpoint or, with a backbone, what the run trained on.
+    """
+
+    source: Source
+    lora: Lora
+    dtype: torch.dtype | None = None  # of every floating tensor; by default each keeps its own
+    backbone: Backbone | None = None
+
+    def __post_init__(self) -> None:
+        self.updated = _find_weights(self.source, self.lora)
+        self.coded = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
+        self.layout = {name: self.source.layout(name) for name in self.source.names()}
+        if self.dtype is not None:
+            self.layout = {name: (self.dtype if kept.is_floating_point else kept, shape) for name, (kept, shape) in self.layout.items()}
+        self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
+
+    def tensor(self, name: str) -> Tensor:
+        weight, target = self.source.tensor(name), self.layout[name][0]
+        if self.backbone is not None and name in self.coded and not self.source.is_nf4(name):
+            weight = self.backbone.base(self.coded[name], weight)
+        if name not in self.updated:
+            return weight.to(target)
+        module = self.updated[name]
+        merged, self.lost[module] = add_rounded(weight, *self.lora.update(module), target)
+        return merged
+
+
+def merge(
+    source: Source, adapter_dir: str | Path, output: str | Path, dtype: torch.dtype | None = None, backbone: Backbone | None = None
+) -> Merged:
+    """Write base + adapter as a Hugging Face checkpoint, one tensor in memory at a time.
+
+    `dtype` converts every floating tensor; by default each keeps its own. `backbone`: merge into what the run trained on instead of the
+    checkpoint's weights. The folder is written aside and appears under its name when it is complete. Call on one rank.
+    """
+    output = Path(output)
     _check_output(output)
-    updated = _find_weights(source, lora)
-    layout = {name: source.layout(name) for name in source.names()}
-    if dtype is not None:
-        layout = {name: (dtype if stored.is_floating_point else stored, shape) for name, (stored, shape) in layout.items()}
-    lost: dict[str, float] = {}
-    progress = tqdm(total=len(layout), desc="merging", unit="tensor", disable=None)
+    merging = Merging(source, Lora.open(adapter_dir), dtype, backbone)
+    progress = tqdm(total=len(merging.layout), desc="merging", unit="tensor", disable=None)
 
     def produce(name: str) -> Tensor:
         progress.update()
-        weight, target = source.tensor(name), layout[name][0]
-        if name not in updated:
-            return weight.to(target)
-        pairs, scaling = lora.update(updated[name])
-        merged, lost[updated[name]] = add_rounded(weight, pairs, scaling, target)
-        return merged
+        return merging.tensor(name)
 
     aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         for file, names in source.shards():
-            stream_safetensors(aside / file, {name: layout[name] for name in names}, produce, {"format": "pt"})
+            stream_safetensors(aside / file, {name: merging.layout[name] for name in names}, produce, {"format": "pt"})
         if set(source.files.values()) != {SINGLE}:
-            size = sum(stored.itemsize * math.prod(shape) for stored, shape in layout.values())
+            size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
         _copy_the_rest(source, aside, dtype)
         sync(aside)
@@ -260,7 +340,45 @@ def merge(source: Source, adapter_dir: str | Path, output: str | Path, dtype: to
     finally:
         progress.close()
         shutil.rmtree(aside, ignore_errors=True)
-    return Merged(output, lost)
+    return Merged(output, merging.lost)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the answers of a merged model are from those of the trained one."""
+
+    logits: float  # |merged - trained| / |trained|
+    agreement: float  # share of positions with the same most likely token
+
+    def __str__(self) -> str:
+        return f"logits {self.logits:.1%} apart, the same most likely token at {self.agreement:.1%} of the positions"
+
+
+@torch.no_grad()
+def gap(engine: Engine, model: torch.nn.Module, wrapped: torch.nn.Module, inputs: dict[str, Tensor], merging: Merging | None) -> Gap | None:
+    """Answers once as trained and once with every frozen linear as `merging` would write it; on rank 0, None elsewhere. Collective.
+
+    Other ranks pass no merging: they take part in the forward, and their answers are not looked at. One weight is in memory at a time.
+    """
+    attended = inputs["attention_mask"].bool()
+    trained = wrapped(**inputs, use_cache=False).logits[attended].float()
+    frozen = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    try:
+        for name, layer in frozen:
+            if merging is not None:
+                layer.forward = partial(_merged_forward, merging, name, layer)  # type: ignore[method-assign]
+        merged = wrapped(**inputs, use_cache=False).logits[attended].float()
+    finally:
+        for _, layer in frozen:
+            vars(layer).pop("forward", None)
+    if merging is None:
+        return None
+    return Gap(float((merged - trained).norm() / trained.norm()), float((merged.argmax(-1) == trained.argmax(-1)).float().mean()))
+
+
+def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor) -> Tensor:
+    w = merging.tensor(f"{name}.weight").to(x.device, x.dtype)
+    return torch.nn.functional.linear(x, w, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def add_rounded(weight: Tensor, pairs: Pairs, scaling: float, dtype: torch.dtype) -> tuple[Tensor, float]:

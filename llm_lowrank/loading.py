@@ -98,8 +98,8 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
     missing = sorted(wanted - stored)
     if missing:
         raise ValueError(
-            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing), so that it could be neither loaded "
-            "nor merged back; save the model with save_pretrained of plain transformers, names and weights unfused"
+            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing): nothing to load, nowhere to merge "
+            "back; save the model with save_pretrained of plain transformers, names and weights unfused"
         )
     for adapter in adapters:
         adapter.source = partial(tensors.tensor, f"{adapter.name}.weight")
@@ -119,6 +119,27 @@ def load(
     loaded = reader.report()
     loaded.seconds = time.perf_counter() - began
     return wrapped, loaded
+
+
+def blocks(rows: slice, n: int) -> Iterator[slice]:
+    """Some rows of a W with n columns, a few at a time."""
+    step = max(1, BLOCK // n)
+    for first in range(rows.start, rows.stop, step):
+        yield slice(first, min(first + step, rows.stop))
+
+
+def changed(w: Tensor, change: Pairs, rows: slice) -> Tensor:
+    """W + B A for some rows of W, rounded once to float32.
+
+    In float64: float32 products of more or fewer rows differ in their last bit, and a code on an edge would tip over.
+    """
+    return (w.double() + change.B[rows].double() @ change.A.double()).float()
+
+
+def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
+    """What is added to W when these pairs leave it."""
+    assert isinstance(layer, Adapter)
+    return pairs.scaled(-layer.scale)
 
 
 class _Reader:
@@ -146,7 +167,7 @@ class _Reader:
                 if pairs is not None:
                     self.loaded.pairs += len(pairs)
                     if self.engine.main:
-                        module.ledger.append(pairs.scaled(-module.scale))
+                        module.ledger.append(_out_of_w(module, pairs))
             for k, run in rows.items():
                 if k not in values:
                     values[k] = self._read(f"{name}.{k}", run).to(getattr(module, k).dtype)
@@ -156,7 +177,8 @@ class _Reader:
     def _read(self, name: str, rows: slice) -> Tensor:
         found = self.tensors.rows(name, rows.start, rows.stop)
         self.loaded.bytes += found.nbytes
-        self.progress.set_postfix_str(f"{self.loaded.bytes / 1e9 / max(1e-9, self.progress.format_dict['elapsed']):.2f} GB/s", refresh=False)
+        speed = self.loaded.bytes / 1e9 / max(1e-9, self.progress.format_dict["elapsed"])
+        self.progress.set_postfix_str(f"{speed:.2f} GB/s", refresh=False)
         return found
 
     def _coded(self, name: str, layer: FrozenLinear, stored: slice, pairs: Pairs | None) -> dict[str, Tensor]:
@@ -172,18 +194,15 @@ class _Reader:
         layout = layer.codec.layout(n)
         parts = {k: torch.zeros(stored.stop - stored.start, width, dtype=dtype, device=device) for k, (width, dtype) in layout.items()}
         squares = torch.zeros(2, dtype=torch.float64, device=device)
-        step = max(1, BLOCK // n)
-        for first in range(rows.start, rows.stop, step):
-            block = slice(first, min(first + step, rows.stop))
+        change = _out_of_w(layer, pairs).to(device) if pairs is not None else None
+        for block in blocks(rows, n):
             w = self._read(key, block).to(device)
-            residual, taken = w, torch.zeros((), device=device)
-            if pairs is not None:
-                assert isinstance(layer, Adapter)
-                # in float64: float32 products of more or fewer rows differ in their last bit, and a code on an edge would tip over
-                taken = (layer.scale * pairs.B[block].to(device).double()) @ pairs.A.to(device).double()  # (rows, n)
-                residual = (w.double() - taken).float()
-            encoded = layer.codec.encode(residual)
-            kept = layer.codec.decode(encoded, n) + taken
+            try:
+                encoded = layer.codec.encode(w if change is None else changed(w, change, block))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+            decoded = layer.codec.decode(encoded, n)
+            kept = decoded if change is None else changed(decoded, change.scaled(-1), block)
             squares += torch.stack([(kept - w).double().square().sum(), w.double().square().sum()])
             for k, part in encoded.items():
                 parts[k][block.start - stored.start : block.stop - stored.start] = part

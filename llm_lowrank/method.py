@@ -101,7 +101,10 @@ class Method(draccus.ChoiceRegistry):
 
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
-    """The linear modules that `wanted` names, in the model's order. Each wanted name must match one: ValueError with what there is otherwise."""
+    """The linear modules that `wanted` names, in the model's order.
+
+    Each wanted name must match one: ValueError with what there is otherwise.
+    """
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if wanted == [ALL_LINEAR]:

@@ -83,6 +83,8 @@ class Recipe:
     """Write into an output_dir that holds files already."""
     save_merged: bool = True
     """Also write the merged model, output_dir/merged, as large as the base model."""
+    merge_base: Literal["original", "dequantized"] = "original"
+    """What a run with a coded backbone merges into: the checkpoint's weights, or what it trained on, decoded; it prints both gaps."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of recompositions and the expected memory, and exit."""
 
@@ -215,6 +217,8 @@ def validate(recipe: Recipe) -> None:
         errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than max_steps ({recipe.max_steps})")
     if recipe.codec_double_quant and recipe.codec != "nf4":
         errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
+    if recipe.merge_base == "dequantized" and recipe.codec == "dense":
+        errors.append("merge_base: dequantized is for codec: nf4 or int8; a dense backbone is trained on as it is")
     if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
         errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
     if recipe.engine != "fsdp" and recipe.fsdp != Sharding():

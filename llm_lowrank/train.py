@@ -104,9 +104,38 @@ def train(recipe: Recipe) -> None:
         say(f"before training: {before}\nafter training:  {after}")
         saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", run.source.name)
         say(f"adapter: {saved}")
+        if recipe.codec != "dense":
+            say(merged_gaps(recipe, engine, run, model, metrics))
     engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and saved is not None:
-        say(f"merged:  {export.merge(run.source, saved.path, Path(recipe.output_dir) / 'merged')}")
+        backbone = export.Backbone.open(backbone_file(recipe)) if recipe.merge_base == "dequantized" else None
+        say(f"merged:  {export.merge(run.source, saved.path, Path(recipe.output_dir) / 'merged', backbone=backbone)}")
+
+
+def backbone_file(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / export.BACKBONE
+
+
+def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metrics: Metrics) -> str:
+    """What either merge would do to the answers, so that a user can choose; keeps what the second one needs. Collective."""
+    examples = run.corpus.held_out if len(run.corpus.held_out) else run.corpus.train
+    micro = next(iter(Batches(examples, recipe.per_device_eval_batch_size, 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)))
+    inputs = {"input_ids": micro.input_ids.to(engine.device), "attention_mask": micro.attention_mask.to(engine.device)}
+    lines = []
+    with engine.together():
+        if engine.main:
+            export.Backbone.save(backbone_file(recipe), run.model)
+            lora = export.Lora.open(Path(recipe.output_dir) / "adapter")
+    model.eval()
+    for base in ("original", "dequantized"):
+        merging = None
+        if engine.main:
+            backbone = export.Backbone.open(backbone_file(recipe)) if base == "dequantized" else None
+            merging = export.Merging(run.source, lora, backbone=backbone)
+        if (found := export.gap(engine, run.model, model, inputs, merging)) is not None:
+            metrics.write("gap", run.total_steps, base=base, logits=found.logits, agreement=found.agreement)
+            lines.append(f"merged into the {base} weights: {found}{' (merge_base)' * (base == recipe.merge_base)}")
+    return "\n".join(lines)
 
 
 def clear(output: Path) -> None:
@@ -114,6 +143,7 @@ def clear(output: Path) -> None:
     for name in ("adapter", "merged", "tensorboard"):
         if (output / name).exists():  # what cannot be removed is an error now, not after the training
             shutil.rmtree(output / name)
+    (output / export.BACKBONE).unlink(missing_ok=True)
 
 
 def make_engine(recipe: Recipe) -> Engine:

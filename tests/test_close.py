@@ -6,6 +6,7 @@ import multiprocessing as mp
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,19 +16,20 @@ from tests import tiny
 RUNS = 20  # with DDP's reducer left alive one of the first five hung
 
 
-def _train_and_close(rank: int, rendezvous: str) -> None:
+def _train_and_close(rank: int, rendezvous: str, engine: str) -> None:
     torch.set_num_threads(1)
     for run in range(RUNS):
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}-{run}", rank=rank, world_size=2)
-        trainee = tiny.Trainee(LoRA(rank=4), "plain")
+        trainee = tiny.Trainee(LoRA(rank=4), engine)
         trainee.step(0)
         trainee.engine.close()
         del trainee  # the wrapped model outlives the process group, as in a run
 
 
-def test_ranks_end_after_close_though_the_wrapped_model_is_still_there(tmp_path: Path):
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+def test_ranks_end_after_close_though_the_wrapped_model_is_still_there(tmp_path: Path, engine: str):
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"))) for rank in range(2)]
+    processes = [context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"), engine)) for rank in range(2)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 120

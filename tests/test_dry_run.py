@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from llm_lowrank import dry_run
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Dense
+from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import Data
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
@@ -125,11 +127,12 @@ def test_a_deepspeed_config_that_cannot_be_right_is_refused(recipe, tmp_path):
 
 def test_the_recipes_engine_is_starred(recipe):
     def heads(**changes):
-        return dry_run.describe(replace(recipe, **changes), world=1).split("memory per rank")[1].splitlines()[0].split()[-4:]
+        return dry_run.describe(replace(recipe, **changes), world=1).split("memory per rank")[1].splitlines()[0].split()[-5:]
 
-    assert heads() == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3"]
-    assert heads(deepspeed="ds_configs/zero2.json") == ["plain", "ZeRO-1", "*ZeRO-2", "ZeRO-3"]
-    assert heads(engine="plain") == ["*plain", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert heads() == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]
+    assert heads(deepspeed="ds_configs/zero2.json") == ["plain", "ZeRO-1", "*ZeRO-2", "ZeRO-3", "FSDP2"]
+    assert heads(engine="plain") == ["*plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+    assert heads(engine="fsdp") == ["plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "*FSDP2"]
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------------------
@@ -137,36 +140,44 @@ def test_the_recipes_engine_is_starred(recipe):
 THRESHOLD = 150  # between the elements of one A and another, so that ZeRO-3 keeps some whole
 
 
-def held(engine_name: str) -> dict[str, int]:
+def held(engine_name: str, zero: dict, codec: Codec) -> dict[str, int]:
     """Bytes that this rank holds after a step."""
-    zero = {"stage3_param_persistence_threshold": THRESHOLD} if engine_name == "zero3" else {}
-    trainee = tiny.Trainee(METHOD, engine_name, dtype="bf16", zero=zero, **SHAPE)
+    trainee = tiny.Trainee(METHOD, engine_name, dtype="bf16", zero=zero, codec=codec, **SHAPE)
     trainee.step(0)
     engine, found = trainee.engine, dict.fromkeys(("frozen weights", "bank", "adapters", "adapters, master copy"), 0)
     whole = 0
     for name, p in trainee.model.named_parameters():
         row = "adapters" if p.requires_grad else "bank" if "bank_" in name else "frozen weights"
-        found[row] += p.ds_tensor.nbytes if engine_name == "zero3" else p.nbytes
+        found[row] += p.ds_tensor.nbytes if engine_name == "zero3" else mine(p).nbytes
         whole += p.nbytes if engine_name == "zero3" and p.ds_persist else 0
-    optimizer = engine.zero.optimizer if engine_name != "plain" else engine.optimizer
-    if engine_name != "plain":
+    optimizer = engine.zero.optimizer if engine_name.startswith("zero") else engine.optimizer
+    if engine_name.startswith("zero"):
         flat = engine.zero.fp32_partitioned_groups_flat if engine_name == "zero3" else engine.zero.single_partition_of_fp32_groups
         found["adapters, master copy"] = sum(p.nbytes for p in flat)
-    found["Adam moments"] = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    found["Adam moments"] = sum(mine(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     kept = [v for adapter in trainee.adapters for key, v in adapter.memory.items() if key.startswith(("mean_", "spread_"))]
     found["importance statistics"] = sum(v.nbytes for v in kept)
     found["small parameters, kept whole"] = whole
     return found
 
 
-@pytest.mark.parametrize("column, engine_name", [(0, "plain"), (1, "zero1"), (2, "zero2"), (3, "zero3")])
-def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name):
-    model = tiny.llama("bf16", **SHAPE)
-    adapters = attach(model, METHOD, Dense(torch.bfloat16))
+def mine(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+CASES = [(0, "plain", {}), (1, "zero1", {}), (2, "zero2", {}), (3, "zero3", {}), (4, "fsdp", {}), (4, "fsdp", {"shard_size": 1})]
+
+
+@pytest.mark.parametrize("codec", [Dense(torch.bfloat16), Nf4(torch.bfloat16)], ids=["dense", "nf4"])
+@pytest.mark.parametrize("column, engine_name, settings", CASES, ids=["plain", "zero1", "zero2", "zero3", "fsdp", "fsdp-hybrid"])
+def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name, settings, codec):
+    model = tiny.skeleton("bf16", **SHAPE)
+    adapters = attach(model, METHOD, codec)
     assert all(isinstance(a, Adapter) and a.bank_A is not None for a in adapters)
-    rows = dry_run.expected(dry_run.Sizes.of(model, METHOD), 2, {"stage3_param_persistence_threshold": THRESHOLD})
+    zero = {"stage3_param_persistence_threshold": THRESHOLD}
+    rows = dry_run.expected(dry_run.Sizes.of(model, METHOD), 2, zero, Sharding(**settings))
     expected = {label: values[column] for label, values, _ in rows}
-    measured = ranks.run(2, held, engine_name)
+    measured = ranks.run(2, held, engine_name, zero if engine_name == "zero3" else settings, codec)
     for label in measured[0]:
         mean = sum(found[label] for found in measured) / 2
         assert mean == pytest.approx(expected[label], rel=0.02), label  # slices are padded

@@ -25,7 +25,7 @@ from tests.tiny import Trainee, engine
 RANK, BANK, SAMPLES = 3, 2, 12  # samples: over 3 ranks and 2 micro-batches there are 2 each
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 
-# name -> (engine, what its DeepSpeed section says beside the stage; a file of ds_configs/ stands for its section)
+# name -> (engine, what its DeepSpeed section says beside the stage, or FSDP2's Sharding; a file of ds_configs/ stands for its section)
 ENGINES: dict[str, tuple[str, Any]] = {
     "plain": ("plain", {}),
     "zero1": ("zero1", {}),
@@ -37,11 +37,16 @@ ENGINES: dict[str, tuple[str, Any]] = {
     "zero3-shipped": ("zero3", "zero3.json"),  # "auto": the adapters stay gathered, W does not
     "zero3-offload": ("zero3", "zero3_offload.json"),
     "zero2-offload": ("zero2", {"offload_optimizer": {"device": "cpu"}}),
+    "fsdp": ("fsdp", {}),
+    "fsdp-gathered": ("fsdp", {"reshard_after_forward": False}),
+    "fsdp-offload": ("fsdp", {"cpu_offload": True}),
+    "fsdp-hybrid": ("fsdp", {"shard_size": 1}),  # as many replicas as ranks
+    "fsdp-one-shard": ("fsdp", {"shard_size": 3}),  # of 3 ranks: all share one copy
 }
-CORE = [("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
+CORE = [("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2)]
 CASES = [
     ("plain", 1), *CORE, ("zero3", 1), ("zero3-persisted", 2), ("zero1-shipped", 2), ("zero2-shipped", 2), ("zero3-shipped", 2),
-    ("zero3-offload", 2), ("zero2-offload", 2),
+    ("zero3-offload", 2), ("zero2-offload", 2), ("fsdp", 1), ("fsdp-gathered", 2), ("fsdp-offload", 2), ("fsdp-hybrid", 3), ("fsdp-one-shard", 3),
 ]  # fmt: skip
 every_engine = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 core_engines = pytest.mark.parametrize("case", CORE, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -61,6 +66,11 @@ def trainee(name: str, **settings: Any) -> Trainee:
         zero = {key: value for key, value in json.loads((SHIPPED / zero).read_text())["zero_optimization"].items() if key != "stage"}
     method = settings.pop("method", Banked(rank=RANK))
     return Trainee(method, engine_name, samples=SAMPLES, zero=zero, num_hidden_layers=1, **settings)
+
+
+def divided(name: str) -> bool:
+    """Whether W is cut into pieces that ranks hold alone."""
+    return name.startswith(("zero3", "fsdp")) and name != "fsdp-hybrid"
 
 
 def dyadic(*shape: int, seed: int) -> Tensor:
@@ -227,7 +237,7 @@ def test_gradient_assembled_over_ranks_is_that_of_a_single_process(case, accumul
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in CORE], ids=lambda case: f"{case[0]}-{case[1]}")
-def test_gradient_is_that_of_a_single_process_in_every_setting_of_deepspeed(case):
+def test_gradient_is_that_of_a_single_process_in_every_other_setting(case):
     found = {n: assembled([(rank["runs"][n][0], rank["runs"][n][3]) for rank in story(case)], run[1]) for n, run in alone()["runs"].items()}
     close(found, {name: run[3] for name, run in alone()["runs"].items()}, GRADIENT)
 
@@ -297,7 +307,7 @@ def test_weight_add_changes_one_weight_by_exactly_what_was_asked(case):
             assert torch.equal(rank["weight edited"]["weights"][other], wanted), other
     # ranks that hold all of W count all of it each; those that share it count their own elements
     counts = [rank["counts"] for rank in story(case)]
-    counts = sum(counts) if case[0].startswith("zero3") else counts[0]
+    counts = sum(counts) if divided(case[0]) else counts[0]
     torch.testing.assert_close(counts, alone()["counts"], rtol=1e-6, atol=0)
 
 
@@ -323,6 +333,12 @@ def test_identity_requires_grad_and_shape_of_every_parameter_survive(case):
         assert sum(grad for _, grad, _ in before) == 2 * len(rank["names"])
 
 
+PUT = [
+    ("plain", 2), ("zero2", 2), ("zero3", 2), ("zero3-persisted", 2), ("fsdp", 2), ("fsdp-gathered", 2), ("fsdp-offload", 2),
+    ("fsdp-hybrid", 2),
+]  # fmt: skip
+
+
 def put_late(name: str) -> list[Tensor]:
     t = trainee(name)
     t.forward_backward(0)
@@ -336,7 +352,7 @@ def put_late(name: str) -> list[Tensor]:
     return [*logits, t.logits(), *(t.engine.whole(p) for p in params)]
 
 
-@pytest.mark.parametrize("case", [("plain", 2), ("zero2", 2), ("zero3", 2), ("zero3-persisted", 2)], ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.mark.parametrize("case", PUT, ids=lambda c: f"{c[0]}-{c[1]}")
 def test_put_reaches_the_forward_whatever_ran_since_the_slot_was_read(case):
     before, after, *values = put_late("plain")
     assert float((after - before).abs().max()) > 0.1 * float(before.abs().max())
@@ -369,7 +385,9 @@ def forgetful(name: str, what: str) -> str:
 
 
 @pytest.mark.parametrize("what,message", [("value", "an edited master did not persist"), ("moments", "edited moments did not persist")])
-@pytest.mark.parametrize("case", [("plain", 2), ("zero2", 2), ("zero3", 2)], ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize(
+    "case", [("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("fsdp-hybrid", 2)], ids=lambda case: f"{case[0]}-{case[1]}"
+)
 def test_an_edit_that_does_not_persist_is_noticed_on_every_rank(case, what, message):
     for found in ranks.run(case[1], forgetful, case[0], what):
         assert message in found
@@ -391,7 +409,7 @@ def misshapen(name: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("case", [("plain", 1), ("zero2", 2), ("zero3", 2)], ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)], ids=lambda case: f"{case[0]}-{case[1]}")
 def test_an_edit_may_not_change_a_shape(case):
     assert ranks.run(case[1], misshapen, case[0]) == [[True, True]] * case[1]
 
@@ -408,7 +426,12 @@ def coded(name: str) -> dict[str, Any]:
     return {"dtypes": dtypes, "untouched": untouched, "logits": logits, "counts": counts, "weights": t.weights()}
 
 
-@pytest.mark.parametrize("case", [("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3-persisted", 2)], ids=lambda c: f"{c[0]}-{c[1]}")
+CODED = [
+    ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3-persisted", 2), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2), ("fsdp-offload", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CODED, ids=lambda c: f"{c[0]}-{c[1]}")
 def test_a_bf16_backbone_is_not_cast_and_receives_the_same_rounded_update(case):
     single, found = coded("plain"), ranks.run(case[1], coded, case[0])
     for rank in found:
@@ -420,7 +443,7 @@ def test_a_bf16_backbone_is_not_cast_and_receives_the_same_rounded_update(case):
         for logits, wanted in zip(rank["logits"], single["logits"], strict=True):
             torch.testing.assert_close(logits, wanted, rtol=0, atol=2**-7 * float(wanted.abs().max()))  # a bf16 ulp of the largest
     assert float((single["logits"][1] - single["logits"][0]).abs().max()) > 0.1 * float(single["logits"][0].abs().max())
-    counts = sum(rank["counts"] for rank in found) if case[0].startswith("zero3") else found[0]["counts"]
+    counts = sum(rank["counts"] for rank in found) if divided(case[0]) else found[0]["counts"]
     torch.testing.assert_close(counts, single["counts"], rtol=1e-6, atol=0)
     assert 0 < float(counts[1] / counts[0]) < 1e-2  # rounded, and measured
 
@@ -498,6 +521,55 @@ def hasty(name: str) -> str:
 @core_engines
 def test_a_step_before_the_last_micro_batch_is_refused(case):
     assert ranks.run(case[1], hasty, case[0]) == ["refused"] * case[1]
+
+
+# ---- FSDP2: what a rank holds; its other hazards are in test_fsdp.py
+
+
+def shares(name: str) -> dict[str, tuple[int, int, Tensor]]:
+    t = trainee(name, method=LoRA(rank=RANK))
+    t.step(0)
+    t.logits()
+    found = {}
+    for n, p in t.model.named_parameters():
+        local = p.detach().to_local()
+        moments = [v.to_local().numel() for k, v in t.engine.optimizer.state.get(p, {}).items() if k.startswith("exp_avg")]
+        assert all(size == local.numel() for size in moments) and len(moments) == 2 * p.requires_grad
+        found[n] = (len(p), local.untyped_storage().nbytes() // p.element_size(), local)
+    return found
+
+
+@pytest.mark.parametrize("case", [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp-gathered", 2)], ids=lambda c: f"{c[0]}-{c[1]}")
+def test_fsdp_holds_its_rows_of_every_parameter_and_of_its_moments_and_nothing_else(case):
+    name, world = case
+    everyone = ranks.run(world, shares, name)
+    for n, (rows, _, first) in everyone[0].items():
+        each = -(-rows // world)  # of dim 0; the last ranks may hold fewer
+        assert [len(rank[n][2]) for rank in everyone] == [max(0, min(each, rows - k * each)) for k in range(world)], n
+        for _, stored, local in (rank[n] for rank in everyone):
+            assert stored <= each * (first.numel() // max(1, len(first))), n
+            assert stored >= local.numel()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_replicas_of_a_hybrid_run_stay_bitwise_the_same(world):
+    first, *others = ranks.run(world, shares, "fsdp-hybrid")
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(local, other[n][2]) for n, (_, _, local) in first.items())
+    assert all(len(local) == rows for rows, _, local in first.values())
+
+
+def while_gathered() -> list[str]:
+    """A forward that a backward will follow leaves the root gathered: nothing may be read or written then."""
+    t = trainee("fsdp", method=LoRA(rank=RANK))
+    t.wrapped(input_ids=torch.ones(1, 4, dtype=torch.long))
+    norm = t.model.model.norm.weight
+    return [caught(functools.partial(call, norm))[1] for call in (t.engine.whole, t.engine.local, t.engine.slot)]
+
+
+def test_fsdp_refuses_to_look_at_parameters_that_are_still_gathered():
+    for messages in ranks.run(2, while_gathered):
+        assert messages == ["the parameters of this layer are still gathered"] * 3
 
 
 # ---- what all ranks do together

@@ -131,18 +131,21 @@ def _is_even(text: str) -> float:
     return float(len(text) % 2 == 0)
 
 
-def _on_zero3(count: int) -> tuple[float, int, list[tuple[str, str]]]:
+def _sharded(engine: str, count: int) -> tuple[float, int, list[tuple[str, str]]]:
     """Words of 26 letters; the score depends on the answer, so that it tells wrong answers apart."""
-    trainee = tiny.Trainee(LoRA(rank=4), "zero3", vocab_size=len(WORDS))
+    trainee = tiny.Trainee(LoRA(rank=4), engine, vocab_size=len(WORDS))
     asked = [Question([k % 26, 3 * k % 26][: 1 + k % 2], str(k), _is_even, "x") for k in range(count)]
     rank, world = trainee.engine.rank, trainee.engine.world
     report = accuracy(trainee.model, word_tokenizer(), asked, rank, world, trainee.engine.sum, NEW, batch_size=2, synced=world > 1)
+    trainee.engine.backward(trainee.wrapped(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum())  # training goes on
+    assert trainee.engine.step(1e-3) > 0
     return report.mean_score, report.count, [sample[:2] for sample in report.samples]
 
 
 @pytest.mark.parametrize("count", [3, 4])  # uneven and even shares
-def test_a_model_sharded_by_zero3_answers_as_one_process(count):
-    ((score, total, answers),) = ranks.run(1, _on_zero3, count)
-    both = ranks.run(2, _on_zero3, count)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_sharded_model_answers_as_one_process(engine, count):
+    ((score, total, answers),) = ranks.run(1, _sharded, "plain", count)
+    both = ranks.run(2, _sharded, engine, count)
     assert total == count and all((score, total) == found[:2] for found in both)
     assert sorted(both[0][2] + both[1][2]) == sorted(answers)

@@ -77,7 +77,7 @@ class Snapshot:
         factors = {a.name: [whole(p) for p in a.factors()] for a in t.adapters}
         frozen = {name: m for name, m in t.model.named_modules() if isinstance(m, FrozenLinear)}
         parts = {name: {k: whole(p)[: m.shape[0]] for k, p in m.named_parts().items()} for name, m in frozen.items()}
-        weights = {name: frozen[name].codec.decode(found, frozen[name].shape[1]) for name, found in parts.items()}
+        weights = {name: frozen[name].codec.codec.decode(found, frozen[name].shape[1]) for name, found in parts.items()}  # not watched
         return cls(t.logits(), factors, parts, weights, {a.name: len(a.ledger) for a in t.adapters})
 
     def pairs(self, name: str) -> Pairs:
@@ -378,7 +378,8 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
         base = tmp_path / "stored"
         model = llama("fp32")
         for name, w in life.final.weights.items():
-            model.get_submodule(name).weight.data = (w.double() - sum(e.to(dtype=torch.float64).product() for e in life.ledger.get(name, []))).float()
+            taken = sum(e.to(dtype=torch.float64).product() for e in life.ledger.get(name, []))
+            model.get_submodule(name).weight.data = (w.double() - taken).float()
         model.save_pretrained(base)
     merge(Source.open(str(base)), folder, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

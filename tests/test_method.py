@@ -116,7 +116,7 @@ def test_all_linear_of_a_module_that_is_no_transformers_model_is_every_linear():
     "wanted,found",
     [
         (["q_proj"], [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]),
-        (["v_proj", "down_proj"], [f"model.layers.{i}.{n}" for n in ("self_attn.v_proj", "mlp.down_proj") for i in (0, 1)]),
+        (["down_proj", "v_proj"], [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.v_proj", "mlp.down_proj")]),  # its order
         (["layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
         (["model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj"]),
         (["q_proj", "layers.0.self_attn.q_proj"], [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]),  # named twice: adapted once

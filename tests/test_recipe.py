@@ -8,6 +8,7 @@ import yaml
 
 from llm_lowrank import command_line
 from llm_lowrank.data import Data
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
@@ -112,7 +113,8 @@ def test_what_the_deepspeed_launcher_adds_is_dropped(flag):
 def test_a_saved_recipe_parses_back(tmp_path):
     argv = "--method.type srlora --method.alpha 8 --method.target_modules q_proj,v_proj --learning_rate 3e-7 --adam_epsilon 1e-12"
     recipe = parse([*argv.split(), "--data.dataset=r\u00e9ponses: #1.jsonl", "--output_dir", "null", "--data.split", "train[:5%]"])
-    for original in (recipe, Recipe(), dataclasses.replace(recipe, method=LoRA(use_rslora=True))):
+    sharded = dataclasses.replace(recipe, engine="fsdp", codec="nf4", codec_double_quant=True, fsdp=Sharding(False, True, 2))
+    for original in (recipe, Recipe(), dataclasses.replace(recipe, method=LoRA(use_rslora=True)), sharded):
         save(original, tmp_path / "out" / "recipe.yaml")
         assert parse(["--config_path", str(tmp_path / "out" / "recipe.yaml")]) == original
 
@@ -194,8 +196,17 @@ def test_a_setting_of_another_method_is_refused(file, argv):
         ("--method.target_modules 3", "method.target_modules: '3' is not a list; write a,b,c"),
         ("--method lora", "method is a section of settings, not a value; did you mean method.type lora?"),
         ("--method lora --method.rank 3", "method was given a value, 'lora', and is a section"),
-        ("--engine fsdp", "engine: 'fsdp' is not one of deepspeed, plain"),
-        ("--codec nf4", "codec: 'nf4' is not one of dense"),
+        ("--engine ddp", "engine: 'ddp' is not one of deepspeed, fsdp, plain"),
+        ("--codec int4", "codec: 'int4' is not one of dense, nf4, int8"),
+        ("--codec_double_quant", "codec_double_quant: true is for codec: nf4, not dense"),
+        ("--codec int8 --codec_double_quant true", "codec_double_quant: true is for codec: nf4, not int8"),
+        ("--merge_base dequantized", "merge_base: dequantized is for codec: nf4 or int8"),
+        ("--merge_base trained", "merge_base: 'trained' is not one of original, dequantized"),
+        ("--fsdp.cpu_offload", "the settings under fsdp are for engine: fsdp, not deepspeed"),
+        ("--fsdp.reshard_after_forward false --engine plain", "the settings under fsdp are for engine: fsdp, not plain"),
+        ("--fsdp.shard_size -1 --engine fsdp", "fsdp.shard_size must be at least 0, not -1"),
+        ("--fsdp.shard_size half", "fsdp.shard_size: 'half' is not a value of type int"),
+        ("--fsdp 2", "fsdp is a section of settings, not a value"),
         ("--dtype float16", "dtype: 'float16' is not one of float32, bfloat16"),
         ("--method.type lorra", "method.type: 'lorra' is not one of lora, "),
         ("--seed 3 extra", "unexpected argument 'extra'"),
@@ -249,7 +260,29 @@ def test_missing_packages_are_refused_with_what_to_do(monkeypatch, tmp_path):
     message = refusal("--output_dir", str(tmp_path))
     assert "pip install deepspeed or --engine plain" in message
     assert "tensorboard is not installed" in message
-    validate(parse(["--output_dir", str(tmp_path), "--engine", "plain", "--report_to", "none"]))
+    argv = ["--output_dir", str(tmp_path), "--engine", "plain", "--report_to", "none"]
+    validate(parse(argv))
+    validate(parse([*argv, "--engine", "fsdp"]))
+    for codec in ("nf4", "int8"):
+        assert f"codec: {codec} needs bitsandbytes; pip install bitsandbytes" in refusal(*argv, "--codec", codec)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--engine fsdp", "--engine fsdp --codec nf4 --codec_double_quant", "--engine fsdp --codec int8 --fsdp.cpu_offload",
+        "--codec nf4 --dtype bfloat16", "--engine plain --codec int8 --merge_base dequantized",
+    ],
+)  # fmt: skip
+def test_every_engine_takes_every_codec(argv, tmp_path):
+    validate(parse([*argv.split(), "--output_dir", str(tmp_path)]))
+
+
+def test_the_fsdp_section_is_its_sharding(file):
+    argv = file("engine: fsdp\nfsdp: {reshard_after_forward: false, shard_size: 2}\n")
+    assert parse(argv).fsdp == Sharding(reshard_after_forward=False, shard_size=2)
+    assert parse([*argv, "--fsdp.cpu_offload", "--fsdp.shard_size=4"]).fsdp == Sharding(False, True, 4)
+    assert "unknown setting 'fsdp.shards'" in refusal(*argv, "--fsdp.shards", "2")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------------------
@@ -267,7 +300,8 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
         assert "(default:" in entry or key == "method.alpha", entry  # alpha is unset
         assert len(entry.split()) > 5 or key == "method.type", f"--{key} says too little: {entry}"
     assert "--learning_rate float\n" in text and f"(default: {Recipe().learning_rate})" in text
-    assert "--engine {deepspeed,plain}" in text and "--method.type {lora," in text and "}  (default: srlora)" in text
+    assert "--engine {deepspeed,fsdp,plain}" in text and "--codec {dense,nf4,int8}" in text and "--fsdp.shard_size int" in text
+    assert "--method.type {lora," in text and "}  (default: srlora)" in text
     assert "--data.max_length int" in text and "(default: 128)" in text  # the demo's, not the class's
     for heading in HEADINGS.values():
         assert f"\n{heading}:\n" in text

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_lowrank.codecs import Dense
+from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.weight import Weight
 
 CPU = torch.device("cpu")
@@ -214,11 +214,16 @@ def test_writing_tells_the_engine_on_every_rank():
 
 def test_a_codec_with_several_parts_reads_its_rows():
     class Scaled:  # codes and one scale per row, as a coded weight has
+        writable = True
+
+        def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
+            return {"codes": (n, torch.float32), "scale": (1, torch.float32)}
+
         def encode(self, w: Tensor) -> dict[str, Tensor]:
             scale = w.abs().amax(1, keepdim=True)
             return {"codes": w / scale, "scale": scale}
 
-        def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        def decode(self, parts: dict[str, Tensor], n: int) -> Tensor:
             return parts["codes"] * parts["scale"]
 
     w = torch.arange(1.0, 13.0).view(3, 4)
@@ -229,3 +234,47 @@ def test_a_codec_with_several_parts_reads_its_rows():
         torch.testing.assert_close(weight.read(), w[rows])
         weight.add_(torch.ones(3, 1), torch.full((1, 4), 12.0))
         torch.testing.assert_close(weight.read(), w[rows] + 12)
+
+
+@pytest.mark.parametrize("codec", [Nf4(), Nf4(double_quant=True), Int8(), Dense()], ids=str)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_rows_of_a_coded_weight_with_filling_give_the_products_of_the_whole(codec: Codec, world: int):
+    """Every rank stores equally many rows; those from m on are filling. 7 rows over 8 ranks leave one without any."""
+    m, n = 7, 70
+    w = Cut(m, n, [], 0).normal(m, n)
+    parts, each = codec.encode(w), -(-m // world)
+    whole = codec.decode(parts, n)
+    weights = []
+    for rank in range(world):
+        rows = {name: part.new_full((each, part.shape[1]), 7) for name, part in parts.items()}  # filling of anything but zeros
+        mine = slice(min(rank * each, m), min((rank + 1) * each, m))
+        for name, part in parts.items():
+            rows[name][: mine.stop - mine.start] = part[mine]
+        weights.append(Weight.of_rows((m, n), codec, rows, rank * each, (rank + 1) * each, CPU, lambda t: t))
+        assert (weights[-1].start, weights[-1].numel) == (mine.start * n, (mine.stop - mine.start) * n) and weights[-1].whole_rows
+        assert torch.equal(weights[-1].read(), whole[mine])
+    x, y = torch.eye(n), torch.eye(m)
+    for found in over_ranks(weights, lambda weight: weight.matmul(x)):
+        assert torch.equal(found, whole)
+    for found in over_ranks(weights, lambda weight: weight.rmatmul(y)):
+        assert torch.equal(found, whole.T)
+    for found in over_ranks(weights, lambda weight: weight.row_norms()):
+        torch.testing.assert_close(found, whole.norm(dim=1))
+
+
+def test_all_of_a_weight_is_a_view_of_what_the_engine_stores():
+    flat = torch.ones(3, 4)
+    stored = {"weight": torch.nn.Parameter(flat, requires_grad=False)}
+    Weight.everything((3, 4), Dense(), stored, CPU).add_(torch.ones(3, 1), torch.ones(1, 4))
+    assert flat.tolist() == [[2.0] * 4] * 3
+
+
+@pytest.mark.parametrize("codec", [Nf4(), Int8()], ids=str)
+def test_a_coded_weight_is_never_written(codec: Codec):
+    parts = codec.encode(Cut(4, 64, [], 0).normal(4, 64))
+    before = {name: part.clone() for name, part in parts.items()}
+    weight = Weight.everything((4, 64), codec, parts, CPU)
+    for call in (lambda: weight.write(weight.read()), lambda: weight.add_(torch.ones(4, 1), torch.ones(1, 64))):
+        with pytest.raises(AssertionError, match="a coded weight is never written again"):
+            call()
+    assert all(torch.equal(part, before[name]) for name, part in parts.items())

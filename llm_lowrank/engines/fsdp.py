@@ -1,7 +1,7 @@
 """PyTorch FSDP2: every parameter a DTensor, cut along its rows.  https://arxiv.org/abs/2304.11277, torch.distributed.fsdp.fully_shard
 
 One group per decoder layer, gathered for its forward and backward, and a root group for the rest: embeddings, the output
-layer, the last norm, and whatever two layers share. Ranks form a mesh (replicas, shards); with one replica that is plain
+layer, the last norm, and whatever layers share, which stays gathered from the first forward to the last backward. Ranks form a mesh (replicas, shards); with one replica that is plain
 sharding, with more hybrid sharding.
 
 No mixed precision policy of FSDP's is used beyond float32 reduction: it would cast every floating parameter in its
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,18 +78,17 @@ class FSDP(Engine):
         return model
 
     def _shard(self, model: nn.Module) -> FSDPModule:
-        layers = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
-        if not layers:
-            raise ValueError(f"engine: fsdp cannot tell the decoder layers of {type(model).__name__}; use engine: deepspeed")
-        shared = _shared(model, layers)
-        policy = dict(
+        layers = decoder_layers(model)
+        _refuse_shared(model, layers)
+        shard = partial(
+            fully_shard,
             mesh=self.mesh,
             mp_policy=MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False),
             offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.sharding.cpu_offload else OffloadPolicy(),
         )
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=self.sharding.reshard_after_forward, ignored_params=shared, **policy)
-        root = fully_shard(model, reshard_after_forward=False, **policy)
+            shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
+        root = shard(model, reshard_after_forward=False)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
         return root
 
@@ -145,7 +145,9 @@ class FSDP(Engine):
 
     def _gathered(self, t: DTensor) -> Tensor:
         self.traffic += t.numel() * t.element_size()
-        return t.detach().to(self.device).full_tensor().clone()  # of one rank the full tensor is the local one
+        moved = t.to(self.device)  # from the host, when offloaded
+        assert isinstance(moved, DTensor)
+        return moved.full_tensor().detach().clone()  # of one rank the full tensor is the local one
 
     def whole(self, p: nn.Parameter) -> Tensor:
         assert isinstance(p, DTensor), "the parameters of this layer are still gathered"
@@ -188,11 +190,22 @@ class FSDP(Engine):
 def _local(t: Tensor) -> Tensor:
     """This rank's rows, outside of autograd; written to, they change the parameter."""
     assert isinstance(t, DTensor), "the parameters of this layer are still gathered"
-    return t.detach().to_local()
+    return t.to_local().detach()
 
 
-def _shared(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that two layers use, or a layer and what is outside of all layers."""
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """What transformers says must not be split over devices."""
+    found = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
+    if not found:
+        raise ValueError(f"cannot tell the decoder layers of {type(model).__name__}, which transformers should name; use engine: deepspeed")
+    return found
+
+
+def _refuse_shared(model: nn.Module, layers: list[nn.Module]) -> None:
+    """A parameter that layers share must belong to the root group, so that one module outside of the layers owns it.
+
+    FSDP2 swaps a parameter for its gathered values in the modules of one group only: in another group it would stay a shard.
+    """
     users: dict[nn.Parameter, set[int]] = defaultdict(set)
     for i, layer in enumerate(layers):
         for p in layer.parameters():
@@ -202,4 +215,9 @@ def _shared(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:
         if module not in inside:
             for p in module.parameters(recurse=False):
                 users[p].add(-1)
-    return {p for p, where in users.items() if len(where) > 1}
+    for name, p in model.named_parameters():
+        if len(users[p]) > 1:
+            raise ValueError(
+                f"{name} is registered in several decoder layers, which FSDP2 cannot share; let one module outside of the layers own "
+                "it, and let the layers read it from there"
+            )

@@ -199,13 +199,12 @@ class Zero(Engine):
         if not linear.codec.writable:  # stored_rows is a multiple of the world: slices are whole rows
             rows = linear.stored_rows // self.world
             slices = {name: part.ds_tensor for name, part in parts.items()}
-            return Weight.of_rows(
-                linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum
-            )
+            return Weight.of_rows(linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum)
         ((name, part),) = parts.items()
         run = self._run(part)
         numel = run.stop - run.start
-        return Weight(linear.shape, linear.codec, {name: part.ds_tensor.data[:numel]}, run.start, numel, self.device, self.sum, lambda: self._renew(part))
+        mine = {name: part.ds_tensor.data[:numel]}
+        return Weight(linear.shape, linear.codec, mine, run.start, numel, self.device, self.sum, lambda: self._renew(part))
 
     def _renew(self, p: nn.Parameter) -> None:
         """A persisted parameter keeps a gathered copy that the forward uses: gather it again from the slices."""
