@@ -180,7 +180,9 @@ def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
         lines.append(label.ljust(36) + "".join(f"{value / GIB:>10.3f}" for value in values) + f"   {formula}")
     totals = [sum(values[i] for _, values, _ in rows) for i in range(len(ENGINES))]
     lines.append("total".ljust(36) + "".join(f"{total / GIB:>10.3f}" for total in totals))
-    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32); N ranks, F that share a copy")
+    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32)")
+    lines.append("N ranks; under FSDP2 with fsdp.shard_size: the ranks that share one copy of the model")
+    lines.append("Gathered: stage3_max_live_parameters of ZeRO-3; the root and two decoder layers of FSDP2")
     lines.append("Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host")
     for section in ("offload_param", "offload_optimizer"):
         if (zero.get(section) or {}).get("device", "none") != "none":
@@ -203,20 +205,17 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding) -> 
     root = w + k + t - sizes.layers
     groups = root + (min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers)  # one in use, one on its way
     return [
-        ("frozen weights", [w, w, w, w / n, w / f], "W; ZeRO-3: W / N; FSDP2: W / F"),
-        ("bank", [k, k, k, k / n, k / f], "K; ZeRO-3: K / N; FSDP2: K / F"),
-        ("adapters", [t, t, t, t / n, t / f], "T; ZeRO-3: T / N; FSDP2: T / F"),
+        ("frozen weights", [w, w, w, w / n, w / f], "W; ZeRO-3, FSDP2: W / N"),
+        ("bank", [k, k, k, k / n, k / f], "K; ZeRO-3, FSDP2: K / N"),
+        ("adapters", [t, t, t, t / n, t / f], "T; ZeRO-3, FSDP2: T / N"),
         ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
-        ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, twice with DDP; ZeRO-2, 3: T / N; FSDP2: T / F"),
-        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n, 2 * t / f], "2 T; ZeRO: 2 T / N; FSDP2: 2 T / F"),
+        ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, DDP 2 T, sharded T / N"),
+        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n, 2 * t / f], "2 T; sharded: 2 T / N"),
         ("importance statistics", [sizes.statistics * t / n] * 5, f"{sizes.statistics} T / N"),
-        ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "ZeRO-3: persistence threshold"),
-        (
-            "gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups],
-            "ZeRO-3: stage3_max_live_parameters; FSDP2: two layers and the root",
-        ),
-        ("decoded for use", [sizes.decoded] * 5, "the largest W, if coded"),
-    ]  # fmt: skip
+        ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "persistence threshold"),
+        ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups], "live parameters; groups"),
+        ("decoded for use", [sizes.decoded] * 5, "the largest coded W"),
+    ]
 
 
 def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:

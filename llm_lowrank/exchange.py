@@ -79,11 +79,11 @@ def exchange_(
     index = index.to(engine.device)
     moving = adapter.factors() if slots is not None else adapter.factors()[:2]
     probe = _probe(engine, adapter)
-    weighed = engine.weight(adapter).matmul(probe)  # W x
-    still = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], probe)
+    staying = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], probe)
+    before = engine.weight(adapter).matmul(probe) + staying
     lost = 0.0
     with engine.edit(*moving) as (a, b, *bank):
-        before = weighed + still + _applied(adapter, [s.value for s in (a, b, *bank)], probe)
+        before += _applied(adapter, [s.value for s in (a, b, *bank)], probe)
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
         if slots is not None:
@@ -95,7 +95,6 @@ def exchange_(
             assert fresh is not None
             fresh = fresh.to(engine.device)
             lost = into_weight_(engine, adapter, [old, fresh.scaled(-1)])
-            weighed = engine.weight(adapter).matmul(probe)
         trained.put_(index, fresh)
         stay = torch.ones(adapter.rank, dtype=torch.bool, device=engine.device)
         stay[index] = False
@@ -109,7 +108,8 @@ def exchange_(
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
         assert torch.equal(value, wanted), f"{adapter.name}: an exchanged factor did not reach the forward"
-    drift = float((weighed + still + _applied(adapter, seen, probe) - before).norm() / before.norm().clamp_min(1e-30))
+    after = engine.weight(adapter).matmul(probe) + staying + _applied(adapter, seen, probe)
+    drift = float((after - before).norm() / before.norm().clamp_min(1e-30))
     limit = EXACT_DRIFT if slots is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
     if not drift <= limit:
         raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")

@@ -239,6 +239,7 @@ class Backbone:
     codec: Codec
     modules: list[str]  # all coded ones, adapted or not
     path: Path
+    device: str  # that encoded: on another, a value on the edge between two levels may fall on the other side
 
     @staticmethod
     def save(path: str | Path, model: torch.nn.Module) -> None:
@@ -251,7 +252,9 @@ class Backbone:
                 tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
         codec = next(iter(coded.values())).codec
         settings = {"name": type(codec).__name__.lower(), "dtype": str(codec.dtype), "double_quant": getattr(codec, "double_quant", False)}
-        write_safetensors(path, tensors, {"format": "pt", "codec": json.dumps(settings), "modules": json.dumps(list(coded))})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        notes = {"codec": json.dumps(settings), "modules": json.dumps(list(coded)), "device": device}
+        write_safetensors(path, tensors, {"format": "pt", **notes})
 
     @classmethod
     def open(cls, path: str | Path) -> Backbone:
@@ -259,22 +262,26 @@ class Backbone:
             raise ValueError(f"{path} does not exist: runs with codec nf4 or int8 write it, the only ones with a base to dequantize")
         stored_names(path)  # refuses a damaged file
         with safe_open(path, framework="pt") as handle:
-            notes = handle.metadata()
+            notes = handle.metadata() or {}
+        if "codec" not in notes:
+            raise ValueError(f"{path} says nothing about a codec: it was not written by a run")
         settings = json.loads(notes["codec"])
         dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
-        return cls(make(settings["name"], dtype, settings["double_quant"]), json.loads(notes["modules"]), Path(path))
+        return cls(make(settings["name"], dtype, settings["double_quant"]), json.loads(notes["modules"]), Path(path), notes["device"])
 
     def base(self, name: str, w: Tensor) -> Tensor:
         """The base of a module, float32, given W0."""
         with safe_open(self.path, framework="pt") as handle:
             has = f"{name}.B" in handle.keys()  # noqa: SIM118 - a handle is not iterable
             change = Pairs(handle.get_tensor(f"{name}.B"), handle.get_tensor(f"{name}.A")) if has else None
+        device = "cuda" if self.device == "cuda" and torch.cuda.is_available() else "cpu"
+        change = None if change is None else change.to(device)
         m, n = w.shape
         base = torch.empty(m, n)
         for rows in blocks(slice(0, m), n):
-            parts = self.codec.encode(w[rows] if change is None else changed(w[rows], change, rows))
-            decoded = self.codec.decode(parts, n)
-            base[rows] = decoded.float() if change is None else changed(decoded, change.scaled(-1), rows)
+            block = w[rows].to(device)
+            decoded = self.codec.decode(self.codec.encode(block if change is None else changed(block, change, rows)), n)
+            base[rows] = (decoded if change is None else changed(decoded, change.scaled(-1), rows)).to("cpu", torch.float32)
         return base
 
 

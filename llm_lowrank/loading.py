@@ -170,7 +170,7 @@ class _Reader:
                         module.ledger.append(_out_of_w(module, pairs))
             for k, run in rows.items():
                 if k not in values:
-                    values[k] = self._read(f"{name}.{k}", run).to(getattr(module, k).dtype)
+                    values[k] = self._plain(f"{name}.{k}", getattr(module, k), run)
         self.progress.update(sum(getattr(module, k).numel() for k in rows))
         return values
 
@@ -181,16 +181,24 @@ class _Reader:
         self.progress.set_postfix_str(f"{speed:.2f} GB/s", refresh=False)
         return found
 
+    def _plain(self, name: str, p: nn.Parameter, rows: slice) -> Tensor:
+        self._check_shape(name, tuple(p.shape))
+        return self._read(name, rows).to(p.dtype)
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        found = tuple(self.tensors.layout(name)[1])
+        if found != wanted:
+            raise ValueError(f"{name}: the checkpoint holds {found}, the model {wanted}; is config.json that of this checkpoint?")
+
     def _coded(self, name: str, layer: FrozenLinear, stored: slice, pairs: Pairs | None) -> dict[str, Tensor]:
         """The parts of my rows: encode(W - s B A)."""
         key, device = f"{name}.weight", self.engine.device
         self.loaded.modules += 1
         rows = slice(min(stored.start, layer.shape[0]), min(stored.stop, layer.shape[0]))  # without filling
+        self._check_shape(key, layer.shape)
         if self.tensors.is_nf4(key) and not layer.codec.writable:
             return self._as_it_is(key, layer, stored, rows, pairs)
-        m, n = self.tensors.layout(key)[1]
-        if (m, n) != layer.shape:
-            raise ValueError(f"{key}: the checkpoint holds {(m, n)}, the model {layer.shape}; is config.json that of this checkpoint?")
+        n = layer.shape[1]
         layout = layer.codec.layout(n)
         parts = {k: torch.zeros(stored.stop - stored.start, width, dtype=dtype, device=device) for k, (width, dtype) in layout.items()}
         squares = torch.zeros(2, dtype=torch.float64, device=device)
@@ -240,7 +248,10 @@ class _Reader:
         self.witness = None
 
     def report(self) -> Loaded:
-        """The errors of every layer, summed over the ranks' rows; raises when one is more than rounding can do. Collective."""
+        """The errors of every layer, summed over the ranks' rows; raises when one is more than rounding can do. Collective.
+
+        A row that two ranks of ZeRO-3 share counts twice.
+        """
         sums = self.engine.sum(torch.stack([squares for squares, _ in self.squares.values()]))  # (modules, 2)
         for (name, (_, codec)), (lost, whole) in zip(self.squares.items(), sums.tolist(), strict=True):
             error = (lost / whole) ** 0.5 if whole else float(lost > 0)

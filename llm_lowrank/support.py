@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.engines.zero import resolve
 from llm_lowrank.method import Method, attach
 from llm_lowrank.recipe import ROOT, Recipe, deepspeed_config, validate
 
-ENGINES = {
+Settings = dict[str, Any]
+ENGINES: dict[str, Settings] = {
     "one process, DDP": {"engine": "plain"},
     "ZeRO-1": {"deepspeed": "ds_configs/zero1.json"},
     "ZeRO-2": {"deepspeed": "ds_configs/zero2.json"},
@@ -32,17 +33,17 @@ ENGINES = {
     "FSDP2, CPU offload": {"engine": "fsdp", "fsdp": Sharding(cpu_offload=True)},
     "FSDP2, hybrid": {"engine": "fsdp", "fsdp": Sharding(shard_size=2)},
 }
-CODECS = {
+CODECS: dict[str, Settings] = {
     "dense float32": {"codec": "dense", "dtype": "float32"},
     "dense bfloat16": {"codec": "dense", "dtype": "bfloat16"},
     "nf4": {"codec": "nf4"},
     "nf4, double": {"codec": "nf4", "codec_double_quant": True},
     "int8": {"codec": "int8"},
 }
-OPTIONS = {  # of a method, beside its defaults
+OPTIONS: dict[str, dict[str, Settings]] = {  # of a method, beside its defaults
     "srlora": {"into: auto": {}, "into: weight": {"into": "weight"}, "into: bank": {"into": "bank"}},
 }
-RUN_OPTIONS: dict[str, dict[str, object]] = {
+RUN_OPTIONS: dict[str, Settings] = {
     "merge_base: dequantized": {"merge_base": "dequantized"},
     "gradient_checkpointing: true": {"gradient_checkpointing": True},
     "gradient_accumulation_steps: 4": {"gradient_accumulation_steps": 4},
@@ -65,6 +66,12 @@ ZERO_OPTIONS: list[tuple[str, object]] = [
 WORLD = 4
 
 
+def resolve(config: dict[str, Any]) -> None:
+    from llm_lowrank.engines import zero  # deepspeed is imported only when it is asked for
+
+    zero.resolve(config, Optimization(micro_batch=8, max_grad_norm=1.0), WORLD, 64)
+
+
 def refusal(recipe: Recipe) -> str | None:
     """Why this run would not start, or None."""
     try:
@@ -73,16 +80,12 @@ def refusal(recipe: Recipe) -> str | None:
             model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1))
         attach(model, recipe.method, make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant))
         if recipe.engine == "deepspeed":
-            resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(), WORLD, 64)
+            resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")))
         elif recipe.engine == "fsdp":
             recipe.fsdp.shards(WORLD)
     except ValueError as error:
         return " ".join(str(error).split())
     return None
-
-
-def optimization() -> Optimization:
-    return Optimization(micro_batch=8, max_grad_norm=1.0)
 
 
 def methods() -> Iterator[tuple[str, Method]]:
@@ -132,7 +135,7 @@ def table() -> str:
     lines += ["", "## Options under `zero_optimization`", "", "| option | ZeRO-3 |", "|---|---|"]
     for key, value in ZERO_OPTIONS:
         try:
-            resolve({"zero_optimization": {"stage": 3, key: value}}, optimization(), WORLD, 64)
+            resolve({"zero_optimization": {"stage": 3, key: value}})
             found = "yes"
         except ValueError as error:
             reasons.append(" ".join(str(error).split()))

@@ -46,7 +46,8 @@ ENGINES: dict[str, tuple[str, Any]] = {
 CORE = [("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2)]
 CASES = [
     ("plain", 1), *CORE, ("zero3", 1), ("zero3-persisted", 2), ("zero1-shipped", 2), ("zero2-shipped", 2), ("zero3-shipped", 2),
-    ("zero3-offload", 2), ("zero2-offload", 2), ("fsdp", 1), ("fsdp-gathered", 2), ("fsdp-offload", 2), ("fsdp-hybrid", 3), ("fsdp-one-shard", 3),
+    ("zero3-offload", 2), ("zero2-offload", 2), ("fsdp", 1), ("fsdp-gathered", 2), ("fsdp-offload", 2), ("fsdp-hybrid", 3),
+    ("fsdp-one-shard", 3),
 ]  # fmt: skip
 every_engine = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 core_engines = pytest.mark.parametrize("case", CORE, ids=lambda case: f"{case[0]}-{case[1]}")

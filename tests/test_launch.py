@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
@@ -64,11 +64,12 @@ def records(output: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(place) -> dict[str, Path]:
-    """The same recipe, global batch 8, under three launchers: into the weight, fp32."""
+    """The same recipe, global batch 8, under three launchers and every kind of engine: into the weight, fp32."""
     started = {
         "python": (PYTHON, {"engine": "plain", "per_device_train_batch_size": 8}),
         "torchrun": (TORCHRUN, {"engine": "plain", "gradient_accumulation_steps": 2}),
         "deepspeed": (DEEPSPEED, {"engine": "deepspeed", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
+        "fsdp": (TORCHRUN, {"engine": "fsdp", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
     }
     outputs = {}
     for name, (launcher, changes) in started.items():
@@ -79,10 +80,10 @@ def runs(place) -> dict[str, Path]:
     return outputs
 
 
-def test_three_launchers_train_alike(runs):
+def test_launchers_and_engines_train_alike(runs):
     losses = {name: [r["loss"] for r in records(output, "train")] for name, output in runs.items()}
     assert len(losses["python"]) == 6
-    for name in ("torchrun", "deepspeed"):  # float32 sums in another order, over 6 steps of Adam
+    for name in ("torchrun", "deepspeed", "fsdp"):  # float32 sums in another order, over 6 steps of Adam
         assert losses[name] == pytest.approx(losses["python"], rel=1e-4), name
 
 
@@ -91,7 +92,9 @@ def test_a_run_learns_and_recomposes_on_schedule(runs):
         before, after = (r["loss"] for r in records(output, "eval"))
         assert after < before
         events = records(output, "exchange")
-        assert [(e["what"], e["step"], e["pairs"]) for e in events] == [("start", 0, 56), ("recompose", 2, 28), ("recompose", 4, 28)]
+        assert [(e["what"], e["step"], e["pairs"]) for e in events] == [("recompose", 2, 28), ("recompose", 4, 28)]
+        (loaded,) = records(output, "load")
+        assert (loaded["modules"], loaded["pairs"]) == (14, 56) and loaded["error"] < 1e-6
         assert all(e["drift"] < 1e-6 and e["into"] == "weight" for e in events)
 
 
@@ -116,6 +119,61 @@ def test_adapter_in_peft_and_merged_in_transformers_agree(runs, place):
         assert (merged - untouched).abs().max() > 1e-2
         assert AutoTokenizer.from_pretrained(output / "merged").chat_template == CHATML
         assert load_file(output / "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module", params=["fsdp", "deepspeed"])
+def coded_run(place, request) -> Path:
+    """nf4 over 2 ranks, merged into what was trained on."""
+    output = place / f"out-nf4-{request.param}"
+    settings = {"engine": request.param, "codec": "nf4", "merge_base": "dequantized", "per_device_train_batch_size": 4}
+    done = launch(TORCHRUN, recipe(place, output_dir=output, **settings))
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    (output / "said.txt").write_text(done.stdout)
+    return output
+
+
+def test_a_run_over_nf4_learns_and_says_what_either_merge_would_do(coded_run):
+    before, after = (r["loss"] for r in records(coded_run, "eval"))
+    assert after < before
+    assert all(e["drift"] < 1e-5 and e["into"] == "bank" for e in records(coded_run, "exchange"))
+    (loaded,) = records(coded_run, "load")
+    assert 0.03 < loaded["error"] < 0.15  # of nf4
+    gaps = {r["base"]: r for r in records(coded_run, "gap")}
+    assert gaps["dequantized"]["logits"] < 1e-5 and gaps["dequantized"]["agreement"] == 1.0
+    assert 0.01 < gaps["original"]["logits"] < 0.5
+    said = (coded_run / "said.txt").read_text()
+    assert re.search(r"merged into the dequantized weights: logits 0.0% apart.*\(merge_base\)", said)
+
+
+def test_an_adapter_trained_over_nf4_loads_on_the_unquantized_and_on_a_quantized_base(coded_run, place):
+    tokens = torch.arange(24).view(2, 12)
+    merged = AutoModelForCausalLM.from_pretrained(coded_run / "merged")(tokens).logits
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    untouched = base(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(base, coded_run / "adapter")(tokens).logits
+    gap, moved = (merged - adapted).norm(), (adapted - untouched).norm()
+    assert 0 < gap < moved  # what nf4 took from W is between them
+
+    quantized = AutoModelForCausalLM.from_pretrained(
+        place / "model",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    )
+    over = peft.PeftModel.from_pretrained(quantized, coded_run / "adapter").train()(tokens).logits  # in eval its CPU kernel rounds to bf16
+    assert (over - adapted).norm() < moved
+
+
+def test_the_other_merge_can_be_made_later(coded_run, place, tmp_path):
+    for base in ("original", "dequantized"):
+        command = [sys.executable, str(ROOT / "launch/merge.py"), "--checkpoint", str(coded_run), "--output", str(tmp_path / base)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, "--merge_base", base], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    (in_run,), (later,) = ([*folder.glob("*.safetensors")] for folder in (coded_run / "merged", tmp_path / "dequantized"))
+    assert in_run.read_bytes() == later.read_bytes()
+    tokens = torch.arange(24).view(2, 12)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "original")(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), coded_run / "adapter")(tokens).logits
+    assert (merged - adapted).abs().max() < 1e-4
 
 
 def test_no_process_is_left_behind(runs, place):

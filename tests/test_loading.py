@@ -117,6 +117,15 @@ def test_a_weight_of_another_shape_is_refused_on_every_rank():
         assert "model.layers.1.mlp.up_proj.weight: the checkpoint holds (44, 42), the model (43, 42)" in message
 
 
+@pytest.mark.parametrize("engine_name", ["plain", "zero3", "fsdp"])
+@pytest.mark.parametrize("rows", [60, 70])
+def test_an_embedding_of_another_size_is_refused_on_every_rank(engine_name, rows):
+    state = llama().state_dict()
+    state["model.embed_tokens.weight"] = torch.zeros(rows, 42)
+    for message in ranks.run(2, started_from, state, LORA, "fp32", engine_name):
+        assert f"model.embed_tokens.weight: the checkpoint holds ({rows}, 42), the model (67, 42)" in message
+
+
 class Unreadable(Checkpoint):
     """A file that one rank cannot read."""
 

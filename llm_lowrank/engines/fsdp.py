@@ -1,8 +1,8 @@
 """PyTorch FSDP2: every parameter a DTensor, cut along its rows.  https://arxiv.org/abs/2304.11277, torch.distributed.fsdp.fully_shard
 
 One group per decoder layer, gathered for its forward and backward, and a root group for the rest: embeddings, the output
-layer, the last norm, and whatever layers share, which stays gathered from the first forward to the last backward. Ranks form a mesh (replicas, shards); with one replica that is plain
-sharding, with more hybrid sharding.
+layer, the last norm, and whatever layers share, which stays gathered from the first forward to the last backward. Ranks
+form a mesh (replicas, shards); with one replica that is plain sharding, with more hybrid sharding.
 
 No mixed precision policy of FSDP's is used beyond float32 reduction: it would cast every floating parameter in its
 all-gather, the float32 pairs of the bank and a codec's scales with them. The backbone is stored in its dtype, codes and
@@ -122,7 +122,7 @@ class FSDP(Engine):
         return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self._sum_of_shards)
 
     def _sum_of_shards(self, t: Tensor) -> Tensor:
-        self.traffic += t.nbytes
+        self.traffic += t.nbytes * (self.mesh.size(-1) > 1)
         torch.distributed.all_reduce(t, group=self.group)
         return t
 
@@ -144,7 +144,7 @@ class FSDP(Engine):
         return _local(p.grad).reshape(-1)[self._run(p)[1]].to(self.device)
 
     def _gathered(self, t: DTensor) -> Tensor:
-        self.traffic += t.numel() * t.element_size()
+        self.traffic += t.numel() * t.element_size() * (self.mesh.size(-1) > 1)
         moved = t.to(self.device)  # from the host, when offloaded
         assert isinstance(moved, DTensor)
         return moved.full_tensor().detach().clone()  # of one rank the full tensor is the local one
