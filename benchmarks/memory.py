@@ -1,6 +1,6 @@
 """Peak resident memory of a rank while a model is loaded and at a recomposition.  python benchmarks/memory.py
 
-    loading         peak - baseline  <=  shard + 2 x largest tensor + LOADING
+    loading         peak - baseline  <=  shard + beside + 2 x largest tensor + LOADING
     recomposition   peak - before    <=  one decoder layer + RECOMPOSITION            (decoded, in float32)
 
 A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for every engine x codec,
@@ -9,9 +9,9 @@ coded), take two training steps and one recomposition. A process measures itself
 before each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
 collected and the allocator's free pages are given back, so that a peak cannot hide in memory that was resident anyway.
 
-shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. Gathered
-copies of small parameters (ZeRO-3 persists A and B), rank 0's ledger and reserve, masters and buffers of the optimizer are not in it: they
-have to fit in the rest. The constants:
+shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. beside it
+lies what the method and the engine keep by design, counted from the objects themselves: rank 0's ledger and the directions that wait, and the
+small parameters that ZeRO-3 leaves gathered. Masters and buffers of the optimizer are not counted: they have to fit in the rest. The constants:
 
     LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
                     gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
@@ -36,8 +36,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP
@@ -50,7 +52,7 @@ from llm_lowrank.source import SINGLE, Source
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
 LOADING, RECOMPOSITION = 128e6, 64e6
 MB = 1e6
-COLUMNS = ("shard", "loading", "bound", "resident", "sec", "recomp.", "bound", "layer", "W", "sec")
+COLUMNS = ("shard", "beside", "loading", "bound", "resident", "sec", "recomp.", "bound", "layer", "W", "sec")
 
 
 def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
@@ -97,10 +99,16 @@ def make_engine(name: str) -> Engine:
     return Zero({"zero_optimization": {"stage": 3}})
 
 
-def held(engine: Engine, model: torch.nn.Module) -> int:
+def shard(engine: Engine, model: nn.Module) -> int:
     """Bytes of this rank's slices of all parameters."""
-    slices = [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor for p in model.parameters()]
-    return sum(t.numel() * t.element_size() for t in slices)
+    return sum(t.nbytes for p in model.parameters() for t in [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor])
+
+
+def beside(engine: Engine, model: nn.Module, adapters: list[Adapter]) -> int:
+    """Bytes of the pairs in rank 0's host memory and of ZeRO-3's gathered copies."""
+    pairs = [p for a in adapters for p in [*a.ledger, a.reserve] if p is not None]
+    gathered = 0 if isinstance(engine, FSDP) else sum(p.data.nbytes for p in model.parameters())
+    return gathered + sum(p.A.nbytes + p.B.nbytes for p in pairs)
 
 
 def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, float]:
@@ -117,8 +125,9 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
     model = skeleton(source.path, torch.float32, "sdpa")
     adapters = attach(model, method, codec)
     bind(model, adapters, source)
-    wrapped, loaded = load(engine, model, adapters, method, source, Optimization())
+    wrapped, _ = load(engine, model, adapters, method, source, Optimization())
     seconds, loading = time.perf_counter() - began, resident("VmHWM") - baseline
+    mine, more = shard(engine, model), beside(engine, model, adapters)
 
     ids = torch.randint(source.layout("lm_head.weight")[1][0], (1, 16))
     for _ in range(2):
@@ -134,7 +143,7 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
 
     sizes = {name: 4 * torch.Size(source.layout(name)[1]).numel() for name in source.names()}
     row = {
-        "rank": engine.rank, "model": sum(sizes.values()), "shard": held(engine, model), "largest": max(sizes.values()),
+        "rank": engine.rank, "model": sum(sizes.values()), "shard": mine, "beside": more, "largest": max(sizes.values()),
         "layer": sum(size for name, size in sizes.items() if ".layers.0." in name), "W": max(4 * a.shape[0] * a.shape[1] for a in adapters),
         "baseline": baseline, "loading": loading, "resident": before - baseline, "seconds": seconds,
         "recomposition": extra, "recomposition_seconds": recomposing,
@@ -168,7 +177,7 @@ def measure(engine: str, codec: str, ranks: int, folder: str | Path) -> list[dic
 
 
 def loading_bound(row: dict[str, float]) -> float:
-    return row["shard"] + 2 * row["largest"] + LOADING
+    return row["shard"] + row["beside"] + 2 * row["largest"] + LOADING
 
 
 def recomposition_bound(row: dict[str, float]) -> float:
@@ -180,7 +189,7 @@ def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
     worst = {name: max(row[name] for row in rows) for name in rows[0]}
     good = all(row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows)
     figures = (
-        worst["shard"] / MB, worst["loading"] / MB, loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
+        worst["shard"] / MB, worst["beside"] / MB, worst["loading"] / MB, loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
         worst["recomposition"] / MB, recomposition_bound(worst) / MB, worst["layer"] / MB, worst["W"] / MB, worst["recomposition_seconds"],
     )  # fmt: skip
     print(f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}", flush=True)

@@ -1,0 +1,23 @@
+"""What a rank needs while a model is loaded and at a recomposition, measured in fresh processes by benchmarks/memory.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import memory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    # 4000 words, so that two of the largest tensor are little; 0.5 GB, so that a whole model would not pass for a shard
+    memory.write(folder, 0.5, hidden=768, vocabulary=4000)
+    return folder
+
+
+@pytest.mark.parametrize("codec", memory.CODECS)
+@pytest.mark.parametrize("engine", memory.ENGINES)
+def test_a_rank_loads_its_shard_and_recomposes_layer_by_layer(engine, codec, folder):
+    for row in memory.measure(engine, codec, 2, folder):
+        assert row["loading"] <= memory.loading_bound(row) < row["model"], row
+        assert row["recomposition"] <= memory.recomposition_bound(row), row
