@@ -9,9 +9,10 @@ coded), take two training steps and one recomposition. A process measures itself
 before each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
 collected and the allocator's free pages are given back, so that a peak cannot hide in memory that was resident anyway.
 
-shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. beside it
-lies what the method and the engine keep by design, counted from the objects themselves: rank 0's ledger and the directions that wait, and the
-small parameters that ZeRO-3 leaves gathered. Masters and buffers of the optimizer are not counted: they have to fit in the rest. The constants:
+shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. Beside it
+lies what the method and the engine keep by design, counted from the objects themselves: rank 0's ledger and the directions that wait, and
+the small parameters that ZeRO-3 leaves gathered. Masters and buffers of the optimizer are not counted: they have to fit in the rest.
+The constants:
 
     LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
                     gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
@@ -189,7 +190,7 @@ def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
     worst = {name: max(row[name] for row in rows) for name in rows[0]}
     good = all(row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows)
     figures = (
-        worst["shard"] / MB, worst["beside"] / MB, worst["loading"] / MB, loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
+        *(worst[name] / MB for name in ("shard", "beside", "loading")), loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
         worst["recomposition"] / MB, recomposition_bound(worst) / MB, worst["layer"] / MB, worst["W"] / MB, worst["recomposition_seconds"],
     )  # fmt: skip
     print(f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}", flush=True)
