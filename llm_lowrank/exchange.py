@@ -113,6 +113,7 @@ def exchange_(
     limit = EXACT_DRIFT if slots is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
     if not drift <= limit:
         raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+    engine.release()
     into = "weight" if slots is None else "bank"
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 

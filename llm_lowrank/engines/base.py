@@ -12,6 +12,7 @@ global batch. Gradients are sums over ranks and micro-batches, whatever the libr
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import os
@@ -171,6 +172,17 @@ class Engine(ABC):
                 setattr(module, k, filled[p])
             for k, buffer in module.named_buffers(recurse=False):
                 setattr(module, k, buffer.to(self.device))
+            self.release()
+
+    @staticmethod
+    def release() -> None:
+        """Gives freed host memory back to the system.
+
+        glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this a rank that loads 1.5 GB
+        peaked at nearly twice its bound (benchmarks/memory.py).
+        """
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
 
     @contextmanager
     def edit(self, *params: nn.Parameter) -> Iterator[list[Slot]]:
