@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT = 60.0
+START = 60.0  # more for the first body of a pool, whose workers import everything
 
 
 def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
@@ -96,6 +97,7 @@ _pools: dict[int, Pool] = {}
 def run(world: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
     if world not in _pools:
         _pools[world] = Pool(world)
+        timeout += START
     try:
         return _pools[world].run(body, args, kwargs, timeout)
     except BaseException:

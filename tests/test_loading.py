@@ -21,6 +21,7 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import Source
 from tests import ranks
+from tests.test_prequantized import save_quantized
 from tests.tiny import CODECS, Checkpoint, Trainee, batch, config, engine, llama
 from tests.tiny import skeleton as without_values
 
@@ -280,6 +281,15 @@ def _no_linear(rows: Callable[..., Tensor], name: str, *span: int) -> Tensor:
 def test_codes_of_a_quantized_checkpoint_are_taken_as_they_are(engine_name, world):
     for found in ranks.run(world, as_it_is, engine_name):
         assert len(found) == 14 and all(found.values())
+
+
+@pytest.mark.parametrize("engine_name, world", [("plain", 1), ("zero3", 2), ("fsdp", 3)])
+def test_a_checkpoint_of_bitsandbytes_answers_as_its_dequantized_weights(engine_name, world, tmp_path):
+    folder = save_quantized(tmp_path / "quantized")
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(folder).dequantize()(input_ids=batch(99)).logits
+    for logits, unused, _ in ranks.run(world, loaded_from, str(folder), engine_name, LORA, "nf4"):
+        assert torch.allclose(logits, wanted, atol=1e-5) and unused == []
 
 
 def test_what_cannot_start_from_a_quantized_checkpoint_says_so():
