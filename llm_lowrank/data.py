@@ -99,8 +99,11 @@ class Corpus:
 
 def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """Read, encode and split a dataset. The same on every rank; datasets.disable_progress_bars() silences it."""
-    if settings.task and not settings.dataset.startswith(REASONING_GYM):
-        raise ValueError(f"data.task is for {REASONING_GYM}<task> only and {settings.dataset} would ignore it; remove it")
+    generated, plain = settings.dataset.startswith(REASONING_GYM), Data()
+    for name in ("split", "format") if generated else ("size", "task"):
+        if getattr(settings, name) != getattr(plain, name):
+            kind = "files and hub names" if generated else f"{REASONING_GYM}<task>"
+            raise ValueError(f"data.{name} is for {kind} only and {settings.dataset} would ignore it; remove it")
     if settings.dataset.startswith(REASONING_GYM):
         entries, score = _generate(settings, seed)
         rows = datasets.Dataset.from_dict({"prompt": [e["question"] for e in entries], "completion": [e["answer"] for e in entries]})

@@ -468,3 +468,15 @@ def test_batches_of_a_corpus_are_those_of_its_examples(tmp_path):
         for left, right in zip(a, b, strict=True):
             assert left.samples == right.samples and left.tokens == right.tokens
             assert torch.equal(left.input_ids, right.input_ids) and torch.equal(left.labels, right.labels)
+
+
+def test_the_size_of_a_file_is_refused_not_ignored(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    with pytest.raises(ValueError, match="data.size is for reasoning-gym:<task> only"):
+        load(Data(str(tmp_path / "data.jsonl"), held_out=1, size=5), byte_tokenizer(), 0)
+
+
+@pytest.mark.parametrize("setting", [{"split": "test"}, {"format": "messages"}])
+def test_a_setting_of_files_is_refused_beside_generated_data(setting):
+    with pytest.raises(ValueError, match=f"data.{next(iter(setting))} is for files and hub names only"):
+        load(Data("reasoning-gym:chain_sum", size=8, held_out=1, **setting), byte_tokenizer(), 0)
