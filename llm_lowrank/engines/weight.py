@@ -111,6 +111,6 @@ class Weight:
         changed = (stored != 0).sum().double()
 
         def square(t: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(t, dtype=torch.float64).square()  # without a float64 copy of the rows
+            return torch.stack([part.double().square().sum() for part in t.flatten().split(2**18)]).sum()  # never all rows in float64
 
         return torch.stack([square(asked), square(stored.sub_(asked)), changed])
