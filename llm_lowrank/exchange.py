@@ -14,6 +14,7 @@ zero the first updates would be up to 6.5 times too large, for the step count is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def exchange_(
     limit = EXACT_DRIFT if slots is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
     if not drift <= limit:
         raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
-    engine.release()
+    engine.release(4 * math.prod(adapter.shape))  # as float32
     into = "weight" if slots is None else "bank"
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 

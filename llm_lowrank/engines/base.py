@@ -32,6 +32,8 @@ from llm_lowrank.files import raw_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+RELEASE = 2**25  # bytes
+
 # read(module name, module, {parameter name: rows of its dim 0}) -> those rows. All ranks ask for the modules in the same order,
 # each for its own rows, so that a reader may communicate.
 Read = Callable[[str, nn.Module, dict[str, slice]], dict[str, Tensor]]
@@ -95,6 +97,7 @@ class Engine(ABC):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.main = self.rank == 0
+        self.worked_on = 0  # bytes of weights, see release
         self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
 
     always_a_group = False  # whether a single process needs a process group too
@@ -166,22 +169,24 @@ class Engine(ABC):
             own = {k: p for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
             new = {k: self._rows(p) for k, p in own.items() if p not in filled}
             values = read(name, module, new) if new else {}
+            nbytes = sum(v.nbytes for v in values.values())
             for k, p in own.items():
                 if p not in filled:
                     filled[p] = self._hold(p, values.pop(k).contiguous())
                 setattr(module, k, filled[p])
             for k, buffer in module.named_buffers(recurse=False):
                 setattr(module, k, buffer.to(self.device))
-            self.release()
+            self.release(nbytes)
 
-    @staticmethod
-    def release() -> None:
-        """Gives freed host memory back to the system.
+    def release(self, nbytes: int) -> None:
+        """Gives freed host memory back to the system, once so much has been worked on since the last time.
 
         glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this a rank that loads 1.5 GB
-        peaked at nearly twice its bound (benchmarks/memory.py).
+        peaked at nearly twice its bound (benchmarks/memory.py). After every small weight it would double the time of an exchange.
         """
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        self.worked_on += nbytes
+        if self.worked_on >= RELEASE and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            self.worked_on = 0
             libc.malloc_trim(0)
 
     @contextmanager
