@@ -169,14 +169,13 @@ class Engine(ABC):
             own = {k: p for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
             new = {k: self._rows(p) for k, p in own.items() if p not in filled}
             values = read(name, module, new) if new else {}
-            nbytes = sum(v.nbytes for v in values.values())
             for k, p in own.items():
                 if p not in filled:
                     filled[p] = self._hold(p, values.pop(k).contiguous())
                 setattr(module, k, filled[p])
             for k, buffer in module.named_buffers(recurse=False):
                 setattr(module, k, buffer.to(self.device))
-            self.release(nbytes)
+            self.release(RELEASE)
 
     def release(self, nbytes: int) -> None:
         """Gives freed host memory back to the system, once so much has been worked on since the last time.
