@@ -83,11 +83,10 @@ class Adapter(FrozenLinear):
             if self.bank_A is None or self.bank_B is None:
                 y = super().forward(x)
             else:
-                y = adapter_linear(x, tuple(self.named_parts().values()), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
+                y = adapter_linear(x, self.parts(), self.decode, self.bank_A, self.bank_B, self.scale, self.bias)
             dropped = F.dropout(x, self.dropout)
             return y + self.scale * F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
-        parts = tuple(self.named_parts().values())
-        return adapter_linear(x, parts, self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
+        return adapter_linear(x, self.parts(), self.decode, self.A, self.B, self.scale, self.bias, self.bank_A, self.bank_B)
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """A, B and, if there is one, the bank's."""

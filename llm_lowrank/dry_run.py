@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from llm_lowrank.codecs import make
 from llm_lowrank.data import Batches, load, pad_id
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
-from llm_lowrank.loading import skeleton
-from llm_lowrank.method import Method, attach
-from llm_lowrank.recipe import Recipe, deepspeed_config, dump, occupied, optimization
+from llm_lowrank.method import Method
+from llm_lowrank.recipe import Recipe, adapted, deepspeed_config, dump, occupied, optimization
 from llm_lowrank.source import DEMO, Source
 
 GIB = 2**30
@@ -28,7 +25,7 @@ ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 def describe(recipe: Recipe, world: int) -> str:
     """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as text."""
     folder = model_folder(recipe.model_name_or_path)
-    model = meta_model(folder, recipe)
+    model, _ = adapted(recipe, folder)
     sizes = Sizes.of(model, recipe.method)
     notes = [message] if (message := occupied(recipe)) else []
     return "\n\n".join([dump(recipe).rstrip(), parameters(model), schedule(recipe, folder, world), memory(recipe, sizes, world), *notes])
@@ -40,14 +37,6 @@ def model_folder(name: str) -> str:
     if name == DEMO or path.suffix == ".gguf":
         return str(Source.open(name).path)
     return str(path) if path.is_dir() else name
-
-
-def meta_model(folder: str, recipe: Recipe) -> nn.Module:
-    """The model with its adapters, without any weights."""
-    dtype = getattr(torch, recipe.dtype)
-    model = skeleton(folder, dtype, recipe.attn_implementation)
-    attach(model, recipe.method, make(recipe.codec, dtype, recipe.codec_double_quant), recipe.seed)
-    return model
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------------------

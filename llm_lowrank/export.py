@@ -30,7 +30,7 @@ from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import stored_names, stream_safetensors, sync, write_json, write_safetensors
-from llm_lowrank.loading import blocks, changed
+from llm_lowrank.loading import blocks, encoded
 from llm_lowrank.method import Method
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import INDEX, SINGLE, Source
@@ -279,9 +279,7 @@ class Backbone:
         m, n = w.shape
         base = torch.empty(m, n)
         for rows in blocks(slice(0, m), n):
-            block = w[rows].to(device)
-            decoded = self.codec.decode(self.codec.encode(block if change is None else changed(block, change, rows)), n)
-            base[rows] = (decoded if change is None else changed(decoded, change.scaled(-1), rows)).to("cpu", torch.float32)
+            base[rows] = encoded(self.codec, w[rows].to(device), change, rows)[1].to("cpu", torch.float32)
         return base
 
 
@@ -362,25 +360,33 @@ class Gap:
 
 
 @torch.no_grad()
-def gap(engine: Engine, model: torch.nn.Module, wrapped: torch.nn.Module, inputs: dict[str, Tensor], merging: Merging | None) -> Gap | None:
-    """Answers once as trained and once with every frozen linear as `merging` would write it; on rank 0, None elsewhere. Collective.
+def gaps(
+    model: torch.nn.Module, wrapped: torch.nn.Module, inputs: dict[str, Tensor], mergings: Sequence[Merging | None]
+) -> list[Gap | None]:
+    """Answers once as trained, and for each merging with every frozen linear as it would be written. Collective.
 
-    Other ranks pass no merging: they take part in the forward, and their answers are not looked at. One weight is in memory at a time.
+    Ranks other than 0 pass None in the place of every merging and get None: they take part in the forward, and their answers are not
+    looked at. One weight is in memory at a time.
     """
     attended = inputs["attention_mask"].bool()
-    trained = wrapped(**inputs, use_cache=False).logits[attended].float()
+
+    def answers() -> Tensor:
+        return wrapped(**inputs, use_cache=False).logits[attended].float()
+
     frozen = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
-    try:
-        for name, layer in frozen:
-            if merging is not None:
-                layer.forward = partial(_merged_forward, merging, name, layer)  # type: ignore[method-assign]
-        merged = wrapped(**inputs, use_cache=False).logits[attended].float()
-    finally:
-        for _, layer in frozen:
-            vars(layer).pop("forward", None)
-    if merging is None:
-        return None
-    return Gap(float((merged - trained).norm() / trained.norm()), float((merged.argmax(-1) == trained.argmax(-1)).float().mean()))
+    trained, found = answers(), list[Gap | None]()
+    for merging in mergings:
+        try:
+            for name, layer in frozen:
+                if merging is not None:
+                    layer.forward = partial(_merged_forward, merging, name, layer)  # type: ignore[method-assign]
+            merged = answers()
+        finally:
+            for _, layer in frozen:
+                vars(layer).pop("forward", None)
+        apart, same = (merged - trained).norm() / trained.norm(), (merged.argmax(-1) == trained.argmax(-1)).float().mean()
+        found.append(None if merging is None else Gap(float(apart), float(same)))
+    return found
 
 
 def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Codec, Nf4
+from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.method import Method
@@ -136,6 +136,13 @@ def changed(w: Tensor, change: Pairs, rows: slice) -> Tensor:
     return (w.double() + change.B[rows].double() @ change.A.double()).float()
 
 
+def encoded(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts of some rows of W + C, and decode(parts) - C: what has become of these rows of W. C is B A."""
+    parts = codec.encode(w if change is None else changed(w, change, rows))
+    decoded = codec.decode(parts, w.shape[1])
+    return parts, decoded if change is None else changed(decoded, change.scaled(-1), rows)
+
+
 def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
     """What is added to W when these pairs leave it."""
     assert isinstance(layer, Adapter)
@@ -149,7 +156,7 @@ class _Reader:
         self.engine, self.tensors, self.pairs = engine, tensors, pairs
         self.loaded = Loaded()
         self.squares: dict[str, tuple[Tensor, Codec]] = {}  # (|loaded - W|^2, |W|^2) of my rows
-        self.witness: tuple[FrozenLinear, dict[str, slice], dict[str, Tensor]] | None = None
+        self.witness: tuple[FrozenLinear, slice, dict[str, Tensor]] | None = None  # a coded layer, my rows, their parts
         total = sum(p.numel() for p in model.parameters())
         self.progress = tqdm(total=total, desc="load", unit="param", unit_scale=True, disable=not engine.main, leave=False)
 
@@ -161,7 +168,7 @@ class _Reader:
                 mine = rows[module.part_names[0]]
                 values |= self._coded(name, module, mine, pairs)
                 if self.witness is None and not module.codec.writable:
-                    self.witness = module, {k: mine for k in module.part_names}, {k: values[k].clone() for k in module.part_names}
+                    self.witness = module, mine, {k: part.clone() for k, part in values.items()}
             if isinstance(module, Adapter):
                 values |= {k: v[rows[k]] for k, v in module.initial(pairs).items()}
                 if pairs is not None:
@@ -199,20 +206,19 @@ class _Reader:
         if self.tensors.is_nf4(key) and not layer.codec.writable:
             return self._as_it_is(key, layer, stored, rows, pairs)
         n = layer.shape[1]
-        layout = layer.codec.layout(n)
-        parts = {k: torch.zeros(stored.stop - stored.start, width, dtype=dtype, device=device) for k, (width, dtype) in layout.items()}
+        parts = empty_parts(layer.codec, stored.stop - stored.start, n, device)
+        for part in parts.values():
+            part[rows.stop - stored.start :] = 0  # filling
         squares = torch.zeros(2, dtype=torch.float64, device=device)
         change = _out_of_w(layer, pairs).to(device) if pairs is not None else None
         for block in blocks(rows, n):
             w = self._read(key, block).to(device)
             try:
-                encoded = layer.codec.encode(w if change is None else changed(w, change, block))
+                mine, kept = encoded(layer.codec, w, change, block)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-            decoded = layer.codec.decode(encoded, n)
-            kept = decoded if change is None else changed(decoded, change.scaled(-1), block)
             squares += torch.stack([(kept - w).double().square().sum(), w.double().square().sum()])
-            for k, part in encoded.items():
+            for k, part in mine.items():
                 parts[k][block.start - stored.start : block.stop - stored.start] = part
         self.squares[name] = squares, layer.codec
         return parts
@@ -240,7 +246,7 @@ class _Reader:
         whole = {name: self.engine.whole(part) for name, part in layer.named_parts().items()}
         with self.engine.together():
             for name, part in handed.items():
-                if not torch.equal(whole[name][rows[name]].cpu(), part.cpu()):
+                if not torch.equal(whole[name][rows].cpu(), part.cpu()):
                     raise RuntimeError(
                         f"{layer.extra_repr()}: the bytes of {name} changed while they were sharded; {type(self.engine).__name__} on "
                         f"{self.engine.device.type} cannot hold coded weights with these versions: use codec: dense, and please report it"

@@ -21,13 +21,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-BLOCK = 64  # elements under one scale: what bitsandbytes does unless it is told otherwise
+from llm_lowrank.codecs.base import to_bytes
+from llm_lowrank.codecs.nf4 import BLOCK, Nf4, kernels, levels
+
 START_OVER = "start from the unquantized checkpoint"
 KIND = ".quant_state.bitsandbytes__"
 STATE = f"{KIND}nf4"
@@ -56,29 +57,17 @@ class Nf4Weight:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start .. stop decoded, from the bytes of these rows only."""
-        rows, columns = stop - start, self.shape[1]
-        if not rows:
-            return torch.empty(0, columns, dtype=self.dtype)  # bitsandbytes does not take nothing
-        functional = _bitsandbytes().functional
-        state = functional.QuantState(
-            self._scales(start, stop), shape=torch.Size([rows, columns]), blocksize=BLOCK, quant_type="nf4", dtype=self.dtype
-        )
-        return functional.dequantize_4bit(self._codes(start, stop).view(-1, 1), state)  # (rows, n)
+        return Nf4(self.dtype).decode(self.parts(start, stop), self.shape[1])  # (rows, n)
 
     def parts(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start .. stop not decoded: codes uint8 (rows, n / 2) and scales, the bytes of float32 (rows, n / 64)."""
-        scales = self._scales(start, stop).view(stop - start, self.shape[1] // BLOCK)
-        return {"codes": self._codes(start, stop), "scales": scales.view(torch.uint8)}  # (rows, 4 n / 64)
-
-    def _codes(self, start: int, stop: int) -> Tensor:
-        width = self.shape[1] // 2 // self.words.dtype.itemsize  # words in a row
-        return self.words.rows(start * width, stop * width).view(torch.uint8).view(stop - start, self.shape[1] // 2)
-
-    def _scales(self, start: int, stop: int) -> Tensor:
-        """float32, one for each block of these rows."""
-        width = self.shape[1] // BLOCK  # blocks in a row
-        stored = self.absmax.rows(start * width, stop * width)  # ((stop - start) n / 64,)
-        return stored if self.nested is None else self.nested.decode(stored, start * width)
+        """Rows start .. stop not decoded, as the parts of Nf4: codes uint8 (rows, n / 2) and scales, float32 (rows, n / 64) as bytes."""
+        rows, n = stop - start, self.shape[1]
+        words, blocks = n // 2 // self.words.dtype.itemsize, n // BLOCK  # in a row
+        codes = self.words.rows(start * words, stop * words).view(torch.uint8)
+        scales = self.absmax.rows(start * blocks, stop * blocks)  # (rows n / 64,)
+        if self.nested is not None:
+            scales = self.nested.decode(scales, start * blocks)
+        return {"codes": codes.view(rows, n // 2), "scales": to_bytes(scales.view(rows, blocks))}
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,10 @@ def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
 
 def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight], set[str]]:
     """The quantized weights among the stored tensors, and the names of the tensors that only describe them."""
-    _bitsandbytes()
+    try:
+        kernels()  # asked for before any file needs them
+    except ImportError as error:
+        raise ValueError(f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes") from error
     weights: dict[str, Nf4Weight] = {}
     beside: set[str] = set()
     for key in stored:
@@ -140,7 +132,7 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
         raise ValueError(f"{where} is quantized in blocks of {blocksize}, only {BLOCK} is read; {START_OVER}")
     if len(shape) != 2 or shape[1] % BLOCK:
         raise ValueError(f"{where} has shape {shape}, not rows of whole blocks of {BLOCK}; {START_OVER}")
-    nf4 = _bitsandbytes().functional.get_4bit_type("nf4", device="cpu")
+    nf4 = levels(torch.device("cpu"))
     if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):  # bitsandbytes compares so
         raise ValueError(f"{where} has a quant_map that is not that of nf4; {START_OVER}")
     blocks = shape[0] * shape[1] // BLOCK
@@ -154,12 +146,3 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
 
 def _whole(part: Part) -> Tensor:
     return part.rows(0, part.shape[0])
-
-
-def _bitsandbytes() -> ModuleType:
-    """Imported when it is needed: it takes seconds, and only these checkpoints need it."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes") from error
-    return bitsandbytes

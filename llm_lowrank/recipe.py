@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import draccus
+import torch
 import yaml
+from transformers import PreTrainedModel
 
+from llm_lowrank.adapter import Adapter
+from llm_lowrank.codecs import Codec, make
 from llm_lowrank.command_line import RecipeError, help_text, read
 from llm_lowrank.data import Data
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
-from llm_lowrank.method import Method
+from llm_lowrank.loading import skeleton
+from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.srlora import SRLoRA
 
-__all__ = ["Recipe", "RecipeError", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save", "validate"]
+__all__ = ["Recipe", "RecipeError", "adapted", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save", "validate"]
 
 ROOT = Path(__file__).parents[1]  # holds ds_configs/ in a checkout
 
@@ -177,6 +182,17 @@ def optimization(recipe: Recipe) -> Optimization:
         accumulation=recipe.gradient_accumulation_steps,
         micro_batch=recipe.per_device_train_batch_size,
     )
+
+
+def codec(recipe: Recipe) -> Codec:
+    """How the frozen weights are stored."""
+    return make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant)
+
+
+def adapted(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
+    """The model of a checkpoint's config with its adapters, without any weights."""
+    model = skeleton(folder, getattr(torch, recipe.dtype), recipe.attn_implementation)
+    return model, attach(model, recipe.method, codec(recipe), recipe.seed)
 
 
 def deepspeed_config(recipe: Recipe) -> Path:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.method import Method, attach
-from llm_lowrank.recipe import ROOT, Recipe, deepspeed_config, validate
+from llm_lowrank.recipe import ROOT, Recipe, codec, deepspeed_config, validate
 
 Settings = dict[str, Any]
 ENGINES: dict[str, Settings] = {
@@ -78,7 +77,7 @@ def refusal(recipe: Recipe) -> str | None:
         validate(recipe)
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1))
-        attach(model, recipe.method, make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant))
+        attach(model, recipe.method, codec(recipe))
         if recipe.engine == "deepspeed":
             resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")))
         elif recipe.engine == "fsdp":
@@ -123,14 +122,14 @@ def table() -> str:
     for name, method in methods():
         rows: dict[str, list[str]] = {}  # the same answers on several engines are one row
         for engine, chosen in ENGINES.items():
-            cells = [cell(replace(base, method=method, **chosen, **codec)) for codec in CODECS.values()]
+            cells = [cell(replace(base, method=method, **chosen, **stored)) for stored in CODECS.values()]
             rows.setdefault(" | ".join(cells), []).append(engine)
         for found, engines in rows.items():
             where = "every one" if len(engines) == len(ENGINES) else ", ".join(engines)
             lines.append(f"| {name} | {where} | {found} |")
     lines += ["", "## Options of a run", "", f"| option | {' | '.join(CODECS)} |", f"|{'---|' * (len(CODECS) + 1)}"]
     for option, settings in RUN_OPTIONS.items():
-        cells = [cell(replace(base, **settings, **codec)) for codec in CODECS.values()]
+        cells = [cell(replace(base, **settings, **stored)) for stored in CODECS.values()]
         lines.append(f"| `{option}` | {' | '.join(cells)} |")
     lines += ["", "## Options under `zero_optimization`", "", "| option | ZeRO-3 |", "|---|---|"]
     for key, value in ZERO_OPTIONS:

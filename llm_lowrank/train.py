@@ -17,16 +17,14 @@ from tqdm import tqdm
 
 from llm_lowrank import export, loading
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import make
 from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.exchange import Exchanged, measured
 from llm_lowrank.generate import accuracy
-from llm_lowrank.method import attach
 from llm_lowrank.metrics import Metrics
-from llm_lowrank.recipe import Recipe, deepspeed_config, optimization, save
+from llm_lowrank.recipe import Recipe, adapted, deepspeed_config, optimization, save
 from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
@@ -121,18 +119,17 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
     examples = run.corpus.held_out if len(run.corpus.held_out) else run.corpus.train
     micro = next(iter(Batches(examples, recipe.per_device_eval_batch_size, 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)))
     inputs = {"input_ids": micro.input_ids.to(engine.device), "attention_mask": micro.attention_mask.to(engine.device)}
-    lines = []
+    bases: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
     with engine.together():
         if engine.main:
             export.Backbone.save(backbone_file(recipe), run.model)
             lora = export.Lora.open(Path(recipe.output_dir) / "adapter")
+            bases["original"] = export.Merging(run.source, lora)
+            bases["dequantized"] = export.Merging(run.source, lora, backbone=export.Backbone.open(backbone_file(recipe)))
     model.eval()
-    for base in ("original", "dequantized"):
-        merging = None
-        if engine.main:
-            backbone = export.Backbone.open(backbone_file(recipe)) if base == "dequantized" else None
-            merging = export.Merging(run.source, lora, backbone=backbone)
-        if (found := export.gap(engine, run.model, model, inputs, merging)) is not None:
+    lines = []
+    for base, found in zip(bases, export.gaps(run.model, model, inputs, list(bases.values())), strict=True):
+        if found is not None:
             metrics.write("gap", run.total_steps, base=base, logits=found.logits, agreement=found.agreement)
             lines.append(f"merged into the {base} weights: {found}{' (merge_base)' * (base == recipe.merge_base)}")
     return "\n".join(lines)
@@ -170,9 +167,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     )  # fmt: skip
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     recompositions = recipe.method.schedule(total)
-    dtype = getattr(torch, recipe.dtype)
-    model = loading.skeleton(source.path, dtype, recipe.attn_implementation)
-    adapters = attach(model, recipe.method, make(recipe.codec, dtype, recipe.codec_double_quant), recipe.seed)
+    model, adapters = adapted(recipe, source.path)
     unused = loading.bind(model, adapters, source)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -195,7 +190,8 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     if run.recompositions:
         adapter = run.adapters[0]
         where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
-        why = "holds" if adapter.codec.holds_small_updates else "would round away"
+        lossy = "would round away part of" if adapter.codec.writable else "would round away"
+        why = "holds" if adapter.codec.holds_small_updates else lossy
         lines.append(
             f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in {stored(recipe)} "
             f"{why} small updates"

@@ -87,6 +87,15 @@ class Pool:
             process.join()
 
 
+def caught(call: Callable[[], object], *kinds: type[Exception]) -> str:
+    """What a call raises, told by a body to its test: errors of the other ranks are not lost with the first."""
+    try:
+        call()
+    except kinds as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 class RanksFailed(AssertionError):
     """What the ranks raised, every line with its rank."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.export import BACKBONE, Backbone, Lora, Merging, gap, merge, save_adapter
+from llm_lowrank.export import BACKBONE, Backbone, Lora, Merging, gaps, merge, save_adapter
 from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
@@ -47,15 +47,13 @@ def trained(method: str, engine: str, codec: str, checkpoint: str, out: str) -> 
     stored = {name: m.decode(*(t.engine.whole(p) for p in m.named_parts().values())) for name, m in frozen.items()}
     change = {a.name: sum((e.to(dtype=torch.float64).product() for e in a.ledger), torch.zeros(())) for a in t.adapters}
     inputs = {"input_ids": batch(5), "attention_mask": torch.ones_like(batch(5))}
-    before, gaps = t.logits(), {}
-    for base in ("original", "dequantized"):
-        merging = None
-        if t.engine.main:
-            backbone = Backbone.open(Path(out) / BACKBONE) if base == "dequantized" else None
-            merging = Merging(Source.open(checkpoint), Lora.open(Path(out) / "adapter"), backbone=backbone)
-        gaps[base] = gap(t.engine, t.model, t.wrapped, inputs, merging)
+    before, mergings = t.logits(), [None, None]
+    if t.engine.main:
+        source, lora = Source.open(checkpoint), Lora.open(Path(out) / "adapter")
+        mergings = [Merging(source, lora), Merging(source, lora, backbone=Backbone.open(Path(out) / BACKBONE))]
+    found = dict(zip(("original", "dequantized"), gaps(t.model, t.wrapped, inputs, mergings), strict=True))
     assert torch.equal(t.logits(), before), "measuring changed the model"
-    return {"stored": stored, "change": change, "logits": before, "gaps": gaps}
+    return {"stored": stored, "change": change, "logits": before, "gaps": found}
 
 
 @pytest.mark.parametrize("codec", ["nf4", "int8"])
@@ -70,11 +68,11 @@ def test_the_dequantized_merge_is_what_was_trained(method, engine, world, codec,
         assert torch.allclose(again, w.double(), rtol=0, atol=1e-7), name
     merge(source, tmp_path / "adapter", tmp_path / "merged", backbone=backbone)
     assert (answers(tmp_path / "merged") - told["logits"]).abs().max() < 1e-4
-    gaps = told["gaps"]
-    assert gaps["dequantized"].logits < 1e-5 and gaps["dequantized"].agreement == 1.0
-    assert gaps["original"].logits > 100 * gaps["dequantized"].logits
+    measured = told["gaps"]
+    assert measured["dequantized"].logits < 1e-5 and measured["dequantized"].agreement == 1.0
+    assert measured["original"].logits > 100 * measured["dequantized"].logits
     merge(source, tmp_path / "adapter", tmp_path / "original")
-    wanted, found = answers(tmp_path / "original", 5), gaps["original"].logits
+    wanted, found = answers(tmp_path / "original", 5), measured["original"].logits
     exact = answers(tmp_path / "merged", 5)
     assert found == pytest.approx(float((wanted - exact).norm() / exact.norm()), rel=1e-3)  # the gap is the one that the files have
     assert all(other["gaps"] == {"original": None, "dequantized": None} for other in others)

@@ -324,12 +324,8 @@ def test_an_exchange_of_nothing_changes_nothing_and_leaves_no_entry_in_the_ledge
 # --- what is refused --------------------------------------------------------------------------------------------------------------
 
 
-def caught(function: Callable[[], object]) -> str:
-    try:
-        function()
-    except (AssertionError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+def caught(call: Callable[[], object]) -> str:
+    return ranks.caught(call, AssertionError, RuntimeError)
 
 
 def test_an_exchange_has_one_destination_and_as_many_pairs_come_as_go():

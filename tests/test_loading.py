@@ -30,11 +30,7 @@ PISSA = PiSSA(rank=4, svd_cache="")
 
 
 def caught(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+    return ranks.caught(call, ValueError, RuntimeError, OSError)
 
 
 # --- from disk --------------------------------------------------------------------------------------------------------------------
@@ -104,11 +100,13 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_one_with_more_is_told()
 
 
 def started_from(state: dict[str, Tensor], method: Method, codec: str, engine_name: str, checkpoint: type[Checkpoint] = Checkpoint) -> str:
-    model = without_values()
-    adapters = attach(model, method, CODECS[codec])
-    tensors = checkpoint(state)
-    bind(model, adapters, tensors)
-    return caught(functools.partial(load, engine(engine_name), model, adapters, method, tensors, Optimization(1e-2)))
+    def start() -> None:
+        model, tensors = without_values(), checkpoint(state)
+        adapters = attach(model, method, CODECS[codec])
+        bind(model, adapters, tensors)
+        load(engine(engine_name), model, adapters, method, tensors, Optimization(1e-2))
+
+    return caught(start)
 
 
 def test_a_weight_of_another_shape_is_refused_on_every_rank():
@@ -138,15 +136,8 @@ class Unreadable(Checkpoint):
 
 @pytest.mark.parametrize("engine_name", ["plain", "zero3", "fsdp"])
 def test_what_one_rank_cannot_read_ends_all_with_its_message(engine_name):
-    told = ranks.run(2, started_from_unreadable, engine_name)
+    told = ranks.run(2, started_from, llama().state_dict(), LORA, "fp32", engine_name, Unreadable)
     assert "OSError: stale file handle" in told[1] and "RankError: rank 1: stale file handle" in told[0]
-
-
-def started_from_unreadable(engine_name: str) -> str:
-    try:
-        return started_from(llama().state_dict(), LORA, "fp32", engine_name, Unreadable)
-    except OSError as error:
-        return f"OSError: {error}"
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name():

@@ -2,12 +2,12 @@
 
 import torch
 
-from llm_lowrank.codecs.base import Codec
+from llm_lowrank.codecs.base import Codec, empty_parts
 from llm_lowrank.codecs.dense import Dense
 from llm_lowrank.codecs.int8 import Int8
 from llm_lowrank.codecs.nf4 import Nf4
 
-__all__ = ["Codec", "Dense", "Int8", "Nf4", "make"]
+__all__ = ["Codec", "Dense", "Int8", "Nf4", "empty_parts", "make"]
 
 
 def make(name: str, dtype: torch.dtype, double_quant: bool = False) -> Codec:

@@ -38,6 +38,23 @@ class Codec(Protocol):
     def decode(self, parts: dict[str, Tensor], n: int) -> Tensor: ...  # parts -> (m, n) in self.dtype
 
 
+class Coded:
+    """What the codecs that round W have in common: a stored W is final."""
+
+    @property
+    def writable(self) -> bool:
+        return False
+
+    @property
+    def holds_small_updates(self) -> bool:
+        return False
+
+
+def empty_parts(codec: Codec, m: int, n: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Room for the parts of m rows of a W with n columns."""
+    return {name: torch.empty(m, width, dtype=dtype, device=device) for name, (width, dtype) in codec.layout(n).items()}
+
+
 def row_slices(x: Tensor) -> Iterator[slice]:
     """The rows of x (m, n), a few at a time, so that no copy of all of x is made on the way to another type."""
     elements = 2**16 if x.device.type == "cpu" else 2**22  # what stays in a cache; what fills an accelerator

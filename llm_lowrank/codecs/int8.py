@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_lowrank.codecs.base import absmax, from_bytes, row_slices, to_bytes
+from llm_lowrank.codecs.base import Coded, absmax, empty_parts, from_bytes, row_slices, to_bytes
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Coded):
     """W_ij ~ s_i c_ij / 127,  s_i = max_j |W_ij|,  c_ij = round(127 W_ij / s_i).
 
     https://arxiv.org/abs/2208.07339 section 2.1, without the outlier columns, which belong to activations. The formula of
@@ -25,20 +25,12 @@ class Int8:
 
     dtype: torch.dtype = torch.float32
 
-    @property
-    def writable(self) -> bool:
-        return False
-
-    @property
-    def holds_small_updates(self) -> bool:
-        return False
-
     def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"codes": (n, torch.int8), "scales": (4, torch.uint8)}
 
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         m, n = w.shape
-        parts = {name: torch.empty(m, width, dtype=dtype, device=w.device) for name, (width, dtype) in self.layout(n).items()}
+        parts = empty_parts(self, m, n, w.device)
         for rows in row_slices(w):
             block = w.detach()[rows].float()  # (rows, n)
             scales = absmax(block).clamp(min=1e-36)  # (rows, 1); 127 / s must be finite, and a row of zeros has codes of zero

@@ -9,13 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llm_lowrank.codecs.base import absmax, aligned, from_bytes, row_slices, to_bytes
+from llm_lowrank.codecs.base import Coded, absmax, aligned, empty_parts, from_bytes, row_slices, to_bytes
 
 BLOCK = 64  # elements that share a scale
 
 
 @dataclass(frozen=True)
-class Nf4:
+class Nf4(Coded):
     """W_ij ~ s_ib t[c_ij], b = j // 64.  s_ib = max |W_ij| over block b,  c_ij = the nearest of the 16 levels t to W_ij / s_ib.
 
     https://arxiv.org/abs/2305.14314 section 3; levels and kernels are those of bitsandbytes. With `double_quant` the scales of
@@ -30,14 +30,6 @@ class Nf4:
     dtype: torch.dtype = torch.float32
     double_quant: bool = False
 
-    @property
-    def writable(self) -> bool:
-        return False
-
-    @property
-    def holds_small_updates(self) -> bool:
-        return False
-
     def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
         blocks = -(-n // BLOCK)
         widths = {"codes": blocks * BLOCK // 2, "scales": blocks if self.double_quant else 4 * blocks}
@@ -48,7 +40,7 @@ class Nf4:
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         m, n = w.shape
         quantize = _quantize if w.device.type == "cpu" else _quantize_by_kernel
-        parts = {name: torch.empty(m, width, dtype=dtype, device=w.device) for name, (width, dtype) in self.layout(n).items()}
+        parts = empty_parts(self, m, n, w.device)
         for rows in row_slices(w):
             block = torch.nn.functional.pad(w.detach()[rows].float(), (0, -n % BLOCK)).contiguous()  # (rows, N)
             parts["codes"][rows], scales = quantize(block)  # (rows, N / 2), (rows, N / 64)
@@ -66,8 +58,8 @@ class Nf4:
         m, device = codes.shape[0], codes.device
         if m == 0:  # a rank may hold no row; no kernel takes that
             return torch.empty(0, n, dtype=self.dtype, device=device)
-        functional, shape = _bitsandbytes(), torch.Size((m, -(-n // BLOCK) * BLOCK))
-        state = functional.QuantState(self._scales(parts).flatten(), shape, _levels(device), BLOCK, quant_type="nf4", dtype=self.dtype)
+        functional, shape = kernels(), torch.Size((m, -(-n // BLOCK) * BLOCK))
+        state = functional.QuantState(self._scales(parts).flatten(), shape, levels(device), BLOCK, quant_type="nf4", dtype=self.dtype)
         # codes as a column: given a single row, bitsandbytes returns the transpose
         w = functional.dequantize_4bit(aligned(codes).view(-1, 1), state)  # (m, N)
         return w[:, :n].contiguous()
@@ -87,10 +79,10 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     comparisons into bool are not), the binary search of `torch.bucketize` is not.
     """
     scales = absmax(x.view(x.shape[0], -1, BLOCK))  # (m, N / 64, 1)
-    levels = _levels(x.device)
+    steps = levels(x.device)
     scaled = (x.view(x.shape[0], -1, BLOCK) * (1.0 / scales.clamp(min=1e-38))).view(x.shape)
     above, codes = torch.empty_like(scaled), torch.zeros_like(scaled)  # (m, N)
-    for midpoint in ((levels[:-1] + levels[1:]) / 2).tolist():
+    for midpoint in ((steps[:-1] + steps[1:]) / 2).tolist():
         codes += torch.gt(scaled, midpoint, out=above)
     return (16 * codes[:, ::2] + codes[:, 1::2]).to(torch.uint8), scales.squeeze(-1)
 
@@ -98,17 +90,17 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `_quantize`, by the kernel that bitsandbytes has for x's device."""
     absmax(x)  # a kernel may pass over NaN
-    codes, state = _bitsandbytes().quantize_4bit(x, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    codes, state = kernels().quantize_4bit(x, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
     return codes.view(x.shape[0], -1), state.absmax.view(x.shape[0], -1)
 
 
 @cache
-def _levels(device: torch.device) -> Tensor:
+def levels(device: torch.device) -> Tensor:
     """The 16 levels t in ascending order, -1 to 1."""
-    return _bitsandbytes().get_4bit_type("nf4", device=device)
+    return kernels().get_4bit_type("nf4", device=device)
 
 
-def _bitsandbytes() -> ModuleType:
+def kernels() -> ModuleType:
     """Imported when first used: it takes seconds, and only this codec needs it."""
     try:
         from bitsandbytes import functional

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
@@ -86,6 +87,13 @@ def adamw(params: list[nn.Parameter], settings: Optimization) -> torch.optim.Ada
     )
 
 
+def share(total: int, index: int, of: int) -> slice:
+    """The index-th of so many even shares of 0 .. total: ceil(total / of) each, so that the last may be smaller or empty."""
+    size = -(-total // of)
+    start = min(index * size, total)
+    return slice(start, min(start + size, total))
+
+
 class Engine(ABC):
     def __init__(self, timeout: float = 1800.0) -> None:
         """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
@@ -121,14 +129,6 @@ class Engine(ABC):
         """Shards the model, fills it, builds the optimizer over its trainable parameters, returns what to call. Collective."""
 
     @abstractmethod
-    def _rows(self, p: nn.Parameter) -> slice:
-        """The rows of dim 0 of which this rank will hold something."""
-
-    @abstractmethod
-    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        """The parameter that takes the place of p, which has no values, given this rank's rows of it."""
-
-    @abstractmethod
     def weight(self, linear: FrozenLinear) -> Weight:
         """The frozen weight of a layer, as far as this rank holds it."""
 
@@ -160,6 +160,16 @@ class Engine(ABC):
     def step(self, learning_rate: float) -> float:
         """Clips, steps, clears the gradients; returns the gradient norm before clipping."""
 
+    # ---- where every rank holds everything, unless an engine says otherwise
+
+    def _rows(self, p: nn.Parameter) -> slice:
+        """The rows of dim 0 of which this rank will hold something."""
+        return slice(0, len(p))
+
+    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        """The parameter that takes the place of p, which has no values, given this rank's rows of it."""
+        return nn.Parameter(rows.to(self.device), p.requires_grad)
+
     # ---- written once
 
     def _fill(self, model: nn.Module, read: Read) -> None:
@@ -175,7 +185,7 @@ class Engine(ABC):
                 setattr(module, k, filled[p])
             for k, buffer in module.named_buffers(recurse=False):
                 setattr(module, k, buffer.to(self.device))
-            self.release(RELEASE)
+            self.release(RELEASE)  # at once: everything that was read for this module is free now
 
     def release(self, nbytes: int) -> None:
         """Gives freed host memory back to the system, once so much has been worked on since the last time.
@@ -208,11 +218,11 @@ class Engine(ABC):
                 assert mine.moments.keys() == s.moments.keys(), (mine.moments.keys(), s.moments.keys())
                 assert all(torch.equal(v, s.moments[k].view(-1)[run]) for k, v in mine.moments.items()), "edited moments did not persist"
 
-    def sum(self, t: Tensor) -> Tensor:
-        """Sum over ranks, in place. Collective."""
-        if self.world > 1:
+    def sum(self, t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Sum over ranks, those of a group or all, in place. Collective."""
+        if self.world > 1 and dist.get_world_size(group) > 1:
             self.traffic += t.nbytes
-            dist.all_reduce(t)
+            dist.all_reduce(t, group=group)
         return t
 
     def gather(self, what: object) -> list[object]:
@@ -282,3 +292,30 @@ class Engine(ABC):
         """Leaves the process group, so that no process or thread stays behind."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class TorchEngine(Engine):
+    """An engine that steps torch's AdamW over its parameters itself."""
+
+    params: list[nn.Parameter]
+    settings: Optimization
+    micro: int  # micro-batches since the last step
+
+    def _optimize(self, model: nn.Module, settings: Optimization) -> None:
+        self.settings, self.micro = settings, 0
+        self.params = trainables(model)
+        self.optimizer = adamw(self.params, settings)
+
+    def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
+        return {k: state[k] for k in MOMENTS if k in state}
+
+    def step(self, learning_rate: float) -> float:
+        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
+        self.micro = 0
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

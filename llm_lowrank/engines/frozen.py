@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from llm_lowrank.codecs import Codec
+from llm_lowrank.codecs import Codec, empty_parts
 from llm_lowrank.functional import frozen_linear
 
 
@@ -24,12 +23,8 @@ class FrozenLinear(nn.Module):
         self.codec = codec
         self.stored_rows = self.shape[0]
         self.part_names = tuple(codec.layout(self.shape[1]))
-        self._own(self._empty_parts() if linear.weight.is_meta else codec.encode(linear.weight.data))
+        self._own(empty_parts(codec, *self.shape, "meta") if linear.weight.is_meta else codec.encode(linear.weight.data))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
-
-    def _empty_parts(self) -> dict[str, Tensor]:
-        layout = self.codec.layout(self.shape[1])
-        return {name: torch.empty(self.stored_rows, width, dtype=dtype, device="meta") for name, (width, dtype) in layout.items()}
 
     def _own(self, parts: dict[str, Tensor]) -> None:
         for name, part in parts.items():
@@ -42,16 +37,19 @@ class FrozenLinear(nn.Module):
         """
         if not self.codec.writable and self.shape[0] % multiple:
             self.stored_rows = -(-self.shape[0] // multiple) * multiple
-            self._own(self._empty_parts())
+            self._own(empty_parts(self.codec, self.stored_rows, self.shape[1], "meta"))
 
     def named_parts(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in self.part_names}
+
+    def parts(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.named_parts().values())
 
     def decode(self, *parts: Tensor) -> Tensor:
         return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, tuple(self.named_parts().values()), self.decode, self.bias)
+        return frozen_linear(x, self.parts(), self.decode, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, codec={self.codec}"

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
+from llm_lowrank.engines.base import Local, Optimization, Read, Slot, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -49,7 +49,7 @@ class Sharding:
         return self.shard_size or world
 
 
-class FSDP(Engine):
+class FSDP(TorchEngine):
     always_a_group = True  # a device mesh lies over a process group
     shards_parameters = True
 
@@ -64,11 +64,9 @@ class FSDP(Engine):
         self.group = mesh["shard"].get_group()
 
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
-        self.settings, self.micro = settings, 0
         self.model = self._shard(model)
         self._fill(model, read)
-        self.params = trainables(model)
-        self.optimizer = adamw(self.params, settings)
+        self._optimize(model, settings)
         for module in self.groups:  # gradients are sums over ranks
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -103,11 +101,8 @@ class FSDP(Engine):
         return torch.device("cpu") if self.sharding.cpu_offload else self.device
 
     def _rows(self, p: nn.Parameter) -> slice:
-        """torch's chunks: ceil(rows / shards) each, so that the last ranks may hold fewer or none."""
-        shards = self.mesh.size(-1)
-        size = -(-p.shape[0] // shards)
-        start = min(self.mesh.get_local_rank(self.mesh.ndim - 1) * size, p.shape[0])
-        return slice(start, min(start + size, p.shape[0]))
+        """torch's chunks are even shares, too."""
+        return share(p.shape[0], self.mesh.get_local_rank(self.mesh.ndim - 1), self.mesh.size(-1))
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         assert isinstance(p, DTensor), "a parameter escaped sharding"
@@ -119,18 +114,11 @@ class FSDP(Engine):
     def weight(self, linear: FrozenLinear) -> Weight:
         parts = {name: _local(part) for name, part in linear.named_parts().items()}
         rows = self._rows(next(iter(linear.named_parts().values())))
-        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self._sum_of_shards)
-
-    def _sum_of_shards(self, t: Tensor) -> Tensor:
-        self.traffic += t.nbytes * (self.mesh.size(-1) > 1)
-        torch.distributed.all_reduce(t, group=self.group)
-        return t
+        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, partial(self.sum, group=self.group))
 
     def _run(self, p: nn.Parameter) -> tuple[int, slice]:
         """Where this rank's run starts in the flattened p, and where it lies in the local tensor: replicas share the work."""
-        held = _local(p).numel()
-        size = -(-held // self.replicas)
-        run = slice(min(self.replica * size, held), min((self.replica + 1) * size, held))
+        run = share(_local(p).numel(), self.replica, self.replicas)
         width = p.numel() // max(1, p.shape[0])
         return self._rows(p).start * width + run.start, run
 
@@ -143,14 +131,13 @@ class FSDP(Engine):
         assert isinstance(p.grad, DTensor), "gradient() before backward"
         return _local(p.grad).reshape(-1)[self._run(p)[1]].to(self.device)
 
-    def _gathered(self, t: DTensor) -> Tensor:
+    def _gathered(self, t: Tensor) -> Tensor:
         self.traffic += t.numel() * t.element_size() * (self.mesh.size(-1) > 1)
         moved = t.to(self.device)  # from the host, when offloaded
-        assert isinstance(moved, DTensor)
+        assert isinstance(moved, DTensor), "the parameters of this layer are still gathered"
         return moved.full_tensor().detach().clone()  # of one rank the full tensor is the local one
 
     def whole(self, p: nn.Parameter) -> Tensor:
-        assert isinstance(p, DTensor), "the parameters of this layer are still gathered"
         return self._gathered(p)
 
     def slot(self, p: nn.Parameter) -> Slot:
@@ -162,10 +149,6 @@ class FSDP(Engine):
         for k, v in self._moments(p).items():
             _local(v).copy_(slot.moments[k][rows])
 
-    def _moments(self, p: nn.Parameter) -> dict[str, DTensor]:
-        state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
-        return {k: state[k] for k in MOMENTS if k in state}
-
     # ---- steps
 
     def backward(self, loss: Tensor) -> None:
@@ -174,17 +157,6 @@ class FSDP(Engine):
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
         loss.backward()
-
-    def step(self, learning_rate: float) -> float:
-        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
-        self.micro = 0
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        assert isinstance(norm, DTensor)
-        return float(norm.full_tensor())
 
 
 def _local(t: Tensor) -> Tensor:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
+from llm_lowrank.engines.base import Local, Optimization, Read, Slot, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
 
-class Plain(Engine):
+class Plain(TorchEngine):
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
         self._fill(model, read)
-        self.settings, self.micro = settings, 0
-        self.params = trainables(model)
-        self.optimizer = adamw(self.params, settings)
+        self._optimize(model, settings)
         self.ddp = DistributedDataParallel(model) if self.world > 1 else None
         self._reduce_at_boundary()
         return self.ddp or model
-
-    def _rows(self, p: nn.Parameter) -> slice:
-        return slice(0, len(p))
-
-    def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        return nn.Parameter(rows.to(self.device), p.requires_grad)
 
     def weight(self, linear: FrozenLinear) -> Weight:
         return Weight.everything(linear.shape, linear.codec, linear.named_parts(), self.device)
@@ -40,9 +31,7 @@ class Plain(Engine):
 
     def _run(self, p: nn.Parameter) -> slice:
         # Every rank holds all of p; for statistics each takes an even run, so that the runs cover p once.
-        size = -(-p.numel() // self.world)
-        start = min(self.rank * size, p.numel())
-        return slice(start, min(start + size, p.numel()))
+        return share(p.numel(), self.rank, self.world)
 
     def whole(self, p: nn.Parameter) -> Tensor:
         return p.data.clone()
@@ -55,10 +44,6 @@ class Plain(Engine):
         for k, v in self._moments(p).items():
             v.copy_(slot.moments[k])
 
-    def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
-        return {k: state[k] for k in MOMENTS if k in state}
-
     def _reduce_at_boundary(self) -> None:
         if self.ddp is not None:  # what DDP's no_sync() sets; here the forward of the next micro-batch must see it too
             self.ddp.require_backward_grad_sync = self.micro == self.settings.accumulation - 1
@@ -69,15 +54,9 @@ class Plain(Engine):
         self._reduce_at_boundary()
 
     def step(self, learning_rate: float) -> float:
-        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
-        self.micro = 0
+        norm = super().step(learning_rate)
         self._reduce_at_boundary()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def close(self) -> None:
         # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go of the

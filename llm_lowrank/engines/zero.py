@@ -36,7 +36,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, trainables
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, share, trainables
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -164,15 +164,13 @@ class Zero(Engine):
 
     def _rows(self, p: nn.Parameter) -> slice:
         if not self.shards_parameters:
-            return slice(0, len(p))
-        size, width = -(-p.numel() // self.world), max(1, p.numel() // max(1, len(p)))
-        start = min(self.rank * size, p.numel())
-        stop = min(start + size, p.numel())
-        return slice(start // width, -(-stop // width)) if start < stop else slice(0, 0)
+            return super()._rows(p)
+        run, width = share(p.numel(), self.rank, self.world), max(1, p.numel() // max(1, len(p)))
+        return slice(run.start // width, -(-run.stop // width)) if run.start < run.stop else slice(0, 0)
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         if not self.shards_parameters:
-            return nn.Parameter(rows.to(self.device), p.requires_grad)
+            return super()._hold(p, rows)
         # DeepSpeed slices whole parameters. Only my rows of this one get values; the rest is never read, nor, on a CPU, even mapped.
         whole = torch.empty(p.shape, dtype=p.dtype, device=self.init.local_device)
         whole[self._rows(p)] = rows.to(whole.device)
@@ -184,9 +182,7 @@ class Zero(Engine):
 
     def _run(self, p: nn.Parameter) -> slice:
         """The run of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
-        size = p.ds_tensor.numel()
-        start = min(self.rank * size, p.ds_numel)
-        return slice(start, min(start + size, p.ds_numel))
+        return share(p.ds_numel, self.rank, self.world)
 
     def _moment_names(self, p: nn.Parameter) -> list[str]:
         state = self.zero.optimizer.state
