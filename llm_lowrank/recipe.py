@@ -235,6 +235,8 @@ def validate(recipe: Recipe) -> None:
         errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
     if recipe.merge_base == "dequantized" and recipe.codec == "dense":
         errors.append("merge_base: dequantized is for codec: nf4 or int8; a dense backbone is trained on as it is")
+    if recipe.merge_base == "dequantized" and not recipe.save_merged:
+        errors.append("merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one")
     if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
         errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
     if recipe.engine != "fsdp" and recipe.fsdp != Sharding():

@@ -94,7 +94,7 @@ def test_an_edit_after_an_evaluation_is_seen(reshard):
 
 
 def runs(shard_size: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    t = Trainee(LoRA(rank=4, target_modules=MODULES), "fsdp", zero={"shard_size": shard_size})
+    t = Trainee(LoRA(rank=4, target_modules=MODULES), "fsdp", samples=12, zero={"shard_size": shard_size})
     t.step(0)
     found = {}
     for name, p in t.model.named_parameters():
@@ -105,13 +105,34 @@ def runs(shard_size: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
     return found
 
 
-@pytest.mark.parametrize("world, shard_size", [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)])
+@pytest.mark.parametrize("world, shard_size", [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 2)])
 def test_local_runs_cover_a_parameter_exactly_once(world, shard_size):
     told = ranks.run(world, runs, shard_size)
     for name, (shape, _, _) in told[0].items():
         spans = sorted((start, start + numel) for _, start, numel in (found[name] for found in told) if numel)
         assert spans[0][0] == 0 and spans[-1][1] == torch.Size(shape).numel(), name
         assert all(stop == start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)), (name, spans)
+
+
+def switched(engine_name: str, sharding: dict[str, int], codec: str) -> tuple[list[float], dict[str, Tensor], int]:
+    """Steps with a swap into the bank in between; what all of it came to, and the elements that this rank read."""
+    t = Trainee(BANKED, engine_name, codec, samples=8, zero=sharding)
+    losses = []
+    for step in range(4):
+        losses.append(t.step(step))
+        if step == 1:
+            t.method.recompose(t.adapters, t.engine)
+    return losses, t.values(), t.checkpoint.elements
+
+
+@pytest.mark.parametrize("codec", ["fp32", "nf4"])
+def test_two_replicas_of_two_shards_train_as_one_process(codec):
+    """A mesh that really has two dimensions."""
+    ((wanted, values, elements),) = ranks.run(1, switched, "plain", {}, codec)
+    for losses, found, mine in ranks.run(4, switched, "fsdp", {"shard_size": 2}, codec):
+        assert losses == pytest.approx(wanted, rel=2e-6)
+        assert all(torch.allclose(found[name], value, rtol=0, atol=1e-5) for name, value in values.items())
+        assert mine < 0.6 * elements  # half of the model, not a quarter
 
 
 # --- shared parameters ------------------------------------------------------------------------------------------------------------

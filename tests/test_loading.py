@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,33 @@ def test_a_weight_that_is_not_finite_is_refused_by_name():
     for codec in ("fp32", "nf4", "int8"):
         (message,) = ranks.run(1, started_from, state, LORA, codec, "plain")
         assert "model.layers.0.mlp.up_proj" in message, (codec, message)
+
+
+def doubly(engine_name: str) -> bool:
+    t = Trainee(LORA, engine_name, codec=Nf4(double_quant=True))
+    for a in t.adapters:
+        wanted = Nf4(double_quant=True).encode(t.original[f"{a.name}.weight"])
+        assert len(wanted) == 3 and all(torch.equal(t.engine.whole(p)[: a.shape[0]], wanted[k]) for k, p in a.named_parts().items()), a.name
+    return t.step(1) > t.step(1)
+
+
+@pytest.mark.parametrize("engine_name, world", [("plain", 2), ("zero3", 3), ("fsdp", 3)])
+def test_doubly_quantized_scales_are_sharded_too(engine_name, world):
+    assert all(ranks.run(world, doubly, engine_name))
+
+
+class Slow(Checkpoint):
+    """A disk that gives the bar time to be drawn."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        time.sleep(0.03)
+        return super().rows(name, start, stop)
+
+
+def test_the_progress_bar_shows_speed_and_the_time_that_is_left(capsys):
+    started_from(llama().state_dict(), LORA, "fp32", "plain", Slow)
+    shown = capsys.readouterr().err
+    assert "load:" in shown and "GB/s" in shown and "<" in shown
 
 
 # --- the checks that loading makes of itself --------------------------------------------------------------------------------------

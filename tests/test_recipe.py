@@ -201,6 +201,7 @@ def test_a_setting_of_another_method_is_refused(file, argv):
         ("--codec_double_quant", "codec_double_quant: true is for codec: nf4, not dense"),
         ("--codec int8 --codec_double_quant true", "codec_double_quant: true is for codec: nf4, not int8"),
         ("--merge_base dequantized", "merge_base: dequantized is for codec: nf4 or int8"),
+        ("--codec nf4 --merge_base dequantized --save_merged false", "save_merged: false that nothing is merged"),
         ("--merge_base trained", "merge_base: 'trained' is not one of original, dequantized"),
         ("--fsdp.cpu_offload", "the settings under fsdp are for engine: fsdp, not deepspeed"),
         ("--fsdp.reshard_after_forward false --engine plain", "the settings under fsdp are for engine: fsdp, not plain"),
