@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.adapter import PairAdapter, generator
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.pairs import Pairs
 
@@ -68,8 +68,9 @@ def measured(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged 
 
 @torch.no_grad()
 def exchange_(
-    engine: Engine, adapter: Adapter, index: Tensor, *, fresh: Pairs | None = None, slots: slice | None = None, moments: Moments = "seeded"
-) -> Exchanged:
+    engine: Engine, adapter: PairAdapter, index: Tensor, *, fresh: Pairs | None = None, slots: slice | None = None,
+    moments: Moments = "seeded",
+) -> Exchanged:  # fmt: skip
     """pairs[index] freeze; `fresh` pairs, or those in the bank's `slots`, become trainable. Collective.
 
     With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. Arguments
@@ -119,7 +120,7 @@ def exchange_(
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 
 
-def into_weight_(engine: Engine, adapter: Adapter, parts: list[Pairs]) -> float:
+def into_weight_(engine: Engine, adapter: PairAdapter, parts: list[Pairs]) -> float:
     """W += s (sum of the parts), recorded in the ledger; returns the share of the update that rounding took.
 
     Every rank adds its own elements: only the parts have travelled, W does not.
@@ -135,11 +136,11 @@ def into_weight_(engine: Engine, adapter: Adapter, parts: list[Pairs]) -> float:
     return (lost / asked) ** 0.5
 
 
-def _probe(engine: Engine, adapter: Adapter) -> Tensor:
+def _probe(engine: Engine, adapter: PairAdapter) -> Tensor:
     return torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)  # (n, 2)
 
 
-def _applied(adapter: Adapter, factors: list[Tensor], x: Tensor) -> Tensor:
+def _applied(adapter: PairAdapter, factors: list[Tensor], x: Tensor) -> Tensor:
     """s B A x, summed over the pairs of factors (A, B, A', B', ...): (n, p) -> (m, p)."""
     y = x.new_zeros(adapter.shape[0], x.shape[1])
     for a, b in zip(factors[::2], factors[1::2], strict=True):

@@ -1,6 +1,6 @@
 """What a run hands back: a plain PEFT LoRA over the untouched base, and a merged Hugging Face checkpoint.
 
-    trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A
+    trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A          (of another adapter: what its `change` says)
 
 Whatever a method did to W, to the pairs or to the bank, all behind W0 is one low-rank matrix. `save_adapter` writes it as LoRA factors;
 `merge` adds LoRA factors to the stored W0, one tensor in memory at a time, from any PEFT LoRA folder that it fully understands.
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -57,8 +57,8 @@ class SavedAdapter:
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
-    """sum(ledger) + s B A + s bank_B bank_A with as few pairs as it needs, on the host of rank 0; None elsewhere. Collective."""
-    change = _change(engine, adapter, adapter.scale)
+    """sum(ledger) + what the adapter adds, with as few pairs as it needs, on the host of rank 0; None elsewhere. Collective."""
+    change = _change(engine, adapter)
     return change.compress()[0] if change is not None else None
 
 
@@ -68,44 +68,48 @@ def save_adapter(
     """Write a PEFT LoRA folder on rank 0 and describe it there; None elsewhere. Collective.
 
     Adapters that never froze a pair are written as they were trained. Otherwise all modules get the rank that the neediest one has (the
-    others are padded with zero pairs, as vLLM wants one rank), scaling 1 and balanced factors.
+    others are padded with zero pairs, as vLLM wants one rank), at most `method.export_rank`, scaling 1 and balanced factors.
     """
     factors: dict[str, Pairs] = {}
-    as_trained = all(_only_trained_pairs(adapter) for adapter in adapters)  # the ledger, so the answer, is rank 0's
+    extras: dict[str, Tensor] = {}
+    as_trained = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))  # the ledger is rank 0's
     error = 0.0
     for adapter in adapters:
-        change = _change(engine, adapter, scale=1.0 if as_trained else adapter.scale)
-        if change is None:
-            continue
         if as_trained:
-            factors[adapter.name] = change
-        else:
-            factors[adapter.name], dropped = change.compress()
+            assert isinstance(adapter, PairAdapter)
+            a, b = engine.whole(adapter.A), engine.whole(adapter.B)
+            own = adapter.extras(engine.whole)
+            if engine.main:
+                factors[adapter.name] = Pairs(b, a).to("cpu")
+                extras |= {f"base_model.model.{adapter.name}.{k}": v.cpu() for k, v in own.items()}
+        elif (change := _change(engine, adapter)) is not None:
+            factors[adapter.name], dropped = change.compress(most=method.export_rank)
             error = max(error, dropped / max(_norm(change), torch.finfo(torch.float64).tiny))
     if not engine.main:
         return None
 
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
-    alpha = method.alpha if as_trained and method.alpha is not None else rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "use_rslora": as_trained and method.use_rslora,
-        "lora_dropout": method.dropout if as_trained else 0.0,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
         "target_modules": _target_modules(list(ranks), method.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **(method.peft() if as_trained else {}),
     }
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = dict(extras)
     for name, pairs in factors.items():
-        m, n = pairs.shape
-        pairs = Pairs.cat([pairs, Pairs(torch.zeros(m, rank - len(pairs)), torch.zeros(rank - len(pairs), n))])
+        if not as_trained:
+            m, n = pairs.shape
+            pairs = Pairs.cat([pairs, Pairs(torch.zeros(m, rank - len(pairs)), torch.zeros(rank - len(pairs), n))])
         tensors[f"base_model.model.{name}.lora_A.weight"] = pairs.A  # (rank, n)
         tensors[f"base_model.model.{name}.lora_B.weight"] = pairs.B  # (m, rank)
     described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
@@ -114,17 +118,10 @@ def save_adapter(
     return SavedAdapter(Path(path), rank, ranks, error)
 
 
-def _only_trained_pairs(adapter: Adapter) -> bool:
-    return not adapter.ledger and adapter.bank_A is None
-
-
-def _change(engine: Engine, adapter: Adapter, scale: float) -> Pairs | None:
+def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
     """Everything behind W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
-    whole = [engine.whole(p) for p in adapter.factors()]  # A, B and perhaps the bank's
-    if not engine.main:
-        return None
-    now = [Pairs(b, a).to("cpu", torch.float32).scaled(scale) for a, b in zip(whole[::2], whole[1::2], strict=True)]
-    return Pairs.cat([*adapter.ledger, *now])
+    now = adapter.change(engine.whole)
+    return Pairs.cat([*(entry.pairs() for entry in adapter.ledger), now.to("cpu", torch.float32)]) if engine.main else None
 
 
 def _norm(pairs: Pairs) -> float:
@@ -248,7 +245,8 @@ class Backbone:
         tensors: dict[str, Tensor] = {"none": torch.zeros(0)}  # a safetensors file holds something
         for name, layer in coded.items():
             if isinstance(layer, Adapter) and layer.ledger:
-                (start,) = layer.ledger
+                start = layer.ledger[0].pairs()
+                assert len(layer.ledger) == 1
                 tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
         codec = next(iter(coded.values())).codec
         settings = {"name": type(codec).__name__.lower(), "dtype": str(codec.dtype), "double_quant": getattr(codec, "double_quant", False)}

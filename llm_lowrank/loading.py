@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -89,7 +89,7 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
     """Says where every value will come from; ValueError if the checkpoint lacks one. Returns the tensors that nothing asks for."""
     stored, wanted, seen = set(tensors.names()), set(), set()
     for name, module in model.named_modules():
-        for k, p in module.named_parameters(recurse=False):
+        for k, p in () if isinstance(module, Shared) else module.named_parameters(recurse=False):
             if isinstance(module, FrozenLinear) and k != "bias":
                 wanted.add(f"{name}.weight")
             elif p not in seen:  # tied to one before
@@ -145,7 +145,7 @@ def encoded(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> tuple
 
 def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
     """What is added to W when these pairs leave it."""
-    assert isinstance(layer, Adapter)
+    assert isinstance(layer, PairAdapter)
     return pairs.scaled(-layer.scale)
 
 
@@ -175,6 +175,8 @@ class _Reader:
                     self.loaded.pairs += len(pairs)
                     if self.engine.main:
                         module.ledger.append(_out_of_w(module, pairs))
+            if isinstance(module, Shared):
+                values |= {k: v[rows[k]] for k, v in module.initial().items()}
             for k, run in rows.items():
                 if k not in values:
                     values[k] = self._plain(f"{name}.{k}", getattr(module, k), run)

@@ -7,9 +7,9 @@ happen; what it remembers lives on the adapters.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import draccus
 from torch import nn
@@ -29,55 +29,31 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Method(draccus.ChoiceRegistry):
-    """Settings that every method has. s = alpha / rank, or alpha / sqrt(rank) with use_rslora."""
+    """The settings that every method has, and its hooks."""
 
-    rank: int = 16
-    """trainable pairs per module"""
-    alpha: float | None = None
-    """adapter scale s = alpha / rank; by default alpha = rank, s = 1"""
-    dropout: float = 0.0
-    """dropout on the input of the trainable pairs"""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """names of linear modules to adapt, matched as in PEFT, or [all-linear]: all but the output layer"""
-    use_rslora: bool = False
-    """scale s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)"""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"method.rank must be at least 1, not {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must be in [0, 1), not {self.dropout}")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"method.alpha must be positive, not {self.alpha}")
         if not self.target_modules:
             raise ValueError("method.target_modules is empty; name modules or write [all-linear]")
 
     @property
-    def scale(self) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+    def export_rank(self) -> int | None:
+        """The largest rank of the exported LoRA; the error of cutting a change down to it is printed. None: what the change needs."""
+        return None
 
     # ---- the hooks, in the order in which a run calls them
 
-    def bank(self, codec: Codec) -> int:
-        """Frozen pairs to keep room for beside the trainable ones. ValueError if the method cannot work on such a weight."""
-        return 0
-
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        self.check_fits("rank", self.rank, name, linear)
-        return Adapter(name, linear, codec, self.rank, self.scale, self.bank(codec), self.dropout, seed)
+        """What takes the place of a linear module, perhaps without values. ValueError if the method cannot work on such a weight."""
+        raise NotImplementedError
 
-    @staticmethod
-    def check_fits(setting: str, rank: int, name: str, linear: nn.Linear) -> None:
-        m, n = linear.weight.shape
-        if rank > min(m, n):
-            raise ValueError(
-                f"{name}: {setting} {rank} is more than min(m, n) = {min(m, n)} of its {m} x {n} weight; "
-                "lower it or leave the module out of target_modules"
-            )
+    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        """Once, when all adapters are in their places, before there are values: what they share, what they must agree on."""
 
     def schedule(self, total_steps: int) -> tuple[int, ...]:
-        """Completed steps after which `recompose` is called."""
+        """Completed steps after which `recompose` is called. ValueError if the method cannot do with so many steps."""
         return ()
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
@@ -92,12 +68,26 @@ class Method(draccus.ChoiceRegistry):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         """Once, when everything is loaded and sharded, before the first step. Collective."""
 
-    def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        """After the last backward of every step, before the step itself. Local."""
+    def rates(self, step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+        """The learning rate of 0-based `step` for every group of the optimizer. rate(step) is the recipe's."""
+        return [rate(step)]
 
-    def recompose(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
-        """After a step of the schedule. Collective."""
+    def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
+        """Before the forward of every micro-batch: the 0-based step and the number of each sample in it. Local.
+
+        A sample has the same number on whichever rank and in whichever micro-batch it is.
+        """
+
+    def observe(self, adapters: list[Adapter], engine: Engine) -> None:
+        """After the last backward of every step, before the step itself. Collective."""
+
+    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        """After a step of the schedule; `step` steps are done. Collective."""
         return None
+
+    def peft(self) -> dict[str, Any]:
+        """What the PEFT configuration says of adapters that are exported as they were trained."""
+        return {}
 
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
@@ -139,5 +129,7 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         if isinstance(layer, Adapter):
+            layer.fill()
             adapters.append(layer)
+    method.attached(model, adapters)
     return adapters

@@ -47,13 +47,16 @@ class Pairs:
     def product(self) -> Tensor:
         return self.B @ self.A  # (m, n)
 
+    def pairs(self) -> Pairs:
+        return self
+
     @staticmethod
     def cat(parts: list[Pairs]) -> Pairs:
         """The sum of several products as one set of pairs."""
         return Pairs(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
 
-    def compress(self, tol: float = 1e-7) -> tuple[Pairs, float]:
-        """The same product with as few pairs as it needs, and the Frobenius norm of what was dropped.
+    def compress(self, tol: float = 1e-7, most: int | None = None) -> tuple[Pairs, float]:
+        """The same product with as few pairs as it needs, `most` at most, and the Frobenius norm of what was dropped.
 
             B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T   =>   B A = (Q_B U sqrt(S)) (sqrt(S) V^T Q_A^T)
 
@@ -68,6 +71,36 @@ class Pairs:
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         rounding = len(self) * torch.finfo(s.dtype).eps * r_b.norm() * r_a.norm()
         rank = int(((s > tol * s[0]) & (s > rounding)).sum())  # 0 for a zero product
+        rank = rank if most is None else min(rank, most)
         root = s[:rank].sqrt()
         small = Pairs(((q_b @ u[:, :rank]) * root).to(self.B.dtype), (root[:, None] * (vt[:rank] @ q_a.T)).to(self.A.dtype))
         return small, float(s[rank:].norm())
+
+
+@dataclass(frozen=True)
+class Block:
+    """A change of the entries of W at some rows and columns: E_X values E_Y^T, E the columns of the identity."""
+
+    rows: Tensor  # X, (p,)
+    columns: Tensor  # Y, (q,)
+    values: Tensor  # (p, q)
+    shape: tuple[int, int]  # of W
+
+    def product(self) -> Tensor:
+        whole = self.values.new_zeros(self.shape)
+        whole[self.rows[:, None], self.columns] = self.values
+        return whole
+
+    def pairs(self) -> Pairs:
+        """min(p, q) pairs with the same product."""
+        m, n = self.shape
+        p, q = self.values.shape
+        b, a = self.values.new_zeros(m, min(p, q)), self.values.new_zeros(min(p, q), n)
+        if q <= p:
+            b[self.rows], a[torch.arange(q), self.columns] = self.values, 1.0
+        else:
+            b[self.rows, torch.arange(p)], a[:, self.columns] = 1.0, self.values
+        return Pairs(b, a)
+
+
+Change = Pairs | Block

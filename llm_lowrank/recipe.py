@@ -36,7 +36,7 @@ HEADINGS = {  # above the field in --help
     "model_name_or_path": "model and output",
     "engine": "engine and backbone",
     "per_device_train_batch_size": "batches and length of the run",
-    "learning_rate": "optimizer (AdamW)",
+    "optim": "optimizer",
     "logging_steps": "logging and evaluation",
 }
 
@@ -55,6 +55,7 @@ SYNONYMS = {  # other libraries' names -> ours
     **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
     **dict.fromkeys(("accumulation", "grad_accum", "gradient_accumulation"), "gradient_accumulation_steps"),
     **dict.fromkeys(("lr",), "learning_rate"),
+    **dict.fromkeys(("optimizer",), "optim"),
     **dict.fromkeys(("lr_scheduler", "scheduler", "schedule"), "lr_scheduler_type"),
     **dict.fromkeys(("warmup", "warmup_ratio"), "warmup_steps"),
     **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
@@ -121,16 +122,18 @@ class Recipe:
     seed: int = 42
     """Of the split, the order of the samples, dropout and the adapters' start."""
 
+    optim: Literal["adamw", "lion"] = "adamw"
+    """AdamW, or Lion (arXiv 2302.06675): the sign of a mean gradient, one moment; wants a rate about ten times smaller."""
     learning_rate: float = 5e-4
     """The peak, after warm-up."""
     weight_decay: float = 0.0
     """Decoupled, on the adapters."""
     adam_beta1: float = 0.9
-    """Decay of the mean of the gradient."""
+    """Decay of the mean of the gradient; of Lion, its share of the gradient in a step."""
     adam_beta2: float = 0.999
-    """Decay of the mean of its square."""
+    """Decay of the mean of its square; of Lion, of the mean of the gradient (its paper: 0.99)."""
     adam_epsilon: float = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator of AdamW."""
     max_grad_norm: float = 1.0
     """Clip the gradient of all adapters together to this norm; 0: no clipping."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -175,6 +178,7 @@ def optimization(recipe: Recipe) -> Optimization:
     """What the engine needs to know."""
     return Optimization(
         learning_rate=recipe.learning_rate,
+        optim=recipe.optim,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         weight_decay=recipe.weight_decay,

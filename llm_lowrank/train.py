@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llm_lowrank import export, loading
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
@@ -68,29 +68,34 @@ def train(recipe: Recipe) -> None:
         before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
         say(f"before training: {before}")
 
+        def rate(step: int) -> float:
+            return learning_rate(step, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
+
         seen = Seen()
         with tqdm(total=total, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(1, total + 1):
-                rate = learning_rate(step - 1, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
+                rates = method.rates(step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
+                    method.batch(adapters, step - 1, micro.samples)
                     loss = summed_loss(model, micro, engine.device) / micro.tokens
                     engine.backward(loss)
                     seen.add(loss, micro)
                 method.observe(adapters, engine)
-                norm = engine.step(rate)
+                norm = engine.step(*rates)
                 if not norm < float("inf"):
                     raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
                 if step in run.recompositions:
-                    if (event := measured(engine, partial(method.recompose, adapters, engine))) is not None:
+                    if (event := measured(engine, partial(method.recompose, adapters, engine, step))) is not None:
                         say(log_exchange(metrics, step, "recompose", event))
                 bar.update()
                 if step % recipe.logging_steps == 0 or step == total:
-                    record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": rate, "grad_norm": norm}
+                    record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": max(rates), "grad_norm": norm}
                     metrics.write("train", step, **record)
                     upcoming = next((s for s in run.recompositions if s > step), None)
                     bar.set_postfix(
-                        loss=f"{record['loss']:.4f}", lr=f"{rate:.2e}", tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming
-                    )
+                        loss=f"{record['loss']:.4f}", lr=f"{max(rates):.2e}", tok_s=f"{record['tokens_per_second']:.0f}",
+                        next_exchange=upcoming,
+                    )  # fmt: skip
                 if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
                     paused = time.perf_counter()
                     say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
@@ -177,7 +182,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
 
 def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     """What is about to be trained, and where exchanges will go."""
-    trained = sum(a.rank * sum(a.shape) for a in run.adapters)
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = [
         f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable parameters",
         f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; {run.total_steps} steps of "
@@ -187,8 +192,7 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
         lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {', '.join(run.unused[:3])}{', ...' * (len(run.unused) > 3)}")
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
-    if run.recompositions:
-        adapter = run.adapters[0]
+    if run.recompositions and isinstance(adapter := run.adapters[0], PairAdapter):
         where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
         lossy = "would round away part of" if adapter.codec.writable else "would round away"
         why = "holds" if adapter.codec.holds_small_updates else lossy

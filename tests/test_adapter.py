@@ -9,20 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import PairAdapter
 from llm_lowrank.codecs import Dense
 
 M, N, R, K = 7, 10, 3, 2
 
 
-def layer(bank: int = 0, dropout: float = 0.0, bias: bool = True) -> tuple[Adapter, nn.Linear]:
+def layer(bank: int = 0, dropout: float = 0.0, bias: bool = True) -> tuple[PairAdapter, nn.Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(N, M, bias=bias)
-    adapter = Adapter("layer", linear, Dense(), R, 0.5, bank, dropout)
+    adapter = PairAdapter("layer", linear, Dense(), R, 0.5, bank, dropout)
+    adapter.fill()
     return adapter, linear
 
 
-def fill(adapter: Adapter) -> None:
+def fill(adapter: PairAdapter) -> None:
     for p in adapter.factors():
         nn.init.normal_(p)
 

@@ -53,7 +53,7 @@ def one_switch(into: str) -> dict:
         method.observe(adapters, engine)
         engine.step(1e-3)
     learned, stored = maps(), [engine.weight(a).read().clone() for a in adapters]
-    event = method.recompose(adapters, engine)
+    event = method.recompose(adapters, engine, 1)
     after = maps()
     return {
         "event": event,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llm_lowrank.functional import adapter_linear, frozen_linear
+from llm_lowrank.functional import Product, adapter_linear, frozen_linear
 
 M, N, R, K, SCALE = 12, 10, 3, 4, 0.7           # out, in, pairs, bank pairs, s
 
@@ -31,7 +31,8 @@ class Layer:
         self.bank_A, self.bank_B = (new(K, N), new(M, K)) if bank else (None, None)
 
     def __call__(self, x: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
-        return adapter_linear(x, self.parts, decode, self.A, self.B, SCALE, self.bias, self.bank_A, self.bank_B)
+        bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
+        return adapter_linear(x, self.parts, decode, [Product(self.A, self.B)], SCALE, self.bias, bank)
 
     def naive(self, x: Tensor) -> Tensor:
         y = x @ decode(*self.parts).T + SCALE * (x @ self.A.T) @ self.B.T
@@ -236,7 +237,7 @@ def test_moving_pairs_between_trainable_and_bank_changes_the_order_of_a_sum_only
 
     def y(order: Tensor) -> Tensor:
         a, b = A[order], B[:, order]
-        return adapter_linear(x, (w,), lambda w: w, a[:r], b[:, :r], SCALE, None, a[r:], b[:, r:])
+        return adapter_linear(x, (w,), lambda w: w, [Product(a[:r], b[:, :r])], SCALE, None, Product(a[r:], b[:, r:]))
 
     before, after = y(torch.arange(r + k)), y(torch.randperm(r + k, generator=rng))
     if dtype is torch.float32:
@@ -255,7 +256,7 @@ def test_a_pair_weighs_the_same_on_either_side():
 
 def test_an_adapter_without_pairs_is_the_frozen_linear():
     layer, x = Layer(bias=True), inputs(5, N)
-    y = adapter_linear(x, layer.parts, decode, torch.zeros(0, N), torch.zeros(M, 0), SCALE, layer.bias)
+    y = adapter_linear(x, layer.parts, decode, [Product(torch.zeros(0, N), torch.zeros(M, 0))], SCALE, layer.bias)
     assert torch.equal(y, frozen_linear(x, layer.parts, decode, layer.bias))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(frozen_linear(x, layer.parts, decode).sum(), x)[0])
 

@@ -8,7 +8,7 @@ does a block of 64 divide any row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,42 +16,70 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import llm_lowrank.methods  # noqa: F401 - registers them
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.export import merge, save_adapter
-from llm_lowrank.functional import adapter_linear
 from llm_lowrank.method import Method
-from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.pairs import Change, Pairs
 from llm_lowrank.source import Source
 from tests import ranks
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 
 STEPS = 4
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]  # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
-COMMON = dict(rank=4, target_modules=MODULES)
-SRLORA = dict(COMMON, alpha=6, target_rank=7, gamma=0.5, svd_cache="")  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
-METHODS: dict[str, Method] = {
-    "lora": LoRA(**COMMON),
-    "lora-rslora": LoRA(**COMMON, alpha=6, use_rslora=True),  # s = 3
-    "pissa": PiSSA(**COMMON, svd_cache=""),
-    "srlora-weight": SRLoRA(**SRLORA, into="weight"),
-    "srlora-bank": SRLoRA(**SRLORA, into="bank"),
+PAIRS = dict(rank=4, target_modules=MODULES)
+# Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
+SETTINGS: dict[str, dict[str, dict]] = {
+    "lora": {"lora": PAIRS, "lora-rslora": dict(PAIRS, alpha=6, use_rslora=True)},  # s = 3
+    "pissa": {"pissa": dict(PAIRS, svd_cache="")},
+    "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
+        f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into) for into in ("weight", "bank")
+    },
+    "dora": {"dora": dict(PAIRS, alpha=6)},
+    "relora": {f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")},
+    "rasa": {"rasa": dict(PAIRS, alpha=6, k=1)},
+    "droplora": {
+        "droplora-step": dict(PAIRS, alpha=6, p=0.5, mask="step"),
+        "droplora-token-dora": dict(PAIRS, alpha=6, p=0.5, mask="token", use_dora=True),
+    },
 }
+METHODS: dict[str, Method] = {
+    label: kind(**settings)
+    for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")
+    for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
+}  # fmt: skip
 ENGINES = [(engine, world) for engine in ("plain", "zero1", "zero2", "zero3", "fsdp") for world in (1, 2, 3)]
+FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]  # for methods whose way of moving is one of the others'
+EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 CODED = ("nf4", "int8")  # their arithmetic is float32
 Cell = tuple[str, str, int, str]
+
+
+def refused(method: str, dtype: str) -> bool:
+    """By the method itself, as its paper test says."""
+    try:
+        METHODS[method].build("layer", nn.Linear(42, 43), CODECS[dtype], 0)
+    except ValueError:
+        return True
+    return False
+
+
 CELLS: list[Cell] = [
     (method, engine, world, dtype)
-    for method in METHODS for engine, world in ENGINES for dtype in DTYPES
-    if not (method == "srlora-weight" and dtype in CODED)  # refused: test_srlora.py
+    for method in METHODS for engine, world in (ENGINES if method in EVERYWHERE else FEWER) for dtype in DTYPES
+    if not refused(method, dtype) and (method in EVERYWHERE or dtype != "int8" or engine in ("plain", "zero3"))
 ]  # fmt: skip
+
+
+def takes_pairs(method: str) -> bool:
+    """Out of W, at the start."""
+    return isinstance(METHODS[method], PiSSA)
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
@@ -64,36 +92,23 @@ def over(cells: list[Cell]) -> pytest.MarkDecorator:
 @dataclass
 class Snapshot:
     logits: Tensor  # what the wrapped model answers
-    factors: dict[str, list[Tensor]]  # module -> A, B and perhaps the bank's, as the forward sees them
+    maps: dict[str, Tensor]  # module -> the linear map that it is, in float64
+    values: dict[str, Tensor]  # every parameter beside W, as the forward sees it
     parts: dict[str, dict[str, Tensor]]  # frozen linear module -> W as it is stored, gathered, without filling
     weights: dict[str, Tensor]  # the same, decoded
     ledger: dict[str, int]  # module -> entries so far (rank 0)
 
     @classmethod
     def take(cls, t: Trainee) -> Snapshot:
-        def whole(p: torch.nn.Parameter) -> Tensor:
-            return t.engine.whole(p).cpu()
-
-        factors = {a.name: [whole(p) for p in a.factors()] for a in t.adapters}
         frozen = {name: m for name, m in t.model.named_modules() if isinstance(m, FrozenLinear)}
-        parts = {name: {k: whole(p)[: m.shape[0]] for k, p in m.named_parts().items()} for name, m in frozen.items()}
+        parts = {name: {k: t.engine.whole(p).cpu()[: m.shape[0]] for k, p in m.named_parts().items()} for name, m in frozen.items()}
         weights = {name: frozen[name].codec.codec.decode(found, frozen[name].shape[1]) for name, found in parts.items()}  # not watched
-        return cls(t.logits(), factors, parts, weights, {a.name: len(a.ledger) for a in t.adapters})
+        logits, maps = t.probe()
+        return cls(logits, maps, t.values(), parts, weights, {a.name: len(a.ledger) for a in t.adapters})
 
     def pairs(self, name: str) -> Pairs:
         """Trainable and bank pairs together."""
-        factors = self.factors[name]
-        return Pairs.cat([Pairs(b, a) for a, b in zip(factors[::2], factors[1::2], strict=True)])
-
-    def layer(self, name: str, scale: float) -> Tensor:
-        """W + s B A + s bank_B bank_A in float64."""
-        return self.weights[name].double() + scale * self.pairs(name).to(dtype=torch.float64).product()
-
-    def output(self, name: str, scale: float) -> Tensor:
-        """What the layer answers to a probe of its own type."""
-        w, factors = self.weights[name], self.factors[name]
-        x = torch.randn(64, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.dtype)
-        return adapter_linear(x, (w,), lambda w: w, *factors[:2], scale, None, *factors[2:])
+        return Pairs.cat([Pairs(self.values[f"{name}.{b}"], self.values[f"{name}.{a}"]) for b, a in (("B", "A"), ("bank_B", "bank_A"))])
 
 
 @dataclass
@@ -105,7 +120,7 @@ class Life:
     final: Snapshot
     losses: list[float]
     norms: list[float]  # of the gradient
-    ledger: dict[str, list[Pairs]]
+    ledger: dict[str, list[Change]]
     parameters: list[list[tuple]]  # (name, identity, shape, requires_grad) of every parameter: loaded, after every step
     elements: int  # of the checkpoint that this rank read by rows
     decoded_at_once: int  # weights
@@ -133,7 +148,7 @@ class Watched:
 
 def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str) -> Life:
     watched = Watched(CODECS[dtype])
-    t = Trainee(method, engine, dtype, accumulation, codec=watched)
+    t = Trainee(method, engine, dtype, accumulation, codec=watched, total=STEPS)
     untouched = llama(dtype)
 
     def parameters() -> list[tuple]:
@@ -146,11 +161,11 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
     for step in range(STEPS):
         loss = t.forward_backward(step)
         method.observe(t.adapters, t.engine)
-        norms.append(t.engine.step(1e-2))
+        norms.append(t.engine.step(*method.rates(step, STEPS, lambda step: 1e-2)))
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)
-            method.recompose(t.adapters, t.engine)
+            method.recompose(t.adapters, t.engine, step + 1)
             exchanges.append((before, Snapshot.take(t)))
         history.append(parameters())
     final = Snapshot.take(t)
@@ -206,18 +221,22 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).double().norm() / wanted.double().norm())
 
 
+def exact(change: Change) -> Tensor:
+    return change.pairs().to(dtype=torch.float64).product()
+
+
 def half_ulp(w: Tensor) -> Tensor:
     """Half a unit in the last place of bfloat16, which has 8 significant bits: |w| = f 2^e with f in [1/2, 1), ulp = 2^(e - 8)."""
     return torch.ldexp(torch.ones_like(w), torch.frexp(w.abs().clamp_min(1e-30)).exponent - 9)
 
 
-def rounding(w: Tensor, updates: list[Pairs]) -> Tensor:
+def rounding(w: Tensor, updates: Sequence[Change]) -> Tensor:
     """How far a bfloat16 W can be from w + the sum of the updates when each of them is added in float32 and rounded once, elementwise."""
-    exact, bound = w.double(), torch.zeros_like(w, dtype=torch.float64)
+    total, bound = w.double(), torch.zeros_like(w, dtype=torch.float64)
     for update in updates:
-        exact = exact + update.to(dtype=torch.float64).product()
-        bound += half_ulp(exact.abs() + bound)  # what is rounded differs from `exact` by the roundings before
-    return bound + FLOAT32 * exact.abs().max()  # and by the float32 arithmetic
+        total = total + exact(update)
+        bound += half_ulp(total.abs() + bound)  # what is rounded differs from `total` by the roundings before
+    return bound + FLOAT32 * total.abs().max()  # and by the float32 arithmetic
 
 
 def quantum(dtype: str, residual: Tensor) -> Tensor:
@@ -230,73 +249,72 @@ def quantum(dtype: str, residual: Tensor) -> Tensor:
     return (blocks.abs().amax(2, keepdim=True) * widest / 2).expand(blocks.shape).reshape(m, -1)[:, :n]
 
 
-def mapped(life: Life, snapshot: Snapshot, scale: float) -> LlamaForCausalLM:
+def mapped(snapshot: Snapshot) -> LlamaForCausalLM:
     """Plain transformers with every frozen linear replaced by the map that it is."""
     model = llama("fp32")
     with torch.no_grad():
         for name, w in snapshot.weights.items():
-            model.get_submodule(name).weight.copy_(snapshot.layer(name, scale) if name in life.original else w)
+            model.get_submodule(name).weight.copy_(snapshot.maps.get(name, w))
     return model
 
 
 # --- the laws ---------------------------------------------------------------------------------------------------------------------
 
 
-@over([cell for cell in CELLS if cell[0].startswith("lora") and cell[3] not in CODED])
+@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in CODED])
 def test_attaching_keeps_the_function_bitwise(lives, cell):
     life = lives(*cell)[0][0]
-    assert torch.equal(life.started.logits, life.base)  # B and the bank are zero: y + 0
+    assert torch.equal(life.started.logits, life.base)  # what is trained starts at zero: y + 0, or y * 1
 
 
 @over(CELLS)
 def test_start_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
-    life, scale = lives(*cell)[0][0], METHODS[method].scale
+    life = lives(*cell)[0][0]
     if dtype in CODED:
         with torch.no_grad():
-            assert relative(life.started.logits, mapped(life, life.started, scale)(input_ids=batch(99)).logits) <= FLOAT32
+            assert relative(life.started.logits, mapped(life.started)(input_ids=batch(99)).logits) <= FLOAT32
         if dtype == "int8":
             assert relative(life.started.logits, life.base) <= 0.05  # measured 1.4 to 1.8 %
     else:
         assert relative(life.started.logits, life.base) <= (FLOAT32 if dtype == "fp32" else BF16_LOGITS)
     for name, w in life.original.items():
-        layer, entries = life.started.layer(name, scale), life.ledger[name][: life.started.ledger[name]]
+        layer, entries = life.started.maps[name], life.ledger[name][: life.started.ledger[name]]
         if dtype == "fp32":
             assert relative(layer, w) <= FLOAT32, name
         elif dtype == "bf16":  # W was rounded once, by half a unit in the last place of what was stored
             assert len(entries) <= 1 and ((layer - w.double()).abs() <= rounding(w, entries)).all(), name
         else:
-            residual = w.double() + sum(entry.to(dtype=torch.float64).product() for entry in entries)
+            residual = w.double() + sum(exact(entry) for entry in entries)
             assert ((layer - w.double()).abs() <= quantum(dtype, residual) + FLOAT32 * w.abs().max()).all(), name
-        assert bool(entries) == isinstance(METHODS[method], PiSSA), "principal pairs left W, or nothing did"
+        assert bool(entries) == takes_pairs(method), "principal pairs left W, or nothing did"
 
 
 RECOMPOSING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
+BANKED = ("srlora-bank", "relora-bank")
 
 
 @over(RECOMPOSING)
 def test_recompose_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
-    life, scale = lives(*cell)[0][0], METHODS[method].scale
-    assert len(life.exchanges) == 2
+    life = lives(*cell)[0][0]
+    assert len(life.exchanges) == len(METHODS[method].schedule(STEPS)) > 0
     for before, after in life.exchanges:
-        banked = method == "srlora-bank"
         for name in life.original:
-            was, now = before.output(name, scale), after.output(name, scale)
-            if dtype != "bf16":
-                assert relative(now, was) <= FLOAT32, name
-            elif banked:  # one summation in another order: float32 inside a bf16 product, then one rounding
-                assert ((now - was).abs().double() <= 2 * half_ulp(torch.maximum(now.abs(), was.abs()).double())).all(), name
-            else:
-                update = life.ledger[name][before.ledger[name] : after.ledger[name]]
-                difference = after.layer(name, scale) - before.layer(name, scale)
-                assert (difference.abs() <= rounding(before.weights[name], update)).all(), name
+            was, now = before.maps[name], after.maps[name]
+            update = life.ledger[name][before.ledger[name] : after.ledger[name]]
+            if not update:  # nothing went into W: what moved beside it moved bitwise
+                assert relative(now, was) <= 1e-12, name
+            elif dtype == "bf16":
+                assert ((now - was).abs() <= rounding(before.weights[name], update)).all(), name
                 assert len(update) == 1, name
-            assert not torch.equal(after.factors[name][0], before.factors[name][0]), "nothing was exchanged"
+            else:
+                assert relative(now, was) <= FLOAT32, name
+        assert any(not torch.equal(value, before.values[name]) for name, value in after.values.items()), "nothing was exchanged"
         assert relative(after.logits, before.logits) <= (BF16_LOGITS if dtype == "bf16" else FLOAT32)
 
 
-@over([cell for cell in RECOMPOSING if cell[0].endswith("bank")])
+@over([cell for cell in RECOMPOSING if cell[0] in BANKED])
 def test_into_the_bank_pairs_move_bitwise_and_the_bytes_of_w_never_change(lives, cell):
     life = lives(*cell)[0][0]
     for before, after in life.exchanges:
@@ -309,8 +327,8 @@ def test_into_the_bank_pairs_move_bitwise_and_the_bytes_of_w_never_change(lives,
 
 
 def rows(pairs: Pairs) -> Tensor:
-    """The pairs as a set: (b_k, a_k) bit by bit, sorted."""
-    bits = torch.cat([pairs.B.T, pairs.A], 1).view(torch.int32)  # (k, m + n)
+    """The pairs that add something, as a set: (b_k, a_k) bit by bit, sorted."""
+    bits = torch.cat([pairs.B.T, pairs.A], 1)[pairs.B.any(0)].view(torch.int32)  # (k, m + n)
     return torch.tensor(sorted(bits.tolist()))
 
 
@@ -325,20 +343,19 @@ def test_sharded_steps_equal_one_process(lives, cell):
     life = lives(*cell)[0][0]
     rounded_anew = dtype == "bf16" and world == 3
     for name, parts in reference.started.parts.items():
-        if method.startswith("lora"):  # elsewhere the pairs taken out of W are rounded products, and a code may tip over
+        if not takes_pairs(method):  # elsewhere the pairs taken out of W are rounded products, and a code may tip over
             assert all(torch.equal(life.started.parts[name][k], part) for k, part in parts.items()), name
     assert len(life.losses) == STEPS and life.losses[-1] < life.losses[0]
     assert life.losses == pytest.approx(reference.losses, rel=2e-3 if rounded_anew else 2e-6)
     assert life.norms == pytest.approx(reference.norms, rel=2e-2 if rounded_anew else 2e-5)
-    scale = METHODS[method].scale
     apart, moved = 0.0, 0.0
     for name in life.original:
-        was, wanted = reference.started.layer(name, scale), reference.final.layer(name, scale)
-        apart += float((life.final.layer(name, scale) - wanted).norm() ** 2)
-        moved += float((wanted - was).norm() ** 2)
-        if not rounded_anew:  # the same pairs were chosen: any other choice is off by 100 %
-            for found, factor in zip(life.final.factors[name], reference.final.factors[name], strict=True):
-                assert relative(found, factor) <= 2e-5, name
+        wanted = reference.final.maps[name]
+        apart += float((life.final.maps[name] - wanted).norm() ** 2)
+        moved += float((wanted - reference.started.maps[name]).norm() ** 2)
+    if not rounded_anew:  # the same pairs were chosen: any other choice is off by 100 %
+        for name, wanted in reference.final.values.items():
+            assert relative(life.final.values[name], wanted) <= 2e-5, name
     # Measured 1.3e-5 (one such entry in float32) and 5.5e-2.
     assert apart**0.5 <= (0.15 if rounded_anew else 1e-4) * moved**0.5
 
@@ -356,21 +373,30 @@ def test_every_rank_computes_the_same_function(lives, cell):
 def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
     method, _, _, dtype = cell
     (life, *_), folder = lives(*cell)
-    wanted, scale = life.final.logits, METHODS[method].scale
+    wanted = life.final.logits
 
     exported = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     s = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     for name, w in life.original.items():
         a, b = (exported[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "AB")
-        portable, layer = w.double() + s * b @ a, life.final.layer(name, scale)
+        portable, layer = w.double() + s * b @ a, life.final.maps[name]
+        length = torch.ones(len(w), 1, dtype=torch.float64)
+        if config.get("use_dora"):
+            magnitude = exported[f"base_model.model.{name}.lora_magnitude_vector"].double()
+            length = (magnitude / portable.norm(dim=1))[:, None]
+            portable = length * portable
         if dtype == "fp32":
             assert relative(portable, layer) <= FLOAT32, name
         elif dtype == "bf16":  # the adapter holds what was asked of W, W holds it rounded
-            assert ((portable - layer).abs() <= rounding(w, life.ledger[name])).all(), name
+            assert ((portable - layer).abs() <= rounding(w, life.ledger[name]) + FLOAT32 * layer.abs()).all(), name
         else:  # the adapter is for the unquantized base: what encoding took is all that is between them
-            residual = w.double() + sum(entry.to(dtype=torch.float64).product() for entry in life.ledger[name])
-            assert ((portable - layer).abs() <= quantum(dtype, residual) + FLOAT32 * layer.abs().max()).all(), name
+            residual = w.double() + sum(exact(entry) for entry in life.ledger[name])
+            stored = life.final.weights[name].double()
+            bound = length * quantum(dtype, residual) + FLOAT32 * layer.abs().max()
+            if config.get("use_dora"):  # and its rows are as long as those of the base under it
+                bound += layer.abs() * ((w.double() - stored).norm(dim=1) / stored.norm(dim=1))[:, None] * 2
+            assert ((portable - layer).abs() <= bound).all(), name
         assert relative(portable, w) > 1e-3, "training changed nothing"
 
     base = bases[dtype]
@@ -378,7 +404,7 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
         base = tmp_path / "stored"
         model = llama("fp32")
         for name, w in life.final.weights.items():
-            taken = sum(e.to(dtype=torch.float64).product() for e in life.ledger.get(name, []))
+            taken = sum(exact(e) for e in life.ledger.get(name, []))
             model.get_submodule(name).weight.data = (w.double() - taken).float()
         model.save_pretrained(base)
     merge(Source.open(str(base)), folder, tmp_path / "merged")
@@ -396,15 +422,10 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
 
 @over(CELLS)
 def test_trainables_keep_number_shape_and_identity(lives, cell):
-    method = METHODS[cell[0]]
     for life in lives(*cell)[0]:
         first = life.parameters[0]
         assert len(life.parameters) == 1 + STEPS and all(later == first for later in life.parameters)
-        expected = {}
-        for name, w in life.original.items():
-            m, n = w.shape
-            expected |= {f"{name}.A": (method.rank, n), f"{name}.B": (m, method.rank)}
-        assert {name: shape for name, _, shape, trained in first if trained} == expected
+        assert any(trained for _, _, _, trained in first)
         assert len({identity for _, identity, _, _ in first}) == len(first)
 
 
@@ -426,5 +447,5 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
 
 def test_every_registered_method_is_under_the_laws():
     registered = {kind for kind in Method.get_known_choices().values() if kind.__module__.startswith("llm_lowrank.")}
-    assert registered == {type(method) for method in METHODS.values()}
+    assert registered == {type(METHODS[cell[0]]) for cell in CELLS}
     assert {engine for engine, _ in ENGINES} == {"plain", "zero1", "zero2", "zero3", "fsdp"}

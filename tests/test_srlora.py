@@ -212,7 +212,7 @@ def test_every_parameter_stays_the_object_that_the_optimizer_steps():
     for step in range(4):
         t.step(step)
         if step % 2:
-            t.method.recompose(t.adapters, t.engine)
+            t.method.recompose(t.adapters, t.engine, 1)
         assert identities() == first
 
 
@@ -251,7 +251,7 @@ def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
     for _ in range(BEFORE):
         step()
     was = t.values()
-    method.recompose(t.adapters, t.engine)
+    method.recompose(t.adapters, t.engine, 1)
     now = t.values()
     replaced = {k: now[k] != was[k] for k in now if k[-2:] in (".A", ".B")}
     ratios: list[float] = []
@@ -383,9 +383,9 @@ def exhausted(method: SRLoRA, engine: str) -> dict[str, bool]:
     for step in range(3):
         t.step(step)
         if step < 2:
-            t.method.recompose(t.adapters, t.engine)
+            t.method.recompose(t.adapters, t.engine, 1)
     before = Moment.now(t)
-    t.method.recompose(t.adapters, t.engine)
+    t.method.recompose(t.adapters, t.engine, 1)
     after = Moment.now(t)
     same = {}
     for part in ("values", "masters", "moments", "weights"):
@@ -411,7 +411,7 @@ def trained(method: PiSSA, engine: str, dtype: str) -> tuple[list[float], dict[s
     for step in range(4):
         losses.append(t.step(step))
         if step + 1 in method.schedule(4):
-            method.recompose(t.adapters, t.engine)
+            method.recompose(t.adapters, t.engine, 1)
     return losses, t.values(), t.moments(), t.weights()
 
 
@@ -437,11 +437,11 @@ def test_the_whole_change_has_at_most_rank_two_r_target_and_the_export_reproduce
     for step in range(6):
         t.step(step)
         if step in (1, 3):
-            method.recompose(t.adapters, t.engine)
+            method.recompose(t.adapters, t.engine, 1)
     saved = save_adapter(t.engine, t.adapters, method, tmp_path, "base")
     assert saved is not None and saved.rank <= 8
     exported = load_file(tmp_path / "adapter_model.safetensors")
-    layers = t.layers()
+    layers = t.probe()[1]
     for a in t.adapters:
         change = layers[a.name] - t.original[f"{a.name}.weight"].double()
         values = torch.linalg.svdvals(change)  # up to 14 of them
@@ -502,7 +502,7 @@ def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target,
         assert paper.schedule(total) == tuple(round(k * total / count) for k in range(1, count + 1))
     t = started(method, "plain")
     t.step(0)
-    exchanged = [method.recompose(t.adapters, t.engine).pairs // len(t.adapters) for _ in method.schedule(100)]
+    exchanged = [method.recompose(t.adapters, t.engine, 1).pairs // len(t.adapters) for _ in method.schedule(100)]
     assert exchanged == [min(swap, target - rank - swap * k) for k in range(count)]
     assert sum(exchanged) == target - rank
 
@@ -563,7 +563,7 @@ def not_finite(engine: str, number: float) -> tuple[str, list[str]]:
     t.engine.gradient = lambda p: torch.full_like(real(p), number) if p is broken and t.engine.rank == t.engine.world - 1 else real(p)
     t.method.observe(t.adapters, t.engine)
     t.engine.step(1e-2)
-    return caught(lambda: t.method.recompose(t.adapters, t.engine)), [a.name for a in t.adapters]
+    return caught(lambda: t.method.recompose(t.adapters, t.engine, 1)), [a.name for a in t.adapters]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -586,7 +586,7 @@ def tampered(method: SRLoRA, engine: str) -> str:
         return found
 
     t.engine.broadcast = broadcast
-    return caught(lambda: t.method.recompose(t.adapters, t.engine))
+    return caught(lambda: t.method.recompose(t.adapters, t.engine, 1))
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])

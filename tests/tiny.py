@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, Shared
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP, Sharding
@@ -98,8 +98,9 @@ class Trainee:
 
     def __init__(
         self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
-        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, **changes: object,
+        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, total: int = 100, **changes: object,
     ) -> None:  # fmt: skip
+        self.total = total  # steps of the run, as far as a method wants to know
         self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
         self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
@@ -110,15 +111,35 @@ class Trainee:
         self.wrapped, self.loaded = load(self.engine, self.model, self.adapters, method, checkpoint, settings)
 
     def logits(self, step: int = 99) -> Tensor:
+        self.model.eval()
         with torch.no_grad():
             return self.wrapped(input_ids=batch(step)).logits.float()
+
+    def probe(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Answers, and the linear map that every adapted layer is, in float64, as its own forward computes it: (m, n) each."""
+        found: dict[str, Tensor] = {}
+
+        def look(layer: Adapter, args: tuple[Tensor]) -> None:
+            eye = torch.eye(layer.shape[1], dtype=torch.float64)
+            found[layer.name] = (layer.forward(eye) - (0 if layer.bias is None else layer.bias.double())).T.clone()
+
+        # inside of a forward of the whole model, where every engine has gathered what the layer needs
+        handles = [a.register_forward_pre_hook(look) for a in self.adapters]
+        try:
+            return self.logits(), found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward_backward(self, step: int) -> float:
         """One global batch, split over ranks and micro-batches; returns the loss of this rank's share."""
         tokens = batch(step, self.samples)
         engine, total = self.engine, 0.0
+        self.model.train()
         parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]
-        for part in parts:
+        numbers = torch.arange(self.samples).view(self.accumulation, engine.world, -1)[:, engine.rank].tolist()
+        for part, samples in zip(parts, numbers, strict=True):
+            self.method.batch(self.adapters, step, samples)
             logits = self.wrapped(input_ids=part).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
             loss = loss / (tokens.shape[0] * (tokens.shape[1] - 1))
@@ -129,33 +150,26 @@ class Trainee:
     def step(self, step: int, learning_rate: float = 1e-2) -> float:
         loss = self.forward_backward(step)
         self.method.observe(self.adapters, self.engine)
-        self.engine.step(learning_rate)
+        self.engine.step(*self.method.rates(step, self.total, lambda step: learning_rate))
         return float(self.engine.sum(torch.tensor(loss)))
 
     def values(self) -> dict[str, Tensor]:
-        """A, B and bank of every adapter, whole."""
-        names = ("A", "B", "bank_A", "bank_B")
-        return {f"{a.name}.{n}": self.engine.whole(p).cpu() for a in self.adapters for n, p in zip(names, a.factors(), strict=False)}
+        """Every parameter that does not come from the checkpoint, whole."""
+        def own(module: nn.Module, name: str) -> bool:
+            return isinstance(module, Shared) or (isinstance(module, Adapter) and name not in (*module.part_names, "bias"))
+
+        parameters = [(f"{at}.{k}", p) for at, module in self.model.named_modules() for k, p in module.named_parameters(recurse=False)
+                      if own(module, k)]  # fmt: skip
+        return {name: self.engine.whole(p).cpu() for name, p in parameters}
 
     def moments(self) -> dict[str, Tensor]:
         found = {}
-        for a in self.adapters:
-            for n in ("A", "B"):
-                for k, v in self.engine.slot(getattr(a, n)).moments.items():
-                    found[f"{a.name}.{n}.{k}"] = v.cpu()
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                for k, v in self.engine.slot(p).moments.items():
+                    found[f"{name}.{k}"] = v.cpu()
         return found
 
     def weights(self) -> dict[str, Tensor]:
         """Every frozen W as it is stored now, decoded."""
         return {a.name: self.engine.weight(a).matmul(torch.eye(a.shape[1])).cpu() for a in self.adapters}
-
-    def layers(self) -> dict[str, Tensor]:
-        """The linear map of every adapted layer now: W + s B A + s bank_B bank_A, in float64."""
-        values, found = self.values(), {}
-        for name, w in self.weights().items():
-            total = w.double()
-            for b, a in (("B", "A"), ("bank_B", "bank_A")):
-                if f"{name}.{a}" in values:
-                    total = total + self.method.scale * values[f"{name}.{b}"].double() @ values[f"{name}.{a}"].double()
-            found[name] = total
-        return found

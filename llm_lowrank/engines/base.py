@@ -17,13 +17,14 @@ import datetime
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -46,9 +47,10 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Optimization:
-    """What an engine needs to know to build and step the optimizer (AdamW, decoupled weight decay)."""
+    """What an engine needs to know to build and step the optimizer: AdamW, or Lion with the same decoupled weight decay."""
 
     learning_rate: float = 1e-4
+    optim: Literal["adamw", "lion"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -80,11 +82,32 @@ def trainables(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def adamw(params: list[nn.Parameter], settings: Optimization) -> torch.optim.AdamW:
-    # One group, never an empty one: torch's schedulers and DeepSpeed disagree about empty groups.
+def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
+    """Over the trainable parameters, in groups by the `group` of the module that owns them: 0 where it says nothing.
+
+    Groups are numbered without a gap: torch's schedulers and DeepSpeed disagree about empty ones.
+    """
+    groups: dict[int, list[nn.Parameter]] = {}
+    known: set[nn.Parameter] = set()
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            if p.requires_grad and p not in known:
+                known.add(p)
+                groups.setdefault(getattr(module, "group", 0), []).append(p)
+    assert sorted(groups) == list(range(len(groups))), f"groups {sorted(groups)}"
+    listed = [{"params": groups[number]} for number in range(len(groups))]
+    if settings.optim == "lion":
+        return Lion(listed, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        params, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        listed, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
+
+
+def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
+    """One learning rate for every group."""
+    assert len(groups) == len(rates), (len(groups), len(rates))
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def share(total: int, index: int, of: int) -> slice:
@@ -157,8 +180,8 @@ class Engine(ABC):
         """Accumulates the gradient of this micro-batch's share of the loss; reduces it at the last micro-batch of a step."""
 
     @abstractmethod
-    def step(self, learning_rate: float) -> float:
-        """Clips, steps, clears the gradients; returns the gradient norm before clipping."""
+    def step(self, *rates: float) -> float:
+        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before clipping."""
 
     # ---- where every rank holds everything, unless an engine says otherwise
 
@@ -295,7 +318,7 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """An engine that steps torch's AdamW over its parameters itself."""
+    """An engine that steps the optimizer over its parameters itself."""
 
     params: list[nn.Parameter]
     settings: Optimization
@@ -304,18 +327,17 @@ class TorchEngine(Engine):
     def _optimize(self, model: nn.Module, settings: Optimization) -> None:
         self.settings, self.micro = settings, 0
         self.params = trainables(model)
-        self.optimizer = adamw(self.params, settings)
+        self.optimizer = optimizer(model, settings)
 
     def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
         return {k: state[k] for k in MOMENTS if k in state}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, *rates: float) -> float:
         assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
         self.micro = 0
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self.optimizer.param_groups, rates)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -17,6 +17,8 @@ class FrozenLinear(nn.Module):
     A linear on the meta device gives parts without values, to be filled by an engine.
     """
 
+    borrows: tuple[nn.Module, ...] = ()  # modules whose parameters the forward reads too; a tuple, so that they are not registered here
+
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:
         super().__init__()
         self.shape = (linear.out_features, linear.in_features)  # (m, n)

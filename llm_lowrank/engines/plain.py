@@ -53,8 +53,8 @@ class Plain(TorchEngine):
         self.micro += 1
         self._reduce_at_boundary()
 
-    def step(self, learning_rate: float) -> float:
-        norm = super().step(learning_rate)
+    def step(self, *rates: float) -> float:
+        norm = super().step(*rates)
         self._reduce_at_boundary()
         return norm
 

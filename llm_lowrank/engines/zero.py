@@ -36,7 +36,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, adamw, share, trainables
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, optimizer, set_rates, share, trainables
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -157,9 +157,14 @@ class Zero(Engine):
                 if isinstance(module, FrozenLinear):
                     module.pad_rows(self.world)
         self._fill(model, read)
-        params = trainables(model)
-        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, settings), config=config)
-        self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is our AdamW over flat partitions
+        if self.shards_parameters:
+            for module in model.modules():
+                for lender in module.borrows if isinstance(module, FrozenLinear) else ():
+                    for p in lender.parameters():
+                        deepspeed.zero.register_external_parameter(module, p)
+        made = optimizer(model, settings)
+        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainables(model), optimizer=made, config=config)
+        self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is ours over flat partitions
         return self.ds
 
     def _rows(self, p: nn.Parameter) -> slice:
@@ -276,11 +281,10 @@ class Zero(Engine):
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the micro-batch, steps nothing
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, *rates: float) -> float:
         assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
         self.micro = 0
-        for group in self.zero.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self.zero.param_groups, rates)
         self.ds.step()
         return float(self.ds.get_global_grad_norm())
 

@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, PairAdapter, paired
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import cache_dir
 from llm_lowrank.spectrum import Triplets, cached_triplets
@@ -24,7 +25,7 @@ from llm_lowrank.spectrum import Triplets, cached_triplets
 
 @Method.register_subclass("pissa")
 @dataclass(frozen=True)
-class PiSSA(Method):
+class PiSSA(LoRA):
     """Start from the principal singular directions of every weight."""
 
     svd_niter: int = 4
@@ -39,23 +40,24 @@ class PiSSA(Method):
     """seed of the randomized SVD"""
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        return self.principal_pairs(adapters, engine, self.rank)
+        layers = paired(adapters)
+        return self.principal_pairs(layers, engine, [layer.rank for layer in layers])
 
-    def principal_pairs(self, adapters: list[Adapter], engine: Engine, k: int) -> Iterator[Pairs]:
-        """The k principal pairs of each untouched W, on the host, the same on every rank. Collective.
+    def principal_pairs(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Pairs]:
+        """So many principal pairs of each untouched W, on the host, the same on every rank. Collective.
 
         The rank that decomposes reads W from the checkpoint: nothing is gathered.
         """
         spread = engine.world if self.svd_placement == "spread" else 1
         for first in range(0, len(adapters), spread):
-            batch = adapters[first : first + spread]
+            batch = list(zip(adapters, counts, strict=True))[first : first + spread]
             mine: Triplets | Exception | None = None
             if engine.rank < len(batch):
                 try:  # before the broadcasts, so that ranks really work side by side
-                    mine = self._decompose(batch[engine.rank], k, engine.device)
+                    mine = self._decompose(*batch[engine.rank], engine.device)
                 except Exception as error:  # noqa: BLE001 - raised on every rank by the broadcast below
                     mine = error
-            for owner, adapter in enumerate(batch):
+            for owner, (adapter, _) in enumerate(batch):
                 u, s, v = (t.cpu() for t in engine.broadcast(partial(_or_raise, mine), source=owner))
                 root = (s / adapter.scale).sqrt()
                 yield Pairs(u * root, (v * root).T.contiguous())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_lowrank import importance
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, PairAdapter, paired
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.exchange import Exchanged, Moments, exchange_
@@ -59,6 +59,8 @@ class SRLoRA(PiSSA):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.rank_pattern:
+            raise ValueError("method.rank_pattern cannot be used with srlora: modules would need different numbers of switches; remove it")
 
     @property
     def swap(self) -> int:
@@ -85,7 +87,8 @@ class SRLoRA(PiSSA):
         return tuple(step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule))
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        for adapter, pairs in zip(adapters, self.principal_pairs(adapters, engine, self.target_rank), strict=True):
+        layers = paired(adapters)
+        for adapter, pairs in zip(layers, self.principal_pairs(layers, engine, [self.target_rank] * len(layers)), strict=True):
             if adapter.bank_A is not None:
                 yield pairs
             else:
@@ -93,7 +96,7 @@ class SRLoRA(PiSSA):
                 yield pairs.take(slice(self.rank))
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
-        for adapter in adapters:
+        for adapter in paired(adapters):
             adapter.memory["visited"] = torch.tensor(self.rank)  # directions that have been trained, the next one's number
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
@@ -107,11 +110,12 @@ class SRLoRA(PiSSA):
         gradients = [engine.gradient(p) for _, _, p in params]
         importance.update_(mean, spread, values, gradients, self.beta1, self.beta2)
 
-    def recompose(self, adapters: list[Adapter], engine: Engine) -> Exchanged | None:
-        count = min(self.swap, self.target_rank - int(adapters[0].memory["visited"]))
-        choice = self.choose(adapters, engine, count)
+    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        layers = paired(adapters)
+        count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))
+        choice = self.choose(layers, engine, count)
         events, factors = [], [choice]
-        for adapter, index in zip(adapters, choice, strict=True):
+        for adapter, index in zip(layers, choice, strict=True):
             visited = int(adapter.memory["visited"])
             waiting = slice(visited - self.rank, visited - self.rank + count)
             if adapter.bank_A is not None:
@@ -126,7 +130,7 @@ class SRLoRA(PiSSA):
         engine.same("the exchanged pairs", *factors)
         return Exchanged.total(events)
 
-    def choose(self, adapters: list[Adapter], engine: Engine, count: int) -> Tensor:
+    def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
         """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides. Collective."""
         scores = engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))  # (modules, r)
         if not torch.isfinite(scores).all():
@@ -135,7 +139,7 @@ class SRLoRA(PiSSA):
         (choice,) = engine.broadcast(lambda: [torch.argsort(scores, dim=1, stable=True)[:, :count].sort(1).values])
         return choice
 
-    def _my_scores(self, adapter: Adapter, engine: Engine) -> Tensor:
+    def _my_scores(self, adapter: PairAdapter, engine: Engine) -> Tensor:
         """S_k as far as this rank's runs of A and B go: (r,)."""
         m, n = adapter.shape
         memory, r = adapter.memory, self.rank
@@ -144,7 +148,7 @@ class SRLoRA(PiSSA):
         return columns / m + rows / n
 
 
-def _waiting(adapter: Adapter, where: slice) -> list[Tensor]:
+def _waiting(adapter: PairAdapter, where: slice) -> list[Tensor]:
     assert adapter.reserve is not None
     fresh = adapter.reserve.take(where)
     return [fresh.B, fresh.A]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llm_lowrank.codecs import Int8, Nf4
-from llm_lowrank.functional import adapter_linear
+from llm_lowrank.functional import Product, adapter_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_the_fused_linear_over_codes_equals_the_dense_one(codec):
     w = codec.decode(parts, n)
     a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((r, n), (m, r)))
     x = torch.randn(5, n, device="cuda", dtype=codec.dtype, requires_grad=True)
-    y = adapter_linear(x, tuple(parts.values()), lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n), a, b, 0.5)
+    y = adapter_linear(x, tuple(parts.values()), lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n), [Product(a, b)], 0.5)
     wanted = x @ w.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     tolerance = 2**-6 if codec.dtype == torch.bfloat16 else 1e-5
     assert (y - wanted).norm() <= tolerance * wanted.norm()
