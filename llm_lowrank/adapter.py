@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,41 @@ def uniform_rows(r: int, n: int, random: torch.Generator) -> Tensor:
 class Shared(nn.Module):
     """Parameters that several adapters use: once in the optimizer, the gradient norm and a checkpoint.
 
-    One module outside of the decoder layers owns them (FSDP2 shards them with the root); a layer names it in `borrows` and reads
-    `module.parameter` at each forward, as engines swap parameters.
+    One module outside of the decoder layers owns them (FSDP2 shards them with the root); a layer names it in `borrows` and takes
+    them by `read` at each forward, as engines swap parameters.
+
+    Reentrant checkpointing runs a backward of its own for every layer, so that a shared parameter's gradient would come layer by layer;
+    DDP and ZeRO-2/3 refuse one that comes twice. In there all layers but the first read leaves in the place of the parameters. What
+    these receive waits here for the first layer's gradient, which comes last.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[str, Tensor] = {}
+
+    def read(self, name: str, first: bool) -> Tensor:
+        """A parameter, for the forward of one layer, the first one of the model that uses it or another."""
+        p: nn.Parameter = getattr(self, name)
+        in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        if in_backward and not first:
+            leaf = p.detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(partial(self._wait, name))
+            return leaf
+        if not in_backward and name in self.waiting:
+            raise RuntimeError(
+                f"the first layer that shares {name} took no part in the last backward, others did; checkpoint all layers or none"
+            )
+        if p.requires_grad and not hasattr(p, "complete"):  # FSDP2 shows another object in forward than it gives the optimizer
+            p.complete = p.register_hook(partial(self._complete, name))  # type: ignore[attr-defined]
+        return p
+
+    def _wait(self, name: str, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self.waiting[name] = self.waiting[name].add_(leaf.grad) if name in self.waiting else leaf.grad
+        leaf.grad = None
+
+    def _complete(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient + self.waiting.pop(name) if name in self.waiting else gradient
 
     def initial(self) -> dict[str, Tensor]:
         """Whole starting values of every parameter, on the host."""
@@ -123,8 +156,7 @@ class PairAdapter(Adapter):
                 pairs = Pairs(torch.zeros(m, r + bank), torch.cat([start, torch.zeros(bank, n)]))
         assert len(pairs) == r + bank, f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
         values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
-        values |= {"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {}
-        return {k: v.clone() for k, v in values.items()}  # trained in place: the ledger keeps the pairs as they were
+        return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
 
     # ---- what a method may do differently
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
+from llm_lowrank.adapter import Adapter
 from llm_lowrank.data import Batches, load, pad_id
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
@@ -25,10 +26,11 @@ ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 def describe(recipe: Recipe, world: int) -> str:
     """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as text."""
     folder = model_folder(recipe.model_name_or_path)
-    model, _ = adapted(recipe, folder)
+    model, adapters = adapted(recipe, folder)
     sizes = Sizes.of(model, recipe.method)
     notes = [message] if (message := occupied(recipe)) else []
-    return "\n\n".join([dump(recipe).rstrip(), parameters(model), schedule(recipe, folder, world), memory(recipe, sizes, world), *notes])
+    plan = [parameters(model), schedule(recipe, folder, world, adapters), memory(recipe, sizes, world)]
+    return "\n\n".join([dump(recipe).rstrip(), *plan, *notes])
 
 
 def model_folder(name: str) -> str:
@@ -107,7 +109,7 @@ def _shape(module: nn.Module) -> str:
 # --- schedule ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(recipe: Recipe, folder: str, world: int) -> str:
+def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -> str:
     """Length of the run and the steps after which pairs are exchanged."""
     per_device, accumulated = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     batch = f"global batch {per_device * accumulated * world} = {per_device} per rank x {accumulated} accumulated x {world} rank(s)"
@@ -115,7 +117,7 @@ def schedule(recipe: Recipe, folder: str, world: int) -> str:
         total = total_steps(recipe, folder, world)
     except (ValueError, OSError) as error:
         return f"schedule, {batch}\nsteps and recompositions are not known without the data (or max_steps): {str(error).splitlines()[0]}"
-    steps = recipe.method.schedule(total)
+    steps = recipe.method.schedule(total, adapters)
     when = f"after step {', '.join(map(str, steps))}" if steps else "none"
     return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} recompositions: {when}"
 

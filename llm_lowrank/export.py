@@ -38,6 +38,7 @@ from llm_lowrank.source import INDEX, SINGLE, Source
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BACKBONE = "backbone.safetensors"
+PREFIX = "base_model.model."
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def save_adapter(
             own = adapter.extras(engine.whole)
             if engine.main:
                 factors[adapter.name] = Pairs(b, a).to("cpu")
-                extras |= {f"base_model.model.{adapter.name}.{k}": v.cpu() for k, v in own.items()}
+                extras |= {f"{PREFIX}{adapter.name}.{k}": v.cpu() for k, v in own.items()}
         elif (change := _change(engine, adapter)) is not None:
             factors[adapter.name], dropped = change.compress(most=method.export_rank)
             error = max(error, dropped / max(_norm(change), torch.finfo(torch.float64).tiny))
@@ -110,8 +111,8 @@ def save_adapter(
         if not as_trained:
             m, n = pairs.shape
             pairs = Pairs.cat([pairs, Pairs(torch.zeros(m, rank - len(pairs)), torch.zeros(rank - len(pairs), n))])
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pairs.A  # (rank, n)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pairs.B  # (m, rank)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pairs.A  # (rank, n)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pairs.B  # (m, rank)
     described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
     write_safetensors(Path(path) / WEIGHTS, tensors, {"format": "pt", "written_by": "llm_lowrank", "method": described})
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
@@ -155,6 +156,24 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Update:
+    """What an adapter makes of a weight: W + s B A, with the rows as long as `magnitude` says (DoRA, arXiv 2402.09353 eq. 5)."""
+
+    pairs: Pairs
+    scaling: float
+    magnitude: Tensor | None = None  # (m,)
+
+    def change(self, w: Tensor) -> Tensor:
+        """What is added to a float32 W: (m, n) -> (m, n)."""
+        added = self.scaling * self.pairs.to(dtype=torch.float32).product()
+        if self.magnitude is None:
+            return added
+        whole = w + added
+        lengths = whole.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        return whole * (self.magnitude.float() / lengths)[:, None] - w
+
+
+@dataclass(frozen=True)
 class Lora:
     """A PEFT LoRA folder, read one module at a time."""
 
@@ -173,25 +192,23 @@ class Lora:
             pickled = " (adapter_model.bin is pickled: save it again with PEFT)" if (path / "adapter_model.bin").is_file() else ""
             raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
         keys = set(stored_names(path / WEIGHTS))
-        modules = sorted({key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
-        strange = sorted(keys ^ {cls._key(module, letter) for module in modules for letter in "AB"})
+        parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
+        modules = sorted({key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
+        strange = sorted(keys ^ {f"{PREFIX}{module}.{part}" for module in modules for part in parts})
         if strange or not modules:
-            raise ValueError(f"{path / WEIGHTS} is not made of pairs of lora_A.weight and lora_B.weight: see {strange[:3] or 'no tensors'}")
+            raise ValueError(f"{path / WEIGHTS} is not made of {' and '.join(parts)} of every module: see {strange[:3] or 'no tensors'}")
         return cls(path, modules, config)
 
-    @staticmethod
-    def _key(module: str, letter: str) -> str:
-        return f"base_model.model.{module}.lora_{letter}.weight"
-
-    def update(self, module: str) -> tuple[Pairs, float]:
-        """B, A as stored and the scaling that the config gives this module."""
+    def update(self, module: str) -> Update:
         with safe_open(self.path / WEIGHTS, framework="pt") as handle:
-            pairs = Pairs(handle.get_tensor(self._key(module, "B")), handle.get_tensor(self._key(module, "A")))
+            a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+            magnitude = handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
+        pairs = Pairs(b, a)
         rank = self._pattern("rank_pattern", module, self.config["r"])
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
         if len(pairs) != rank:
             raise ValueError(f"{self.path}: {module} has {len(pairs)} pairs, but {CONFIG} says rank {rank}")
-        return pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
 
     def _pattern(self, key: str, module: str, default: float) -> float:
         """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
@@ -200,7 +217,7 @@ class Lora:
 
 
 # What a LoRA config may say here; all else must be off.
-UNDERSTOOD = {"peft_type", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+UNDERSTOOD = {"peft_type", "init_lora_weights", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 NO_MATTER = {  # does not change W + scaling B A
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors say which modules there are
@@ -308,7 +325,7 @@ class Merging:
         if name not in self.updated:
             return weight.to(target)
         module = self.updated[name]
-        merged, self.lost[module] = add_rounded(weight, *self.lora.update(module), target)
+        merged, self.lost[module] = add_rounded(weight, self.lora.update(module), target)
         return merged
 
 
@@ -392,12 +409,12 @@ def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor)
     return torch.nn.functional.linear(x, w, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-def add_rounded(weight: Tensor, pairs: Pairs, scaling: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """W + scaling B A, summed in float32 and rounded once, and the share of the update that the rounding took.
+def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The updated W, computed in float32 and rounded once, and the share of the update that the rounding took.
 
-    lost = |realized - wanted| / |wanted|,  wanted = scaling B A,  realized = round(W + wanted) - round(W)
+    lost = |realized - wanted| / |wanted|,  wanted = the update,  realized = round(W + wanted) - round(W)
     """
-    wanted = scaling * pairs.to(dtype=torch.float32).product()  # (m, n)
+    wanted = update.change(weight.float())  # (m, n)
     merged = (weight.float() + wanted).to(dtype)
     realized = merged.float() - weight.to(dtype).float()
     size = float(wanted.norm())
@@ -424,7 +441,7 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
             near = difflib.get_close_matches(name, stored, 2)
             hint = f" (it has {', '.join(near)})" if near else ""
             raise ValueError(f"{lora.path} adapts {module}, but {source.path} has no tensor {name}{hint}; is it the right base model?")
-        shape, wanted = tuple(source.layout(name)[1]), lora.update(module)[0].shape
+        shape, wanted = tuple(source.layout(name)[1]), lora.update(module).pairs.shape
         if shape != wanted:
             raise ValueError(f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right base?")
     return {f"{module}.weight": module for module in lora.modules}

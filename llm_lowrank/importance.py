@@ -16,9 +16,14 @@ from torch import Tensor
 
 
 def update_(mean: list[Tensor], spread: list[Tensor], w: list[Tensor], g: list[Tensor], beta1: float, beta2: float) -> None:
-    """One step of both moving averages, in place, for many flat runs at once (few kernels instead of many)."""
-    now = torch._foreach_mul(w, g)
+    """One step of both moving averages of |w g|, in place, for many flat runs at once (few kernels instead of many)."""
+    now = list(torch._foreach_mul(w, g))
     torch._foreach_abs_(now)
+    smooth_(mean, spread, now, beta1, beta2)
+
+
+def smooth_(mean: list[Tensor], spread: list[Tensor], now: list[Tensor], beta1: float, beta2: float) -> None:
+    """One step of both moving averages of an importance, in place; `now` is used up."""
     torch._foreach_lerp_(mean, now, 1 - beta1)
     torch._foreach_sub_(now, mean)
     torch._foreach_abs_(now)

@@ -169,14 +169,14 @@ class _Reader:
                 values |= self._coded(name, module, mine, pairs)
                 if self.witness is None and not module.codec.writable:
                     self.witness = module, mine, {k: part.clone() for k, part in values.items()}
-            if isinstance(module, Adapter):
-                values |= {k: v[rows[k]] for k, v in module.initial(pairs).items()}
+            if isinstance(module, Adapter):  # copies, as they are trained in place: the ledger keeps the pairs as they were
+                values |= {k: v[rows[k]].clone() for k, v in module.initial(pairs).items()}
                 if pairs is not None:
                     self.loaded.pairs += len(pairs)
                     if self.engine.main:
                         module.ledger.append(_out_of_w(module, pairs))
             if isinstance(module, Shared):
-                values |= {k: v[rows[k]] for k, v in module.initial().items()}
+                values |= {k: v[rows[k]].clone() for k, v in module.initial().items()}
             for k, run in rows.items():
                 if k not in values:
                     values[k] = self._plain(f"{name}.{k}", getattr(module, k), run)

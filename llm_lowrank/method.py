@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.codecs import Codec
+from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.pairs import Pairs
 
@@ -45,6 +45,10 @@ class Method(draccus.ChoiceRegistry):
 
     # ---- the hooks, in the order in which a run calls them
 
+    def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The linear modules to adapt, in the model's order."""
+        return targets(model, self.target_modules)
+
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         """What takes the place of a linear module, perhaps without values. ValueError if the method cannot work on such a weight."""
         raise NotImplementedError
@@ -52,8 +56,8 @@ class Method(draccus.ChoiceRegistry):
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
         """Once, when all adapters are in their places, before there are values: what they share, what they must agree on."""
 
-    def schedule(self, total_steps: int) -> tuple[int, ...]:
-        """Completed steps after which `recompose` is called. ValueError if the method cannot do with so many steps."""
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
+        """Completed steps after which `recompose` is called. ValueError if the method, or these adapters, cannot do with so many steps."""
         return ()
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
@@ -68,7 +72,7 @@ class Method(draccus.ChoiceRegistry):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         """Once, when everything is loaded and sharded, before the first step. Collective."""
 
-    def rates(self, step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
         """The learning rate of 0-based `step` for every group of the optimizer. rate(step) is the recipe's."""
         return [rate(step)]
 
@@ -90,12 +94,16 @@ class Method(draccus.ChoiceRegistry):
         return {}
 
 
+def output_layer(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
     """The linear modules that `wanted` names, in the model's order.
 
     Each wanted name must match one: ValueError with what there is otherwise.
     """
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = output_layer(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if wanted == [ALL_LINEAR]:
         found = {name: m for name, m in linears.items() if m is not output}
@@ -121,11 +129,13 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
     norms stay as they are.
     """
     model.requires_grad_(False)
-    wanted = targets(model, method.target_modules)
+    wanted = method.targets(model)
+    output = output_layer(model)
     others = {} if codec.writable else {name: m for name, m in targets(model, [ALL_LINEAR]).items() if name not in wanted}
     adapters = []
     for name, linear in (wanted | others).items():
-        layer = method.build(name, linear, codec, seed) if name in wanted else FrozenLinear(linear, codec)
+        stored = Dense(linear.weight.dtype) if linear is output else codec
+        layer = method.build(name, linear, stored, seed) if name in wanted else FrozenLinear(linear, stored)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         if isinstance(layer, Adapter):

@@ -74,7 +74,7 @@ def train(recipe: Recipe) -> None:
         seen = Seen()
         with tqdm(total=total, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(1, total + 1):
-                rates = method.rates(step - 1, total, rate)
+                rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
                     method.batch(adapters, step - 1, micro.samples)
                     loss = summed_loss(model, micro, engine.device) / micro.tokens
@@ -171,8 +171,8 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         pad_id(tokenizer), recipe.num_train_epochs,
     )  # fmt: skip
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
-    recompositions = recipe.method.schedule(total)
     model, adapters = adapted(recipe, source.path)
+    recompositions = recipe.method.schedule(total, adapters)
     unused = loading.bind(model, adapters, source)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -287,7 +287,10 @@ def log_exchange(metrics: Metrics, step: int, what: str, event: Exchanged) -> st
         "exchange", step, what=what, modules=event.modules, pairs=event.pairs, into=event.into, drift=event.drift, lost=event.lost,
         milliseconds=milliseconds, bytes=event.traffic,
     )  # fmt: skip
-    lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
+    if event.into == "bank":
+        lost = f", compressing the bank took {event.lost:.1e} of it" if event.lost else ""
+    else:
+        lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
     return (
         f"step {step}: {what}: {event.pairs} pairs of {event.modules} modules, frozen ones into the {event.into}; "
         f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from llm_lowrank import export, files
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.export import CONFIG, WEIGHTS, Lora, add_rounded, delta, merge, save_adapter
+from llm_lowrank.export import CONFIG, WEIGHTS, Lora, Update, add_rounded, delta, merge, save_adapter
 from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
@@ -254,17 +254,20 @@ def test_patterns_and_rslora_scale_as_in_peft(tmp_path, base):
     every = {f"model.layers.{layer}.{name}": 2 for layer in (0, 1) for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
     ranks = {**every, down: 5, q: 3, q.replace("0", "1"): 3}
     adapter = write_adapter(tmp_path / "adapter", config, ranks)
-    scalings = [Lora.open(adapter).update(name)[1] for name in (UP, down, q)]
+    scalings = [Lora.open(adapter).update(name).scaling for name in (UP, down, q)]
     assert scalings == pytest.approx([4 / 2**0.5, 7 / 5**0.5, 4 / 3**0.5])
     merge(Source.open(base), adapter, tmp_path / "merged")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, through_peft(base, adapter), rtol=0, atol=2e-5)
 
 
-def test_folder_that_peft_saved_is_understood(tmp_path, base):
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
-    )
+@pytest.mark.parametrize("dora", [False, True])
+def test_folder_that_peft_saved_is_understood(tmp_path, base, dora):
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False, use_dora=dora)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, p in model.named_parameters():
+        if "magnitude" in name:
+            p.data.mul_(torch.linspace(0.5, 1.5, len(p)))
     model.save_pretrained(tmp_path / "adapter")
     merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -275,7 +278,7 @@ def test_folder_that_peft_saved_is_understood(tmp_path, base):
     ("changes", "says"),
     [
         ({"peft_type": "VERA"}, "type VERA"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "not made of .*lora_magnitude_vector of every module"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -326,18 +329,19 @@ def test_loss_of_small_updates_in_bf16_is_measured():
     weight = torch.randn(256, 256).bfloat16()
     pairs = Pairs(torch.randn(256, 8), torch.randn(8, 256))
     pairs = pairs.scaled(float(weight.float().norm() / pairs.product().norm()))
-    losses = [add_rounded(weight, pairs, size, torch.bfloat16)[1] for size in (0.1, 0.02, 0.005, 0.001)]
+    losses = [add_rounded(weight, Update(pairs, size), torch.bfloat16)[1] for size in (0.1, 0.02, 0.005, 0.001)]
     # DESIGN.md: 2 %, 8 %, 31 %, 78 % for an update of 10 %, 2 %, 0.5 %, 0.1 % of a real layer
     assert [round(loss, 1) for loss in losses] == sorted(round(loss, 1) for loss in losses)
     assert 0.005 < losses[0] < 0.04 and 0.6 < losses[3] < 1.0
-    assert add_rounded(weight, pairs, 0.001, torch.float32)[1] < 1e-3
+    assert add_rounded(weight, Update(pairs, 0.001), torch.float32)[1] < 1e-3
 
 
 def test_rounding_happens_once_and_is_told(tmp_path):
     base = save_base(tmp_path / "base", dtype="bf16")
     adapter = write_adapter(tmp_path / "adapter", peft_config(lora_alpha=0.02))
     source = Source.open(base)
-    pairs, scaling = Lora.open(adapter).update(UP)
+    update = Lora.open(adapter).update(UP)
+    pairs, scaling = update.pairs, update.scaling
     exact = source.tensor(f"{UP}.weight").double() + scaling * pairs.B.double() @ pairs.A.double()
 
     kept = merge(source, adapter, tmp_path / "kept")

@@ -43,6 +43,10 @@ SETTINGS: dict[str, dict[str, dict]] = {
     },
     "dora": {"dora": dict(PAIRS, alpha=6)},
     "relora": {f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")},
+    "losia": {  # layers move after steps 1, 2, 3; the first one twice
+        f"losia-{into}": dict(factor=0.5, output_factor=0, period=1, rewarm_steps=2, max_live_blocks=2, target_modules=MODULES, into=into)
+        for into in ("weight", "bank")
+    },
     "rasa": {"rasa": dict(PAIRS, alpha=6, k=1)},
     "droplora": {
         "droplora-step": dict(PAIRS, alpha=6, p=0.5, mask="step"),
@@ -161,7 +165,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
     for step in range(STEPS):
         loss = t.forward_backward(step)
         method.observe(t.adapters, t.engine)
-        norms.append(t.engine.step(*method.rates(step, STEPS, lambda step: 1e-2)))
+        norms.append(t.engine.step(*method.rates(t.adapters, step, STEPS, lambda step: 1e-2)))
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)
@@ -291,7 +295,6 @@ def test_start_keeps_the_function(lives, cell):
 
 
 RECOMPOSING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
-BANKED = ("srlora-bank", "relora-bank")
 
 
 @over(RECOMPOSING)
@@ -314,12 +317,13 @@ def test_recompose_keeps_the_function(lives, cell):
         assert relative(after.logits, before.logits) <= (BF16_LOGITS if dtype == "bf16" else FLOAT32)
 
 
-@over([cell for cell in RECOMPOSING if cell[0] in BANKED])
+@over([cell for cell in RECOMPOSING if cell[0].endswith("-bank")])
 def test_into_the_bank_pairs_move_bitwise_and_the_bytes_of_w_never_change(lives, cell):
     life = lives(*cell)[0][0]
     for before, after in life.exchanges:
         for name in life.original:
-            assert torch.equal(rows(before.pairs(name)), rows(after.pairs(name))), name
+            if f"{name}.A" in before.values:  # other methods have their own ways of being many
+                assert torch.equal(rows(before.pairs(name)), rows(after.pairs(name))), name
             assert before.ledger[name] == after.ledger[name] == life.started.ledger[name], name
     for name, parts in life.started.parts.items():
         for k, stored in parts.items():
@@ -389,13 +393,14 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
         if dtype == "fp32":
             assert relative(portable, layer) <= FLOAT32, name
         elif dtype == "bf16":  # the adapter holds what was asked of W, W holds it rounded
-            assert ((portable - layer).abs() <= rounding(w, life.ledger[name]) + FLOAT32 * layer.abs()).all(), name
+            lengths = 2**-12 if config.get("use_dora") else 0.0  # of W + s B A; W A^T is a bf16 product
+            assert ((portable - layer).abs() <= rounding(w, life.ledger[name]) + lengths * layer.abs()).all(), name
         else:  # the adapter is for the unquantized base: what encoding took is all that is between them
             residual = w.double() + sum(exact(entry) for entry in life.ledger[name])
             stored = life.final.weights[name].double()
             bound = length * quantum(dtype, residual) + FLOAT32 * layer.abs().max()
             if config.get("use_dora"):  # and its rows are as long as those of the base under it
-                bound += layer.abs() * ((w.double() - stored).norm(dim=1) / stored.norm(dim=1))[:, None] * 2
+                bound = bound + layer.abs() * ((w.double() - stored).norm(dim=1) / stored.norm(dim=1))[:, None] * 2
             assert ((portable - layer).abs() <= bound).all(), name
         assert relative(portable, w) > 1e-3, "training changed nothing"
 

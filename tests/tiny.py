@@ -150,7 +150,7 @@ class Trainee:
     def step(self, step: int, learning_rate: float = 1e-2) -> float:
         loss = self.forward_backward(step)
         self.method.observe(self.adapters, self.engine)
-        self.engine.step(*self.method.rates(step, self.total, lambda step: learning_rate))
+        self.engine.step(*self.method.rates(self.adapters, step, self.total, lambda step: learning_rate))
         return float(self.engine.sum(torch.tensor(loss)))
 
     def values(self) -> dict[str, Tensor]:

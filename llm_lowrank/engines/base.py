@@ -132,6 +132,7 @@ class Engine(ABC):
         self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
 
     always_a_group = False  # whether a single process needs a process group too
+    loss_scale = 1.0  # what `backward` multiplies the loss by, for who reads gradients inside of it
     shards_parameters = False  # whether every forward is collective, so that no rank may run fewer of them
 
     @staticmethod
@@ -192,6 +193,15 @@ class Engine(ABC):
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         """The parameter that takes the place of p, which has no values, given this rank's rows of it."""
         return nn.Parameter(rows.to(self.device), p.requires_grad)
+
+    def part(self, linear: FrozenLinear) -> Weight:
+        """Some rows of the frozen weight, such that the parts of all ranks cover W once: for statistics. No communication."""
+        whole = self.weight(linear)
+        rows = share(linear.shape[0], self.rank, self.world)
+        if self.shards_parameters or self.world == 1:
+            return whole
+        parts = {name: part[rows] for name, part in linear.named_parts().items()}
+        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self.sum)
 
     # ---- written once
 

@@ -12,6 +12,7 @@ from llm_lowrank.engines.weight import Weight
 
 class Plain(TorchEngine):
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
+        self.loss_scale = float(self.world)
         self._fill(model, read)
         self._optimize(model, settings)
         self.ddp = DistributedDataParallel(model) if self.world > 1 else None
@@ -49,7 +50,7 @@ class Plain(TorchEngine):
             self.ddp.require_backward_grad_sync = self.micro == self.settings.accumulation - 1
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.world).backward()  # DDP divides by the world size
+        (loss * self.loss_scale).backward()  # DDP divides by the world size
         self.micro += 1
         self._reduce_at_boundary()
 

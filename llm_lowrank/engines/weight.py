@@ -94,18 +94,36 @@ class Weight:
         squares[self.rows] = self.read().square().sum(1)
         return self.sum(squares).sqrt()
 
+    def mine_(self, block: Tensor) -> Tensor:
+        """Zeroes what belongs to other ranks in a block of my rows."""
+        if not self.whole_rows:
+            block.flatten()[: self.cut[0]] = 0
+            block.flatten()[block.numel() - self.cut[1] :] = 0
+        return block
+
     @torch.no_grad()
     def add_(self, left: Tensor, right: Tensor) -> Tensor:
-        """W += left @ right, (m, k) (k, n), rounded once. No communication of W.
+        """W += left @ right, (m, k) (k, n), rounded once. No communication of W. Returns what `_add` measures."""
+        return self._add(left[self.rows] @ right)
 
-        Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
+    @torch.no_grad()
+    def add_block_(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """W[rows, columns] += values, (p,), (q,), (p, q), rounded once. No communication. Returns what `_add` measures."""
+        return self._add(self.block(rows, columns, values))
+
+    def block(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """My rows of a matrix that is `values` at W[rows, columns] and zero elsewhere."""
+        mine = (rows >= self.rows.start) & (rows < self.rows.stop)
+        found = values.new_zeros(self.rows.stop - self.rows.start, self.shape[1])
+        found[(rows[mine] - self.rows.start)[:, None], columns] = values[mine]
+        return found
+
+    def _add(self, asked: Tensor) -> Tensor:
+        """My rows += asked. Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
         rounding to the stored type took away is measured, never assumed.
         """
         before = self.read().clone()  # a float32 W is read in place
-        asked = left[self.rows] @ right
-        if not self.whole_rows:
-            asked.flatten()[: self.cut[0]] = 0
-            asked.flatten()[asked.numel() - self.cut[1] :] = 0
+        self.mine_(asked)
         self.write(before + asked)
         stored = self.read() - before
         changed = (stored != 0).sum().double()

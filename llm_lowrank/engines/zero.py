@@ -148,7 +148,8 @@ class Zero(Engine):
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
         if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
             deepspeed.init_distributed(verbose=False)
-        self.settings, self.micro = settings, 0
+        self.settings, self.micro, self.loss_scale = settings, 0, float(self.world)
+        self.linked = False  # see step
         with self.together():
             config = resolve(self.config, settings, self.world, max(p.numel() for p in trainables(model)))
         if self.shards_parameters:
@@ -276,7 +277,7 @@ class Zero(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the shares of the loss are to be summed. scale_wrt_gas would divide once more.
-        self.ds.backward(loss * self.world, scale_wrt_gas=False)
+        self.ds.backward(loss * self.loss_scale, scale_wrt_gas=False)
         self.micro += 1
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the micro-batch, steps nothing
@@ -286,6 +287,11 @@ class Zero(Engine):
         self.micro = 0
         set_rates(self.zero.param_groups, rates)
         self.ds.step()
+        if self.stage < 3 and not self.linked:
+            # DeepSpeed finds a parameter's moments in the flat state after the step of the first group, when the other groups have none.
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+            self.linked = True
         return float(self.ds.get_global_grad_norm())
 
     def close(self) -> None:

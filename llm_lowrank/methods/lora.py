@@ -47,6 +47,14 @@ class LoRA(Method):
         for setting, alpha in alphas.items():
             if alpha is not None and alpha <= 0:
                 raise ValueError(f"{setting} must be positive, not {alpha}")
+        for setting in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, setting):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"method.{setting}: {pattern!r} is not a regular expression ({error}); write .* for any characters"
+                    ) from None
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be in [0, 1), not {self.dropout}")
 
@@ -74,7 +82,9 @@ class LoRA(Method):
         self.check_fits("rank", rank, name, linear)
         return self.layer(name, linear, codec, rank, self.scale_of(name), self.bank(codec), self.dropout, seed)
 
-    layer = PairAdapter  # what build makes
+    def layer(self, *settings: Any) -> PairAdapter:
+        """What build makes, of PairAdapter's arguments."""
+        return PairAdapter(*settings)
 
     @staticmethod
     def check_fits(setting: str, rank: int, name: str, linear: nn.Linear) -> None:

@@ -11,7 +11,7 @@ round(k total / (N + 1)); scores are ranked within a module; second moments of f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,7 +23,7 @@ from llm_lowrank import importance
 from llm_lowrank.adapter import Adapter, PairAdapter, paired
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, Moments, exchange_
+from llm_lowrank.exchange import Exchanged, Into, exchange_, needs_bank
 from llm_lowrank.method import Method
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.pairs import Pairs
@@ -43,9 +43,9 @@ class SRLoRA(PiSSA):
     """decay of the mean importance"""
     beta2: float = 0.85
     """decay of its spread (uncertainty)"""
-    into: Literal["auto", "weight", "bank"] = "auto"
+    into: Into = "auto"
     """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else bank"""
-    moments: Moments = "seeded"
+    moments: Literal["seeded", "zeroed"] = "seeded"
     """second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)"""
     paper_schedule: bool = False
     """the published interval, with the last switch at the last step"""
@@ -68,20 +68,13 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def bank(self, codec: Codec) -> int:
-        if self.into == "weight" and not codec.writable:
-            raise ValueError(
-                f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}: encoding W again would round away all "
-                "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank (or auto), "
-                "which loses nothing"
-            )
-        weight = self.into == "weight" or (self.into == "auto" and codec.holds_small_updates)
-        return 0 if weight else self.target_rank - self.rank
+        return self.target_rank - self.rank if needs_bank(self.into, codec) else 0
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         self.check_fits("method.target_rank", self.target_rank, name, linear)
         return super().build(name, linear, codec, seed)
 
-    def schedule(self, total_steps: int) -> tuple[int, ...]:
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         if self.target_rank == self.rank:
             return ()
         return tuple(step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule))

@@ -1,0 +1,64 @@
+"""DoRA: the length of every row of W is trained apart from its direction.  https://arxiv.org/abs/2402.09353 eq. 5
+
+    W' = diag(M / |W + s B A|) (W + s B A)          M (m,) starts as |W|, lengths of rows; so W' = W at the start
+
+The gradient takes |W + s B A| for a constant (section 4.3). The paper counts columns of W^T: our rows are its columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank.adapter import Adapter, PairAdapter, Whole
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine, Slot
+from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.pairs import Pairs
+
+
+class DirectionAdapter(PairAdapter):
+    """M is trained; |w_i| of the stored W is kept, so that |W + s B A| costs as much as r more tokens (functional.row_norms)."""
+
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, *settings: Any) -> None:
+        super().__init__(name, linear, codec, *settings)
+        self.magnitude, self.norms = self.factor(self.shape[0]), self.factor(self.shape[0], trained=False)
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """The lengths are those of the stored W: `start` gives them, once it is there."""
+        ones = torch.ones(self.shape[0], device="cpu")
+        return super().initial(pairs) | {"magnitude": ones, "norms": ones}
+
+    def direction(self) -> tuple[Tensor, Tensor]:
+        return self.magnitude, self.norms
+
+    def extras(self, whole: Whole) -> dict[str, Tensor]:
+        return {"lora_magnitude_vector": whole(self.magnitude)}
+
+
+def measure(adapters: list[Adapter], engine: Engine) -> None:
+    """M = |W|. Collective."""
+    for adapter in adapters:
+        assert isinstance(adapter, DirectionAdapter)
+        lengths = engine.weight(adapter).row_norms()
+        for p in (adapter.magnitude, adapter.norms):
+            engine.put(p, Slot(lengths, {}))
+
+
+@Method.register_subclass("dora")
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Train pairs for the direction of the rows of W and a vector for their lengths."""
+
+    def layer(self, *settings: Any) -> PairAdapter:
+        return DirectionAdapter(*settings)
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        measure(adapters, engine)
+
+    def peft(self) -> dict[str, Any]:
+        return super().peft() | {"use_dora": True}

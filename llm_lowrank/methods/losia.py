@@ -1,0 +1,424 @@
+"""LoSiA: train a sub-matrix of every W and move it to where it matters.  https://arxiv.org/abs/2507.04487
+
+    y = x W^T + x_Y S^T placed at the outputs X                S (p, q) trained, W[X, Y] + S is what the layer computes with
+    dS = g_X^T x_Y                                             LoSiA-Pro: the compact gradient, never dL/dW; of x only x_Y is kept
+
+Slots of `period` steps belong to the layers in turn. In its slot a layer records the importance of all its entries, from dL/dW:
+
+    I = |w dL/dw - (w dL/dw)^2 / 2|      mean, spread: moving averages (importance.py)      Q = mean * spread
+
+At the end of its slot it chooses rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy choices. Then W[X, Y] += S
+(or, where W cannot be written, S stays beside it as a live block), S = 0 at the new place, its moments start anew, its rate warms up.
+
+m out, n in, |X| = p = floor(factor m), |Y| = q = floor(factor n). Of the output layer X is chosen alone, floor(output_factor m) rows.
+
+The published code writes S into W at every step. Here S is the change since the slot began, as float32: a bfloat16 W is rounded once a slot
+instead of at every step, a coded W is never touched, and no rank writes its shard of W while training. docs/design/0003 has the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llm_lowrank import importance
+from llm_lowrank.adapter import Adapter, Whole, generator
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.weight import Weight
+from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, Exchanged
+from llm_lowrank.functional import Decode
+from llm_lowrank.method import Method, output_layer, targets
+from llm_lowrank.pairs import Block, Pairs
+
+Importance = Literal["mix", "first", "second"]
+Record = Callable[[Tensor | None, Tensor], None]
+PROBES = 2  # columns on which the drift of a move is measured
+
+
+class Subnet(Adapter):
+    """S, where it is, and the blocks that were trained before and could not go into W.
+
+    X and Y are in `memory`: numbers of rows and columns, in ascending order, the same on every rank.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int, size: tuple[int, int], live: int, pro: bool) -> None:
+        super().__init__(name, linear, codec, seed)
+        self.size, self.live, self.pro = size, live, pro
+        self.S = self.factor(*size)
+        self.bank_S = self.factor(live * size[0], size[1], trained=False) if live else None
+        random = generator(seed, name)
+        for axis, (key, count) in enumerate(zip(("rows", "columns"), size, strict=True)):
+            with torch.device("cpu"):
+                self.memory[key] = torch.randperm(self.shape[axis], generator=random)[:count].sort().values
+        self.memory["live_rows"] = self.memory["rows"].new_zeros(0, size[0])  # of the blocks that are filled, in their order
+        self.memory["live_columns"] = self.memory["columns"].new_zeros(0, size[1])
+        self.record: Record | None = None  # what the next backward tells about dL/dW
+        self.dense: Tensor | None = None  # sum of it over this rank's micro-batches
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        assert pairs is None
+        zeros = {"S": torch.zeros(self.size, device="cpu")}
+        return zeros | ({"bank_S": torch.zeros(self.bank_S.shape, device="cpu")} if self.bank_S is not None else {})
+
+    def places(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """(rows in `bank_S`, X, Y) of every live block."""
+        p = self.size[0]
+        live = zip(self.memory["live_rows"], self.memory["live_columns"], strict=True)
+        return [(slice(k * p, (k + 1) * p), rows, columns) for k, (rows, columns) in enumerate(live)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = self.memory["rows"], self.memory["columns"]
+        record = self.record if self.training else None
+        if self.pro:
+            return _SubnetLinear.apply(x, self.S, self.bank_S, self.bias, *at, self.places(), self.decode, record, *self.parts())
+        w = self.decode(*self.parts())  # what Pro must equal: dL/dW of the whole W by autograd, then its block
+        for rows, row, column in self.places():
+            assert self.bank_S is not None
+            w = w.index_put((row[:, None], column), self.bank_S[rows].to(w.dtype), accumulate=True)
+        w = w.index_put((at[0][:, None], at[1]), self.S.to(w.dtype), accumulate=True)
+        if record is not None:
+            w.register_hook(partial(record, None))
+        return F.linear(x, w.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def recorded(self, g: Tensor | None, x: Tensor) -> None:
+        """dL/dW += g^T x, or += x where that is the gradient itself.  g (t, m), x (t, n)"""
+        if self.dense is None:
+            self.dense = torch.zeros(self.shape, device=x.device)
+        self.dense.add_(x if g is None else g.T @ x)
+
+    def change(self, whole: Whole) -> Pairs:
+        """S and the live blocks as pairs."""
+        found = [Block(self.memory["rows"], self.memory["columns"], whole(self.S), self.shape)]
+        if self.bank_S is not None:
+            blocks = whole(self.bank_S)
+            found += [Block(rows, columns, blocks[at], self.shape) for at, rows, columns in self.places()]
+        return Pairs.cat([block.pairs() for block in found])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, subnet={self.size[0]} x {self.size[1]}, live={self.live}"
+
+
+class _SubnetLinear(torch.autograd.Function):
+    """y = x W^T + sum over S and the live blocks of (x_Y S^T at X) + b. Kept of x: x_Y, or x while dL/dW is recorded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, S: Tensor, blocks: Tensor | None, bias: Tensor | None, rows: Tensor, columns: Tensor,
+        places: list[tuple[slice, Tensor, Tensor]], decode: Decode, record: Record | None, *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        device = x.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.x_dtype, ctx.places, ctx.decode, ctx.record = x.dtype, places, decode, record
+        with torch.autocast(device, enabled=False):
+            flat = x.to(ctx.dtype).reshape(-1, x.shape[-1])                         # (t, n)
+            y = F.linear(flat, decode(*parts).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+            x_Y = _columns(flat, columns)                                           # (t, q)
+            _add_columns_(y, rows, x_Y @ S.to(ctx.dtype).T)
+            for at, X, Y in places:
+                assert blocks is not None
+                _add_columns_(y, X, _columns(flat, Y) @ blocks[at].to(ctx.dtype).T)
+        read = (flat if record is not None else x_Y) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(read, S, blocks, rows, columns, *parts)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        read, S, blocks, rows, columns, *parts = ctx.saved_tensors
+        dx = dS = None
+        with torch.autocast(g.device.type, enabled=False):
+            flat = g.to(ctx.dtype).reshape(-1, g.shape[-1])                         # (t, m)
+            g_X = _columns(flat, rows)                                              # (t, p)
+            if ctx.needs_input_grad[0]:
+                dx = flat @ ctx.decode(*parts).to(ctx.dtype)                        # (t, n)
+                _add_columns_(dx, columns, g_X @ S.to(ctx.dtype))
+                for at, X, Y in ctx.places:
+                    _add_columns_(dx, Y, _columns(flat, X) @ blocks[at].to(ctx.dtype))
+                dx = dx.view(*g.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                if ctx.record is not None:
+                    ctx.record(flat, read)
+                    read = _columns(read, columns)
+                dS = (g_X.T @ read).to(S.dtype)                                     # (p, q)
+        return dx, dS, *(None for _ in range(7)), *(None for _ in parts)
+
+
+def _columns(x: Tensor, at: Tensor) -> Tensor:
+    return x if len(at) == x.shape[1] else x.index_select(1, at)
+
+
+def _add_columns_(y: Tensor, at: Tensor, more: Tensor) -> None:
+    if len(at) == y.shape[1]:
+        y.add_(more)
+    else:
+        y.index_add_(1, at, more)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------------------
+
+
+def localize(q: Tensor, part: Weight, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows X and columns Y with a large sum of Q[X, Y]: the best of rows and columns apart, rows first, columns first.
+
+    q: my rows of Q, zero where an entry belongs to another rank. Only sums of rows and columns travel. Collective.
+    """
+    m, (p, c) = part.shape[0], size
+    q = q.double()
+
+    def rows_of(block: Tensor) -> Tensor:  # my rows' sums -> all rows' sums
+        found = torch.zeros(m, dtype=q.dtype, device=q.device)
+        found[part.rows] = block.sum(1)
+        return part.sum(found)
+
+    def columns_of(rows: Tensor | None) -> Tensor:
+        return part.sum((q if rows is None else q * _among(rows, m)[part.rows, None]).sum(0))
+
+    by_rows, by_columns = top(rows_of(q), p), top(columns_of(None), c)
+    choices = [
+        (by_rows, by_columns),
+        (by_rows, top(columns_of(by_rows), c)),
+        (top(rows_of(q[:, by_columns]), p), by_columns),
+    ]
+    sums = [float(rows_of(q[:, columns])[rows].sum()) for rows, columns in choices]
+    return choices[sums.index(max(sums))]
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Where the largest are, in ascending order; of equal ones the first."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
+
+
+def _among(at: Tensor, total: int) -> Tensor:
+    found = torch.zeros(total, dtype=torch.float64, device=at.device)
+    found[at] = 1.0
+    return found
+
+
+# --- the method -------------------------------------------------------------------------------------------------------------------
+
+
+@Method.register_subclass("losia")
+@dataclass(frozen=True)
+class LoSiA(Method):
+    """Train a sub-matrix of every weight and move it, layer by layer, to the entries that matter most."""
+
+    factor: float = 0.125
+    """share of the rows and of the columns of a weight that is trained (the paper's p)"""
+    output_factor: float = 0.125
+    """share of the rows of the output layer that is trained (the paper's p_o); 0: none. A layer tied to the embeddings needs 0"""
+    period: int = 100
+    """steps of a slot; every layer moves once in period x number of layers steps"""
+    importance: Importance = "mix"
+    """of an entry w with gradient g: mix |wg - (wg)^2 / 2|, first |wg|, second (wg)^2"""
+    beta1: float = 0.85
+    """decay of the mean importance"""
+    beta2: float = 0.85
+    """decay of its spread (uncertainty)"""
+    rewarm_steps: int = -1
+    """steps over which a layer's rate warms up after it has moved; -1: as many as period, 0: none"""
+    into: Literal["auto", "weight", "bank"] = "auto"
+    """where a trained block goes when the layer moves: into the weight, or into a bank of live blocks; auto: weight if it is dense"""
+    max_live_blocks: int = 4
+    """blocks of a layer that the bank has room for"""
+    moments: Literal["seeded", "zeroed"] = "seeded"
+    """second moment at a new place: mean of the old one's, or zero (first updates up to 6.5 times too large)"""
+    max_export_rank: int = 256
+    """the exported LoRA has at most this rank; what that drops is printed, and the merged model has all of it"""
+    pro: bool = True
+    """compact gradients; false: the gradient of the whole W, then its block (slow, to compare)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("factor", "above 0"), ("output_factor", "at least 0")):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (value == 0 and name == "factor"):
+                raise ValueError(f"method.{name} must be {low} and at most 1, not {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        for name, least in (("period", 1), ("rewarm_steps", -1), ("max_live_blocks", 1), ("max_export_rank", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"method.{name} must be at least {least}, not {getattr(self, name)}")
+
+    @property
+    def export_rank(self) -> int:
+        return self.max_export_rank
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
+        found, output = targets(model, self.target_modules), output_layer(model)
+        if self.output_factor == 0:
+            return {name: module for name, module in found.items() if module is not output}
+        name, layer = next(((k, m) for k, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), (None, None))
+        if name is None or layer is None:
+            raise ValueError("method.output_factor is above 0, but the model has no linear output layer; set it to 0")
+        if _shared(model, layer):
+            raise ValueError(
+                f"method.output_factor: {name} shares its weight with the embeddings, which would change too; set method.output_factor: 0"
+            )
+        return found | {name: layer}
+
+    def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
+        if self.into == "weight" and not codec.writable:
+            raise ValueError(
+                f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}, which would round a trained block away; "
+                "set method.into: bank (or auto)"
+            )
+        m, n = linear.weight.shape
+        output = self.output_factor > 0 and _layer(name) < 0  # outside of the decoder layers there is the output layer alone
+        size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
+        if 0 in size:
+            raise ValueError(f"{name}: method.factor {self.factor} of its {m} x {n} weight is less than one row or column; raise it")
+        weight = self.into == "weight" or (self.into == "auto" and codec.writable)
+        return Subnet(name, linear, codec, seed, size, 0 if weight else self.max_live_blocks, self.pro)
+
+    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order. A group owns every N-th slot."""
+        order = sorted({_layer(adapter.name) for adapter in adapters})
+        for adapter in adapters:
+            adapter.group = order.index(_layer(adapter.name))
+
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
+        """The ends of all slots but one at the end of the run, after which nothing could be learned any more."""
+        count = _groups(adapters)
+        for group in range(count):
+            moves, live = len(self.moves(group, count, total_steps - 1)), min((a.live for a in _subnets(adapters) if a.live), default=0)
+            if live and moves > live:
+                raise ValueError(
+                    f"every layer moves {moves} times in {total_steps} steps, and the bank has room for {live} blocks; raise method.period "
+                    f"to {-(-total_steps // (count * (live + 1)))} or more, or method.max_live_blocks to {moves}"
+                )
+        return tuple(range(self.period, total_steps, self.period))
+
+    def moves(self, group: int, groups: int, done: int) -> list[int]:
+        """Completed steps, up to `done`, after which a group moved: (group + 1) period + j groups period."""
+        return list(range((group + 1) * self.period, done + 1, groups * self.period))
+
+    def owner(self, step: int, groups: int) -> int:
+        """The group whose slot a 0-based step lies in."""
+        return step // self.period % groups
+
+    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+        """rate(step) min(1, (step - t0 + 1) / rewarm_steps), t0 the last move of the group, if it has moved."""
+        count, ramp = _groups(adapters), self.period if self.rewarm_steps < 0 else self.rewarm_steps
+        moved = [self.moves(group, count, step)[-1:] for group in range(count)]
+        return [rate(step) * (min(1.0, (step - t0[0] + 1) / ramp) if t0 and ramp else 1.0) for t0 in moved]
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        for adapter in adapters:
+            adapter.memory = {key: value.to(engine.device) for key, value in adapter.memory.items()}
+
+    def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
+        owner = self.owner(step, _groups(adapters))
+        for adapter in _subnets(adapters):
+            adapter.record = adapter.recorded if adapter.group == owner else None
+
+    def observe(self, adapters: list[Adapter], engine: Engine) -> None:
+        """Importance of every entry of the layers that have recorded dL/dW. Collective."""
+        for adapter in _subnets(adapters):
+            if adapter.record is None:
+                continue
+            assert adapter.dense is not None, f"{adapter.name}: no backward since the step began"
+            part = engine.part(adapter)
+            g = engine.sum(adapter.dense)[part.rows] / engine.loss_scale
+            adapter.dense = None
+            wg = self.entries(adapter, engine, part).mul_(g)
+            now = {"mix": (wg - wg.square() / 2).abs(), "first": wg.abs(), "second": wg.square()}[self.importance]
+            for key in ("mean", "spread"):
+                adapter.memory.setdefault(key, torch.zeros_like(now))
+            importance.smooth_([adapter.memory["mean"]], [adapter.memory["spread"]], [now], self.beta1, self.beta2)
+
+    def entries(self, adapter: Subnet, engine: Engine, part: Weight) -> Tensor:
+        """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank. Collective."""
+        w = part.read() + part.block(adapter.memory["rows"], adapter.memory["columns"], engine.whole(adapter.S))
+        if adapter.bank_S is not None and adapter.places():
+            blocks = engine.whole(adapter.bank_S)
+            for at, rows, columns in adapter.places():
+                w += part.block(rows, columns, blocks[at])
+        return part.mine_(w)
+
+    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        owner = self.owner(step - 1, _groups(adapters))
+        events, chosen = [], []
+        for adapter in (a for a in _subnets(adapters) if a.group == owner):
+            mean, spread = adapter.memory.pop("mean"), adapter.memory.pop("spread")
+            q = mean * spread
+            if not engine.sum(q.isfinite().all().logical_not().double()) == 0:
+                raise RuntimeError(f"{adapter.name}: importance is not finite; a gradient was NaN or infinite in this slot")
+            rows, columns = localize(q, engine.part(adapter), adapter.size)
+            chosen += [rows, columns]
+            events.append(move_(engine, adapter, rows, columns, self.moments))
+        engine.same("the chosen rows and columns", *chosen)
+        return Exchanged.total(events)
+
+
+@torch.no_grad()
+def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moments: str) -> Exchanged:
+    """S freezes where it is and starts at zero at (rows, columns); what the layer computes stays. Collective."""
+    probe = torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)  # (n, 2)
+    before = _applied(adapter, engine, probe)
+    old, lost = (adapter.memory["rows"], adapter.memory["columns"]), 0.0
+    with engine.edit(adapter.S) as (s,):
+        trained = s.value.clone()
+        s.value.zero_()
+        for name, moment in s.moments.items():
+            moment.fill_(float(moment.mean()) if moments == "seeded" and name == "exp_avg_sq" else 0.0)
+    if adapter.bank_S is None:
+        lost = _into_weight_(engine, adapter, Block(*old, trained, adapter.shape))
+    else:
+        filled, p = len(adapter.memory["live_rows"]), adapter.size[0]
+        assert filled < adapter.live, f"{adapter.name}: the bank is full"
+        with engine.edit(adapter.bank_S) as (bank,):
+            assert not bank.value[filled * p : (filled + 1) * p].any(), f"{adapter.name}: a slot of the bank is not empty"
+            bank.value[filled * p : (filled + 1) * p] = trained
+        for key, at in zip(("live_rows", "live_columns"), old, strict=True):
+            adapter.memory[key] = torch.cat([adapter.memory[key], at[None]])
+    adapter.memory["rows"], adapter.memory["columns"] = rows, columns
+    drift = float((_applied(adapter, engine, probe) - before).norm() / before.norm().clamp_min(1e-30))
+    limit = EXACT_DRIFT if adapter.bank_S is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
+    if not drift <= limit:
+        raise RuntimeError(f"{adapter.name}: a move changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+    return Exchanged(adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0)
+
+
+def _into_weight_(engine: Engine, adapter: Subnet, block: Block) -> float:
+    """W[X, Y] += S, recorded in the ledger; returns the share that rounding took."""
+    weight = engine.weight(adapter)
+    asked, lost, changed = weight.sum(weight.add_block_(block.rows, block.columns, block.values)).tolist()
+    assert changed <= block.values.numel(), f"{adapter.name}: {changed:g} elements changed, more than {block.values.numel()}"
+    if engine.main:
+        adapter.ledger.append(Block(block.rows.cpu(), block.columns.cpu(), block.values.cpu(), block.shape))
+    return (lost / asked) ** 0.5 if asked else 0.0
+
+
+def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
+    """What the layer makes of x, without its bias: (n, k) -> (m, k). Collective."""
+    y = engine.weight(adapter).matmul(x)
+    change = adapter.change(engine.whole)
+    return y + change.B @ (change.A @ x)
+
+
+def _shared(model: nn.Module, layer: nn.Linear) -> bool:
+    """Whether another module has the same weight."""
+    return any(p is layer.weight for module in model.modules() if module is not layer for p in module.parameters(recurse=False))
+
+
+def _subnets(adapters: Sequence[Adapter]) -> list[Subnet]:
+    assert all(isinstance(adapter, Subnet) for adapter in adapters)
+    return list(adapters)  # type: ignore[arg-type]
+
+
+def _groups(adapters: Sequence[Adapter]) -> int:
+    return 1 + max((adapter.group for adapter in adapters), default=0)
+
+
+def _layer(name: str) -> int:
+    """The number of the decoder layer in a module's name; -1 outside of the layers."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), -1)
