@@ -1,17 +1,20 @@
 """Forward + backward of an adapted LLaMA, as a multiple of the frozen model alone.  python benchmarks/step_time.py
 
-    limit   the frozen model with no adapter: forward and the gradient of its input, which every adapter method has to compute
-    peft    peft.get_peft_model with LoRA on every linear of the decoder layers
-    ours    llm_lowrank with the same rank on the same linears
+    limit        the frozen model with no adapter: forward and the gradient of its input, which every adapter method has to compute
+    peft lora    peft.get_peft_model with LoRA on every linear of the decoder layers; peft dora: the same with use_dora
+    losia 0.1.5  the layer of the PyPI package losia (LoSiA-Pro), after `pip install --no-deps losia` (its optimizer needs CUDA)
+    others       llm_lowrank's methods on the same linears, with the same rank, LoSiA with the paper's 1/8; in "losia slot" one of the
+                 layers records its whole gradient besides, as one of N does at any time
 
-All three run in one process on the same tokens, one after the other in each round, the order turned by one from round to round, so that
-whatever else the machine is doing hits them alike; the figures are the median, least and greatest of the per-round ratios to the limit.
-The embeddings' output requires a gradient in all three, so that the input gradient flows through every layer. The optimizer's step is not
-part of it: it is the same for both adapters and nothing for the limit. Weights are random; only the shapes matter.
+All run in one process on the same tokens and over the same weights, one after the other in each round, the order turned by one from round to
+round, so that whatever else the machine is doing hits them alike; the figures are the median, least and greatest of the per-round ratios to
+the limit. The embeddings' output requires a gradient in all of them, so that the input gradient flows through every layer. The optimizer's
+step is not part of it. Weights are random; only the shapes matter.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
 import statistics
@@ -25,9 +28,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llm_lowrank.methods  # noqa: F401 - registers them
 from llm_lowrank.codecs import Dense
-from llm_lowrank.method import attach
-from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.method import Method, attach
 
 VOCABULARY = 512                                    # small, so that the linears dominate
 
@@ -44,13 +47,72 @@ def llama(hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> LlamaFor
     return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
 
 
-def with_peft(model: nn.Module, rank: int) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+def with_peft(model: nn.Module, rank: int, **settings: object) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
 
 
-def with_ours(model: nn.Module, rank: int) -> nn.Module:
-    attach(model, LoRA(rank=rank), Dense(model.dtype))
+def with_ours(model: nn.Module, method: Method) -> nn.Module:
+    adapters = attach(model, method, Dense(model.dtype))
+    for adapter in adapters:  # what `start` does once a model is loaded
+        if method.get_choice_name(type(method)) == "dora":
+            for p in (adapter.magnitude, adapter.norms):
+                p.data.copy_(adapter.weight.norm(dim=1))
+    method.batch(adapters, 0, [0])
     return model
+
+
+def without_slot(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "record"):
+            module.record = None
+    return model
+
+
+def with_losia(model: nn.Module, factor: float) -> nn.Module | None:
+    """The published LoSiA-Pro layer on random rows and columns; None if the package is not there."""
+    found = importlib.util.find_spec("losia")
+    if found is None or found.submodule_search_locations is None:
+        return None
+    file = Path(found.submodule_search_locations[0], "peft_training", "losia_pro.py")  # alone: the package compiles CUDA when imported
+    spec = importlib.util.spec_from_file_location("losia_pro", file)
+    assert spec is not None and spec.loader is not None
+    pro = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pro)
+    pro.replace_linear_recursive(model.model)
+    for module in model.modules():
+        if isinstance(module, pro.SelectiveLinear):
+            module.weight.requires_grad_(True)
+            module.setxy(*(torch.randperm(total)[: int(factor * total)].sort().values for total in module.weight.shape))
+    return model
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """A copy over the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
+    """Every model that is timed. PiSSA and ReLoRA have LoRA's layer; SRLoRA has it too, and with `into: bank` frozen pairs beside it."""
+    kinds = Method.get_known_choices()
+    methods = {
+        "lora": kinds["lora"](rank=rank),
+        "pissa": kinds["pissa"](rank=rank),
+        "dora": kinds["dora"](rank=rank),
+        "srlora": kinds["srlora"](rank=rank, target_rank=2 * rank, into="weight"),
+        "srlora bank": kinds["srlora"](rank=rank, target_rank=2 * rank, into="bank"),
+        "relora": kinds["relora"](rank=rank, into="weight"),
+        "rasa": kinds["rasa"](rank=rank),
+        "droplora token": kinds["droplora"](rank=rank, mask="token"),
+        "droplora step": kinds["droplora"](rank=rank, mask="step"),
+        "losia pro": kinds["losia"](output_factor=0),
+        "losia slot": kinds["losia"](output_factor=0),
+        "losia dense": kinds["losia"](output_factor=0, pro=False),
+    }
+    found = {"limit": limit, "peft lora": with_peft(shared(limit), rank), "peft dora": with_peft(shared(limit), rank, use_dora=True)}
+    published = with_losia(copy.deepcopy(limit), 0.125)  # its weights take gradients: not shared
+    found |= {} if published is None else {"losia 0.1.5": published}
+    ours = {name: with_ours(shared(limit), method) for name, method in methods.items()}
+    return found | {name: model if name == "losia slot" else without_slot(model) for name, model in ours.items()}
 
 
 def step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
@@ -105,28 +167,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="names of the rows to measure, beside the limit")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     limit = llama(args.hidden, args.layers, args.tokens, getattr(torch, args.dtype))
-    models = {
-        "limit": limit,
-        "peft": with_peft(copy.deepcopy(limit), args.rank),
-        "ours": with_ours(copy.deepcopy(limit), args.rank),
-    }
+    models = arms(limit, args.rank)
+    models = {name: model for name, model in models.items() if name == "limit" or not args.only or name in args.only}
     trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
-    assert trainable["peft"] == trainable["ours"], f"the arms do not train the same parameters: {trainable}"
     ids = torch.randint(VOCABULARY, (1, args.tokens))
     rows = summary(measure(models, ids, args.rounds))
 
     setting = {name: value for name, value in vars(args).items() if name != "output"}
     machine = {"cpu": cpu_name(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     print(" ".join(f"{name}={value}" for name, value in (setting | machine).items()))
-    print(f"{'':8}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}   ratios to the limit, forward + backward, no optimizer step")
+    print(f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}{'trained':>12}   ratios to the limit, forward + backward, no optimizer step")
     for name, row in rows.items():
-        print(f"{name:8}{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}{1000 * row['seconds']:9.1f}")
+        ratios = f"{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}"
+        print(f"{name:16}{ratios}{1000 * row['seconds']:9.1f}{trainable[name]:12,}")
     if args.output:
         args.output.write_text(json.dumps({"setting": setting, "machine": machine, "ratios": rows}, indent=2) + "\n")
 

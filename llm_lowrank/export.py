@@ -37,6 +37,7 @@ from llm_lowrank.source import INDEX, SINGLE, Source
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ALL = "untruncated.safetensors"  # beside WEIGHTS when these had to be cut down: pairs of every module, scaling 1
 BACKBONE = "backbone.safetensors"
 PREFIX = "base_model.model."
 
@@ -54,7 +55,9 @@ class SavedAdapter:
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         needs = f"{high}" if low == high else f"{low} to {high}"
-        return f"{self.path}: PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules (exact rank {needs}, dropped {self.error:.1e})"
+        cut = f"; CUT DOWN: {ALL} beside it has all, and merging uses that" if high > self.rank else ""
+        lora = f"PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules"
+        return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut})"
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
@@ -84,13 +87,18 @@ def save_adapter(
                 factors[adapter.name] = Pairs(b, a).to("cpu")
                 extras |= {f"{PREFIX}{adapter.name}.{k}": v.cpu() for k, v in own.items()}
         elif (change := _change(engine, adapter)) is not None:
-            factors[adapter.name], dropped = change.compress(most=method.export_rank)
-            error = max(error, dropped / max(_norm(change), torch.finfo(torch.float64).tiny))
+            factors[adapter.name], dropped = change.compress()
+            cut = _norm(factors[adapter.name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
+            error = max(error, math.hypot(dropped, cut) / max(_norm(change), torch.finfo(torch.float64).tiny))
     if not engine.main:
         return None
 
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
+    written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
+    if not as_trained and method.export_rank and rank > method.export_rank:
+        rank = method.export_rank
+        written[ALL] = _named(factors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -106,17 +114,27 @@ def save_adapter(
         "inference_mode": True,
         **(method.peft() if as_trained else {}),
     }
-    tensors: dict[str, Tensor] = dict(extras)
-    for name, pairs in factors.items():
-        if not as_trained:
-            m, n = pairs.shape
-            pairs = Pairs.cat([pairs, Pairs(torch.zeros(m, rank - len(pairs)), torch.zeros(rank - len(pairs), n))])
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pairs.A  # (rank, n)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pairs.B  # (m, rank)
+    if not as_trained:
+        factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
+    written[WEIGHTS] |= _named(factors)
     described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
-    write_safetensors(Path(path) / WEIGHTS, tensors, {"format": "pt", "written_by": "llm_lowrank", "method": described})
+    (Path(path) / ALL).unlink(missing_ok=True)
+    for file, tensors in written.items():
+        write_safetensors(Path(path) / file, tensors, {"format": "pt", "written_by": "llm_lowrank", "method": described})
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
     return SavedAdapter(Path(path), rank, ranks, error)
+
+
+def _named(factors: dict[str, Pairs]) -> dict[str, Tensor]:
+    """A (rank, n) and B (m, rank) of every module under PEFT's names."""
+    letters = {f"{PREFIX}{name}.lora_A.weight": pairs.A.contiguous() for name, pairs in factors.items()}
+    return letters | {f"{PREFIX}{name}.lora_B.weight": pairs.B.contiguous() for name, pairs in factors.items()}
+
+
+def _of_rank(pairs: Pairs, rank: int) -> Pairs:
+    """The first pairs, or with pairs of zeros behind them."""
+    (m, n), more = pairs.shape, max(0, rank - len(pairs))
+    return Pairs.cat([pairs.take(slice(rank)), Pairs(torch.zeros(m, more), torch.zeros(more, n))])
 
 
 def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
@@ -200,6 +218,10 @@ class Lora:
         return cls(path, modules, config)
 
     def update(self, module: str) -> Update:
+        if (self.path / ALL).is_file():
+            with safe_open(self.path / ALL, framework="pt") as handle:
+                a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+            return Update(Pairs(b, a), 1.0)
         with safe_open(self.path / WEIGHTS, framework="pt") as handle:
             a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
             magnitude = handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None

@@ -84,7 +84,7 @@ class Subnet(Adapter):
             assert self.bank_S is not None
             w = w.index_put((row[:, None], column), self.bank_S[rows].to(w.dtype), accumulate=True)
         w = w.index_put((at[0][:, None], at[1]), self.S.to(w.dtype), accumulate=True)
-        if record is not None:
+        if record is not None and w.requires_grad:  # reentrant checkpointing runs the first forward without gradients
             w.register_hook(partial(record, None))
         return F.linear(x, w.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
