@@ -142,7 +142,7 @@ class Sizes:
     frozen: list[tuple[int, int]]
     bank: list[tuple[int, int]]
     trained: list[tuple[int, int]]
-    statistics: int  # float32 values that the method keeps of each trained element
+    statistics: tuple[int, int]  # bytes that the method remembers: over all ranks, and on each
     layer: int  # bytes of the largest decoder layer
     layers: int  # bytes of all of them; the rest is embeddings, the output layer and the last norm
     decoded: int  # bytes of the largest coded W, decoded; 0 without
@@ -152,11 +152,11 @@ class Sizes:
         found: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
         for name, p in model.named_parameters():
             found[_part(name, p)].append((p.numel(), p.nbytes))
-        observes = type(method).observe is not Method.observe
+        statistics = method.statistics([m for m in model.modules() if isinstance(m, Adapter)])
         layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
         coded = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
         decoded = max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in coded), default=0)
-        return cls(**found, statistics=2 if observes else 0, layer=max(layers), layers=sum(layers), decoded=decoded)  # mean and spread
+        return cls(**found, statistics=statistics, layer=max(layers), layers=sum(layers), decoded=decoded)
 
 
 def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
@@ -164,14 +164,14 @@ def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     config = _resolved(recipe, sizes, world)
     zero = config.get("zero_optimization", {})
     chosen = f"ZeRO-{zero['stage']}" if zero else {"fsdp": "FSDP2"}.get(recipe.engine, recipe.engine)
-    rows = expected(sizes, world, zero, recipe.fsdp)
+    rows = expected(sizes, world, zero, recipe.fsdp, 1 if recipe.optim == "lion" else 2)
     heads = [f"*{engine}" if engine == chosen else engine for engine in ENGINES]
     lines = [f"memory per rank, GiB, {world} rank(s)".ljust(36) + "".join(f"{head:>10}" for head in heads)]
     for label, values, formula in rows:
         lines.append(label.ljust(36) + "".join(f"{value / GIB:>10.3f}" for value in values) + f"   {formula}")
     totals = [sum(values[i] for _, values, _ in rows) for i in range(len(ENGINES))]
     lines.append("total".ljust(36) + "".join(f"{total / GIB:>10.3f}" for total in totals))
-    lines.append("W, K, T: bytes of the frozen weights, of the bank, of the trained A and B (both float32)")
+    lines.append("W, K, T: bytes of the frozen weights, of the bank, of what is trained (both float32)")
     lines.append("N ranks; under FSDP2 with fsdp.shard_size: the ranks that share one copy of the model")
     lines.append("Gathered: stage3_max_live_parameters of ZeRO-3; the root and two decoder layers of FSDP2")
     lines.append("Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host")
@@ -183,7 +183,7 @@ def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     return "\n".join(lines)
 
 
-def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding) -> list[tuple[str, list[float], str]]:
+def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, moments: int = 2) -> list[tuple[str, list[float], str]]:
     """(what, bytes under each of ENGINES on n ranks, formula). `zero`: the zero_optimization section, "auto" resolved."""
     w, k, t = (sum(nbytes for _, nbytes in part) for part in (sizes.frozen, sizes.bank, sizes.trained))
     everything = sizes.frozen + sizes.bank + sizes.trained
@@ -192,6 +192,7 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding) -> 
     live = zero.get("stage3_max_live_parameters", 10**9) * max(nbytes / elements for elements, nbytes in sizes.frozen)
     gathered = min(w + k + t - whole, live)
     alone = n == 1  # then a slice is the whole
+    shared, own = sizes.statistics
     f = sharding.shards(n)
     root = w + k + t - sizes.layers
     groups = root + (min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers)  # one in use, one on its way
@@ -201,8 +202,8 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding) -> 
         ("adapters", [t, t, t, t / n, t / f], "T; ZeRO-3, FSDP2: T / N"),
         ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
         ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, DDP 2 T, sharded T / N"),
-        ("Adam moments", [2 * t, 2 * t / n, 2 * t / n, 2 * t / n, 2 * t / f], "2 T; sharded: 2 T / N"),
-        ("importance statistics", [sizes.statistics * t / n] * 5, f"{sizes.statistics} T / N"),
+        ("moments", [moments * part for part in (t, t / n, t / n, t / n, t / f)], f"{moments} T; sharded: {moments} T / N"),
+        ("importance statistics", [shared / n + own] * 5, "spread over N ranks; LoSiA's gradient of a layer on each"),
         ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "persistence threshold"),
         ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups], "live parameters; groups"),
         ("decoded for use", [sizes.decoded] * 5, "the largest coded W"),

@@ -1,15 +1,18 @@
 """The move: pairs freeze, fresh pairs become trainable, the function does not change.
 
-    into the weight   W <- W + s sum_K b_k a_k - s sum_K b'_k a'_k       then  (b, a)_K <- (b', a')       METHODS: the papers' step
-    into the bank     (b, a)_K  <->  (b', a')_bank slots                 W is never touched
+    into the weight      W <- W + s sum_K b_k a_k - s sum_K b'_k a'_k       then  (b, a)_K <- (b', a')
+    a swap               (b, a)_K  <->  (b', a')_bank slots                 W is never touched
+    into a growing bank  empty bank slots <- (b, a)_K                       then  (b, a)_K <- (0, a')
 
 W + s B A (+ s bank_B bank_A) stays. Into a float32 weight the move is exact to its rounding. A bfloat16, float16 or coded
 weight would round small updates away; there pairs go to the bank, bitwise. Every exchange checks itself: what the forward
 sees is read back and compared, the drift of the layer's function on a probe is measured, and what rounding took from an
-update of W is measured too.
+update of W is measured too. A bank that has no empty slots left is compressed before the move (compress_bank_): that is the
+one thing here that may change the function, by an error that is measured and told.
 
 Adam: the first moment of a fresh pair is 0, its second moment the mean over the pairs of the same matrix that stay. With
-zero the first updates would be up to 6.5 times too large, for the step count is shared and stays high.
+zero the first updates would be up to 6.5 times too large, for the step count is shared and stays high. A method that
+lowers the rate after an exchange may keep the largest entries of the old moments instead ("pruned").
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ import torch
 from torch import Tensor
 
 from llm_lowrank.adapter import PairAdapter, generator
-from llm_lowrank.engines.base import Engine
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine, Slot
 from llm_lowrank.pairs import Pairs
 
-Moments = Literal["seeded", "zeroed"]
+Moments = Literal["seeded", "zeroed", "pruned"]
+Into = Literal["auto", "weight", "bank"]
 PROBES = 2  # columns of the probe on which the drift is measured
 # A drift beyond these is a fault, not rounding: measured are at most 6e-7 with exact destinations, 1e-2 into bfloat16.
 EXACT_DRIFT, ROUNDED_DRIFT = 1e-4, 1e-1
@@ -37,13 +42,16 @@ EXACT_DRIFT, ROUNDED_DRIFT = 1e-4, 1e-1
 class Exchanged:
     """What happened to one layer, or to many (see `total`)."""
 
-    pairs: int  # trainable pairs replaced
+    pairs: int  # trainable pairs replaced; of LoSiA entries
     into: str  # weight or bank
     drift: float  # |f(x) - f_before(x)| / |f_before(x)| on a random probe
-    lost: float  # |stored - asked| / |asked| of the update of W: what rounding took; 0 into the bank
+    # Into the weight |stored - asked| / |asked| of the update of W: what rounding took. Into the bank |dropped| / |bank|: what
+    # compressing it took, 0 while it had room.
+    lost: float
     seconds: float
     traffic: int  # bytes that this rank gave to collectives
     modules: int = 1  # whose trainable pairs were replaced
+    unit: str = "pairs"
 
     @staticmethod
     def total(events: list[Exchanged]) -> Exchanged:
@@ -56,6 +64,7 @@ class Exchanged:
             seconds=sum(e.seconds for e in events),
             traffic=sum(e.traffic for e in events),
             modules=sum(e.modules for e in events),
+            unit=events[0].unit,
         )
 
 
@@ -66,17 +75,29 @@ def measured(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged 
     return None if event is None else replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
 
 
+def needs_bank(into: Into, codec: Codec) -> bool:
+    """Whether frozen pairs are kept beside such a weight; auto: unless it holds small updates. ValueError if it takes none at all."""
+    if into == "weight" and not codec.writable:
+        raise ValueError(
+            f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}: encoding W again would round away all "
+            "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank (or auto), "
+            "which loses nothing"
+        )
+    return into == "bank" or (into == "auto" and not codec.holds_small_updates)
+
+
 @torch.no_grad()
 def exchange_(
     engine: Engine, adapter: PairAdapter, index: Tensor, *, fresh: Pairs | None = None, slots: slice | None = None,
-    moments: Moments = "seeded",
+    moments: Moments = "seeded", prune: float = 0.99,
 ) -> Exchanged:  # fmt: skip
     """pairs[index] freeze; `fresh` pairs, or those in the bank's `slots`, become trainable. Collective.
 
-    With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. Arguments
-    are the same on every rank. Object identity, shape and requires_grad of every Parameter stay.
+    With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. With both they fill
+    empty slots, and the fresh pairs must add nothing yet, for nothing leaves W. `prune`: the share of the replaced pairs' moments that
+    "pruned" sets to zero. Arguments are the same on every rank. Object identity, shape and requires_grad of every Parameter stay.
     """
-    assert (fresh is None) != (slots is None), "an exchange has one destination"
+    assert fresh is not None or slots is not None, "an exchange has a destination"
     began, traffic = time.perf_counter(), engine.traffic
     index = index.to(engine.device)
     moving = adapter.factors() if slots is not None else adapter.factors()[:2]
@@ -91,21 +112,17 @@ def exchange_(
         if slots is not None:
             banked = Pairs(bank[1].value, bank[0].value)
             where = torch.arange(len(banked), device=engine.device)[slots]
-            fresh = banked.take(where)
+            if fresh is None:
+                fresh = banked.take(where)
+            else:
+                assert not banked.B[:, where].any(), f"{adapter.name}: bank slots {slots} are not empty"
+                assert not fresh.B.any(), f"{adapter.name}: fresh pairs beside a growing bank must add nothing"
             banked.put_(where, old)
         else:
             assert fresh is not None
-            fresh = fresh.to(engine.device)
-            lost = into_weight_(engine, adapter, [old, fresh.scaled(-1)])
-        trained.put_(index, fresh)
-        stay = torch.ones(adapter.rank, dtype=torch.bool, device=engine.device)
-        stay[index] = False
-        for name in a.moments:
-            m_a, m_b = a.moments[name], b.moments[name]  # (r, n), (m, r)
-            seeded = moments == "seeded" and name == "exp_avg_sq"
-            keep = stay if stay.any() else ~stay
-            m_a[index] = m_a[keep].mean() if seeded else 0.0
-            m_b[:, index] = m_b[:, keep].mean() if seeded else 0.0
+            lost = into_weight_(engine, adapter, [old, fresh.to(engine.device).scaled(-1)])
+        trained.put_(index, fresh.to(engine.device))
+        renew_moments_(a, b, index, moments, prune)
         expected = [s.value for s in (a, b, *bank)]
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
@@ -126,6 +143,7 @@ def into_weight_(engine: Engine, adapter: PairAdapter, parts: list[Pairs]) -> fl
     Every rank adds its own elements: only the parts have travelled, W does not.
     """
     update = Pairs.cat(parts).scaled(adapter.scale)
+    update = update.take(update.B.any(0))  # of a pair that adds nothing the ledger keeps nothing
     weight = engine.weight(adapter)
     asked, lost, changed = weight.sum(weight.add_(update.B, update.A)).tolist()
     if asked == 0.0:
@@ -134,6 +152,63 @@ def into_weight_(engine: Engine, adapter: PairAdapter, parts: list[Pairs]) -> fl
     if engine.main:
         adapter.ledger.append(update.to("cpu"))
     return (lost / asked) ** 0.5
+
+
+@torch.no_grad()
+def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int, float]:
+    """The bank with as few pairs as its product needs, `most` at most, in its first slots; the others are empty.
+
+    Returns how many there are, and |dropped| / |bank|. Rank 0 decomposes. Collective.
+    """
+    assert adapter.bank_A is not None and adapter.bank_B is not None
+    with engine.edit(adapter.bank_A, adapter.bank_B) as (a, b):
+        bank = Pairs(b.value, a.value)
+
+        def compressed() -> list[Tensor]:
+            small, dropped = bank.compress(most=most)
+            sizes = small.B.norm(dim=0).double() * small.A.norm(dim=1).double()  # what is kept is an SVD: |b_k| |a_k| are its values
+            whole = math.hypot(float(sizes.norm()), dropped)
+            return [small.B, small.A, torch.tensor(dropped / whole if whole else 0.0, dtype=torch.float64)]
+
+        small_B, small_A, lost = engine.broadcast(compressed)
+        used = len(small_A)
+        a.value[:used], a.value[used:] = small_A, 0.0
+        b.value[:, :used], b.value[:, used:] = small_B, 0.0
+    engine.same("the compressed bank", small_B, small_A)
+    for p, slot in ((adapter.bank_A, a), (adapter.bank_B, b)):
+        assert torch.equal(engine.whole(p), slot.value), f"{adapter.name}: a compressed bank did not reach the forward"
+    return used, float(lost)
+
+
+def renew_moments_(a: Slot, b: Slot, index: Tensor, moments: Moments, prune: float) -> None:
+    """The moments of the pairs that were replaced, those of A and of B each for itself; all others stay as they are.
+
+    Pruned: the largest (1 - prune) of each moment stay. A first moment goes where its second went too: over a second moment of zero,
+    and A's gradient is zero while B is, its first update would be the rate times m / eps.
+    """
+    for mine in (a.moments, {name: moment.T for name, moment in b.moments.items()}):  # each (r, n or m), views
+        replaced = {name: moment[index] for name, moment in mine.items()}  # copies
+        if moments == "pruned":
+            kept = {name: _largest(moment, 1 - prune) for name, moment in replaced.items()}
+            if "exp_avg_sq" in kept:
+                kept["exp_avg"] &= kept["exp_avg_sq"]
+            renewed = {name: moment * kept[name] for name, moment in replaced.items()}
+        else:
+            renewed = {name: torch.zeros_like(moment) for name, moment in replaced.items()}
+            if moments == "seeded" and "exp_avg_sq" in mine:
+                stay = torch.ones(len(mine["exp_avg_sq"]), dtype=torch.bool, device=index.device)
+                stay[index] = False
+                renewed["exp_avg_sq"] += mine["exp_avg_sq"][stay if stay.any() else ~stay].mean()
+        for name, moment in mine.items():
+            moment[index] = renewed[name]
+
+
+def _largest(t: Tensor, share: float) -> Tensor:
+    """Where the largest of |t| are, that share of its entries; of equal ones the first."""
+    order = t.abs().flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros_like(order, dtype=torch.bool)
+    mask[order[: round(share * len(order))]] = True
+    return mask.view(t.shape)
 
 
 def _probe(engine: Engine, adapter: PairAdapter) -> Tensor:

@@ -43,6 +43,10 @@ class Method(draccus.ChoiceRegistry):
         """The largest rank of the exported LoRA; the error of cutting a change down to it is printed. None: what the change needs."""
         return None
 
+    def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
+        """The most bytes that the method remembers at a time: spread over the ranks, and on every rank."""
+        return 0, 0
+
     # ---- the hooks, in the order in which a run calls them
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:

@@ -39,8 +39,15 @@ CODECS: dict[str, Settings] = {
     "nf4, double": {"codec": "nf4", "codec_double_quant": True},
     "int8": {"codec": "int8"},
 }
-OPTIONS: dict[str, dict[str, Settings]] = {  # of a method, beside its defaults
-    "srlora": {"into: auto": {}, "into: weight": {"into": "weight"}, "into: bank": {"into": "bank"}},
+INTO: dict[str, Settings] = {f"into: {into}": {"into": into} for into in ("auto", "weight", "bank")}
+PAIRS: Settings = {"rank": 4}
+OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {  # of a method: settings for all rows, and rows
+    "srlora": (PAIRS, INTO),
+    "relora": ({**PAIRS, "interval": 100}, INTO),
+    "droplora": (PAIRS, {
+        **{f"mask: {mask}": {"mask": mask} for mask in ("token", "sample", "step", "model")}, "use_dora: true": {"use_dora": True},
+    }),
+    "losia": ({"output_factor": 0.0}, INTO | {"output_factor: 0.125": {"output_factor": 0.125}}),
 }
 RUN_OPTIONS: dict[str, Settings] = {
     "merge_base: dequantized": {"merge_base": "dequantized"},
@@ -62,7 +69,7 @@ ZERO_OPTIONS: list[tuple[str, object]] = [
     ("zero_quantized_nontrainable_weights", True),
     ("zero_quantized_gradients", True),
 ]
-WORLD = 4
+WORLD, STEPS = 4, 400
 
 
 def resolve(config: dict[str, Any]) -> None:
@@ -77,7 +84,8 @@ def refusal(recipe: Recipe) -> str | None:
         validate(recipe)
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1))
-        attach(model, recipe.method, codec(recipe))
+        adapters = attach(model, recipe.method, codec(recipe))
+        recipe.method.schedule(STEPS, adapters)
         if recipe.engine == "deepspeed":
             resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")))
         elif recipe.engine == "fsdp":
@@ -89,8 +97,9 @@ def refusal(recipe: Recipe) -> str | None:
 
 def methods() -> Iterator[tuple[str, Method]]:
     for name, kind in sorted(Method.get_known_choices().items()):
-        for option, settings in OPTIONS.get(name, {"": {}}).items():
-            yield f"{name} {option}".strip(), kind(rank=4, **settings)
+        common, options = OPTIONS.get(name, (PAIRS, {"": {}}))
+        for option, settings in options.items():
+            yield f"{name} {option}".strip(), kind(**{**common, **settings})
 
 
 def table() -> str:

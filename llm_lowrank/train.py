@@ -284,15 +284,15 @@ def log_exchange(metrics: Metrics, step: int, what: str, event: Exchanged) -> st
     """Records an exchange and returns its line."""
     milliseconds = event.seconds * 1000
     metrics.write(
-        "exchange", step, what=what, modules=event.modules, pairs=event.pairs, into=event.into, drift=event.drift, lost=event.lost,
-        milliseconds=milliseconds, bytes=event.traffic,
+        "exchange", step, what=what, modules=event.modules, **{event.unit: event.pairs}, into=event.into, drift=event.drift,
+        lost=event.lost, milliseconds=milliseconds, bytes=event.traffic,
     )  # fmt: skip
     if event.into == "bank":
         lost = f", compressing the bank took {event.lost:.1e} of it" if event.lost else ""
     else:
         lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
     return (
-        f"step {step}: {what}: {event.pairs} pairs of {event.modules} modules, frozen ones into the {event.into}; "
+        f"step {step}: {what}: {event.pairs} {event.unit} of {event.modules} modules, frozen ones into the {event.into}; "
         f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
     )
 

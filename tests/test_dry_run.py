@@ -154,7 +154,7 @@ def held(engine_name: str, zero: dict, codec: Codec) -> dict[str, int]:
     if engine_name.startswith("zero"):
         flat = engine.zero.fp32_partitioned_groups_flat if engine_name == "zero3" else engine.zero.single_partition_of_fp32_groups
         found["adapters, master copy"] = sum(p.nbytes for p in flat)
-    found["Adam moments"] = sum(mine(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    found["moments"] = sum(mine(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     kept = [v for adapter in trainee.adapters for key, v in adapter.memory.items() if key.startswith(("mean_", "spread_"))]
     found["importance statistics"] = sum(v.nbytes for v in kept)
     found["small parameters, kept whole"] = whole

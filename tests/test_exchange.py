@@ -15,7 +15,7 @@ from llm_lowrank.codecs import Codec
 from llm_lowrank.engines import base
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.exchange import PROBES, Exchanged, exchange_, measured
+from llm_lowrank.exchange import PROBES, Exchanged, compress_bank_, exchange_, measured
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.pairs import Pairs
 from tests import ranks
@@ -321,6 +321,147 @@ def test_an_exchange_of_nothing_changes_nothing_and_leaves_no_entry_in_the_ledge
     assert len(entries) == len(a.ledger) == 1 and a.ledger[0] is entries[0]  # the start's
 
 
+# --- a bank that grows ------------------------------------------------------------------------------------------------------------
+
+a_few_engines = pytest.mark.parametrize("engine", ["plain-1", "plain-2", "zero2-3", "zero3-3", "fsdp-2", "fsdp-2-replicas"])
+
+
+@dataclass(frozen=True)
+class Growing(LoRA):
+    """LoRA with an empty bank."""
+
+    def bank(self, codec: Codec) -> int:
+        return BANK
+
+
+def growing(engine: str, **settings: object) -> Trainee:
+    name, _, zero = ENGINES[engine]
+    t = Trainee(Growing(rank=RANK, alpha=RANK * SCALE, target_modules=MODULES), name, zero=zero, **settings)
+    for step in range(2):
+        t.step(step)
+    return t
+
+
+def nothing_yet(adapter: Adapter, count: int) -> Pairs:
+    fresh = random_pairs(adapter, count, 1)
+    return Pairs(torch.zeros_like(fresh.B), fresh.A)
+
+
+def grow(engine: str) -> tuple[Layer, Layer, Pairs, Exchanged, tuple[Tensor, Tensor], int]:
+    t = growing(engine)
+    a, logits = t.adapters[1], t.logits()
+    before, fresh = Layer.now(t, a), nothing_yet(a, len(INDEX))
+    event = exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=SLOTS)
+    return before, Layer.now(t, a), fresh, event, (logits, t.logits()), len(a.ledger)
+
+
+@a_few_engines
+def test_with_fresh_pairs_and_slots_the_old_ones_fill_empty_slots_bitwise_and_w_plus_s_b_a_stays(engine):
+    index, stay, empty = torch.tensor(INDEX), torch.tensor([2]), torch.tensor([0, 4])
+    for before, after, fresh, event, logits, entries in ranks.run(ENGINES[engine][1], grow, engine):
+        assert before.trained.B.any(0).all() and not before.bank.B.any()
+        assert equal(after.bank.take(SLOTS), before.trained.take(index)) and not after.bank.take(empty).B.any()
+        assert equal(after.trained.take(index), fresh) and equal(after.trained.take(stay), before.trained.take(stay))
+        assert torch.equal(after.W, before.W) and entries == 0
+        assert relative(after.map(), before.map()) <= 1e-15  # added in another order in float64
+        assert relative(logits[1], logits[0]) <= 1e-6
+        assert (event.pairs, event.into, event.lost) == (3, "bank", 0.0) and event.drift <= 1e-6
+        for key, was in before.moments.items():
+            was, now = (was, after.moments[key]) if key[0] == "A" else (was.T, after.moments[key].T)
+            assert torch.equal(now[2], was[2]) and was[2].any()
+
+
+def fill_and_compress(engine: str) -> tuple[Layer, Layer, list[tuple[int, float]]]:
+    """Three pairs in a bank of five, brought down to two; then to as many as it needs."""
+    t = growing(engine)
+    a = t.adapters[1]
+    exchange_(t.engine, a, torch.tensor(INDEX), fresh=nothing_yet(a, len(INDEX)), slots=SLOTS)
+    before = Layer.now(t, a)
+    first = compress_bank_(t.engine, a, 2)
+    after = Layer.now(t, a)
+    return before, after, [first, compress_bank_(t.engine, a, 4)]
+
+
+@a_few_engines
+def test_a_compressed_bank_is_the_best_of_its_rank_and_the_error_is_what_was_dropped(engine):
+    told = ranks.run(ENGINES[engine][1], fill_and_compress, engine)
+    for before, after, ((used, lost), (again, nothing)) in told:
+        whole = before.bank.to(dtype=torch.float64).product()
+        u, sigma, vt = torch.linalg.svd(whole, full_matrices=False)
+        best = (u[:, :2] * sigma[:2]) @ vt[:2]  # Eckart-Young
+        assert used == again == 2 and not after.bank.B[:, 2:].any() and not after.bank.A[2:].any()
+        assert relative(after.bank.to(dtype=torch.float64).product(), best) <= 1e-6
+        assert lost == pytest.approx(float((whole - best).norm() / whole.norm()), rel=1e-5) and lost > 0.01
+        assert nothing <= 1e-7  # of two pairs nothing has to go
+        assert torch.equal(after.W, before.W) and equal(after.trained, before.trained)
+        assert all(torch.equal(after.moments[key], was) for key, was in before.moments.items())
+        assert equal(after.bank, told[0][1].bank)
+
+
+def test_an_empty_bank_is_compressed_to_nothing():
+    t = growing("plain-1")
+    assert compress_bank_(t.engine, t.adapters[0], 2) == (0, 0.0)
+
+
+def test_slots_that_are_taken_and_fresh_pairs_that_add_something_are_refused():
+    t = growing("plain-1")
+    a, index = t.adapters[0], torch.tensor([0, 1])
+    none = nothing_yet(a, 2)
+    assert "must add nothing" in caught(lambda: exchange_(t.engine, a, index, fresh=random_pairs(a, 2, 1), slots=slice(0, 2)))
+    exchange_(t.engine, a, index, fresh=none, slots=slice(0, 2))
+    assert "are not empty" in caught(lambda: exchange_(t.engine, a, torch.tensor([2, 3]), fresh=none, slots=slice(1, 3)))
+
+
+def test_of_pairs_that_add_nothing_the_ledger_keeps_nothing():
+    t = growing("plain-1")
+    a = t.adapters[0]
+    old = Layer.now(t, a).trained
+    for _ in range(2):  # the second time there is nothing but such pairs
+        exchange_(t.engine, a, torch.arange(RANK), fresh=nothing_yet(a, RANK))
+    (entry,) = a.ledger
+    assert equal(entry, old.scaled(SCALE))
+
+
+# --- moments that are pruned ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [[3, 0, 1], [2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("prune", [0.0, 0.5, 0.9, 1.0])
+def test_pruned_keeps_the_largest_entries_of_the_replaced_pairs_and_no_first_moment_over_a_second_of_zero(prune, index):
+    t = growing("plain-1")
+    a = t.adapters[0]
+    before = Layer.now(t, a).moments
+    exchange_(t.engine, a, torch.tensor(index), fresh=nothing_yet(a, len(index)), moments="pruned", prune=prune)
+    after = Layer.now(t, a).moments
+    for letter in "AB":
+        rows = {k: (before[f"{letter}.{k}"], after[f"{letter}.{k}"]) for k in base.MOMENTS}
+        rows = {k: pair if letter == "A" else (pair[0].T, pair[1].T) for k, pair in rows.items()}
+        masks = {}
+        for k, (was, now) in rows.items():
+            sizes = was[index].abs().flatten().tolist()
+            largest = sorted(range(len(sizes)), key=lambda i, sizes=sizes: -sizes[i])[: round((1 - prune) * len(sizes))]
+            masks[k] = torch.zeros(len(sizes), dtype=torch.bool)
+            masks[k][largest] = True
+            stay = [k for k in range(RANK) if k not in index]
+            assert torch.equal(now[stay], was[stay])
+        masks["exp_avg"] &= masks["exp_avg_sq"]
+        for k, (was, now) in rows.items():
+            assert torch.equal(now[index].flatten(), was[index].flatten() * masks[k])
+
+
+def test_lion_has_one_moment_to_prune():
+    t = growing("plain-1", optimization={"optim": "lion"})
+    a = t.adapters[0]
+    before = Layer.now(t, a).moments
+    exchange_(t.engine, a, torch.arange(RANK), fresh=nothing_yet(a, RANK), moments="pruned", prune=0.75)
+    after = Layer.now(t, a).moments
+    assert sorted(after) == ["A.exp_avg", "B.exp_avg"]
+    for key, was in before.items():
+        kept = after[key] != 0
+        assert int(kept.sum()) == was.numel() // 4 and torch.equal(after[key][kept], was[kept])
+        assert was[kept].abs().min() >= was[~kept].abs().max()
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------------------
 
 
@@ -328,12 +469,11 @@ def caught(call: Callable[[], object]) -> str:
     return ranks.caught(call, AssertionError, RuntimeError)
 
 
-def test_an_exchange_has_one_destination_and_as_many_pairs_come_as_go():
+def test_an_exchange_has_a_destination_and_as_many_pairs_come_as_go():
     t = trainee("plain-1")
     a = t.adapters[0]
     fresh, index = random_pairs(a, 2, 1), torch.tensor([0, 1])
-    assert "one destination" in caught(lambda: exchange_(t.engine, a, index))
-    assert "one destination" in caught(lambda: exchange_(t.engine, a, index, fresh=fresh, slots=slice(0, 2)))
+    assert "has a destination" in caught(lambda: exchange_(t.engine, a, index))
     assert caught(lambda: exchange_(t.engine, a, torch.tensor([0]), fresh=fresh)).startswith("AssertionError")
     assert caught(lambda: exchange_(t.engine, a, index, slots=slice(0, 3))).startswith("AssertionError")
 

@@ -40,7 +40,7 @@ def test_every_file_in_methods_is_a_registered_method():
     assert files and files == set(known)
     for name, method in known.items():
         assert issubclass(method, Method) and method.__module__ == f"llm_lowrank.methods.{name}"
-        assert method().rank >= 1  # the defaults are valid
+        assert method().target_modules == ["all-linear"]  # the defaults are valid
 
 
 # ---- settings

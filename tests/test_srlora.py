@@ -110,7 +110,7 @@ def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -
         t.engine.step(1e-2)
         if step + 1 in SWITCHES:
             before = Moment.now(t)
-            story.events.append(measured(t.engine, functools.partial(method.recompose, t.adapters, t.engine)))
+            story.events.append(measured(t.engine, functools.partial(method.recompose, t.adapters, t.engine, step + 1)))
             story.switches.append((before, Moment.now(t)))
     story.end = Moment.now(t)
     return story

@@ -33,7 +33,7 @@ from llm_lowrank.adapter import Adapter, Whole, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, Exchanged
+from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, Exchanged, Into, needs_bank
 from llm_lowrank.functional import Decode
 from llm_lowrank.method import Method, output_layer, targets
 from llm_lowrank.pairs import Block, Pairs
@@ -224,7 +224,7 @@ class LoSiA(Method):
     """decay of its spread (uncertainty)"""
     rewarm_steps: int = -1
     """steps over which a layer's rate warms up after it has moved; -1: as many as period, 0: none"""
-    into: Literal["auto", "weight", "bank"] = "auto"
+    into: Into = "auto"
     """where a trained block goes when the layer moves: into the weight, or into a bank of live blocks; auto: weight if it is dense"""
     max_live_blocks: int = 4
     """blocks of a layer that the bank has room for"""
@@ -252,6 +252,11 @@ class LoSiA(Method):
     def export_rank(self) -> int:
         return self.max_export_rank
 
+    def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
+        """Mean and spread of one layer's entries, and the sum of its gradients over this rank's micro-batches; all float32."""
+        layers = [sum(4 * a.shape[0] * a.shape[1] for a in adapters if a.group == group) for group in range(_groups(adapters))]
+        return 2 * max(layers), max(layers)
+
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         found, output = targets(model, self.target_modules), output_layer(model)
         if self.output_factor == 0:
@@ -266,18 +271,13 @@ class LoSiA(Method):
         return found | {name: layer}
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        if self.into == "weight" and not codec.writable:
-            raise ValueError(
-                f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}, which would round a trained block away; "
-                "set method.into: bank (or auto)"
-            )
         m, n = linear.weight.shape
         output = self.output_factor > 0 and _layer(name) < 0  # outside of the decoder layers there is the output layer alone
         size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
         if 0 in size:
             raise ValueError(f"{name}: method.factor {self.factor} of its {m} x {n} weight is less than one row or column; raise it")
-        weight = self.into == "weight" or (self.into == "auto" and codec.writable)
-        return Subnet(name, linear, codec, seed, size, 0 if weight else self.max_live_blocks, self.pro)
+        bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)  # a block is rounded once, bf16 or not
+        return Subnet(name, linear, codec, seed, size, self.max_live_blocks if bank else 0, self.pro)
 
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
         """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order. A group owns every N-th slot."""
@@ -385,7 +385,7 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
     limit = EXACT_DRIFT if adapter.bank_S is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
     if not drift <= limit:
         raise RuntimeError(f"{adapter.name}: a move changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
-    return Exchanged(adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0)
+    return Exchanged(adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries")
 
 
 def _into_weight_(engine: Engine, adapter: Subnet, block: Block) -> float:

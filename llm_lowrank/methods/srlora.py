@@ -67,6 +67,9 @@ class SRLoRA(PiSSA):
         """r' = gamma r, at least 1."""
         return max(1, round(self.gamma * self.rank))
 
+    def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
+        return sum(2 * (a.A.nbytes + a.B.nbytes) for a in paired(adapters)), 0  # mean and spread
+
     def bank(self, codec: Codec) -> int:
         return self.target_rank - self.rank if needs_bank(self.into, codec) else 0
 
