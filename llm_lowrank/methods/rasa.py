@@ -1,0 +1,172 @@
+"""RaSA: y_i = W_i x + B_i (d_i * A_i x) + B_S (e_i * A_S x).  https://arxiv.org/abs/2503.12576
+
+Each of the L layers of a module type gives k of its r ranks to a pool; all of them use the whole pool, each with weights of its own.
+
+    A_i (r - k, n), B_i (m, r - k)    of layer i alone             d_i (r - k)    its weights, trained
+    A_S (L k, n),   B_S (m, L k)      the pool, one for the type   e_i (L k)      layer i's weights of the pool, trained
+
+The trained parameters are those of LoRA and the weights; a layer's change has rank r - k + L k. There is no other scale: alpha is in the
+start of d and e. The two products are computed apart, since joining them would copy the pool in every forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_lowrank.adapter import Adapter, Shared, Whole, generator, uniform_rows
+from llm_lowrank.codecs import Codec
+from llm_lowrank.functional import Product, adapter_linear
+from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.pairs import Pairs
+
+Kind = tuple[str, int, int]  # name without the layer's number, m, n
+
+
+@Method.register_subclass("rasa")
+@dataclass(frozen=True)
+class RaSA(LoRA):
+    """Train rank pairs per module, k of them in a pool that all layers use."""
+
+    k: int | None = None
+    """pairs of a module that go to the pool; by default rank / 8, at least 1"""
+    d_init: Literal["paper", "lora"] = "paper"
+    """start of the weights; paper: half of alpha spread over the layer's own pairs, half over the pool; lora: alpha / rank each"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_rslora:
+            raise ValueError("method.use_rslora cannot be used with rasa: it has no scale, alpha is in the start of d and e; remove it")
+        if self.k is not None:
+            ranks = {"method.rank": self.rank, **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()}}
+            for setting, rank in ranks.items():
+                if not 0 <= self.k <= rank:
+                    raise ValueError(f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}")
+
+    def pooled(self, rank: int) -> int:
+        """k, of so many pairs."""
+        return max(rank // 8, 1) if self.k is None else self.k
+
+    def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
+        rank = self.rank_of(name)
+        self.check_fits("rank", rank, name, linear)
+        return RaSALayer(name, linear, codec, rank, self.pooled(rank), self.scale_of(name) * rank, self.d_init, self.dropout, seed)
+
+    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        super().attached(model, adapters)
+        kinds: dict[Kind, list[RaSALayer]] = defaultdict(list)
+        for adapter in adapters:
+            assert isinstance(adapter, RaSALayer)
+            kinds[(kind(adapter.name), *adapter.shape)].append(adapter)
+        pools: dict[str, Pool] = {}
+        for (name, m, n), layers in kinds.items():
+            _check_agree(layers)
+            if layers[0].pooled:
+                pool = pools[_free(f"{name.rpartition('.')[2]}_pool", pools)] = Pool(f"{name} {m} x {n}", layers)
+                for layer in layers:
+                    layer.join(pool, first=layer is layers[0])
+        model.rasa_pools = nn.ModuleDict(pools)  # of the root: no layer owns a pool
+
+
+def kind(name: str) -> str:
+    """A module's name without its first number, which is its layer's: the modules of one kind and shape share a pool."""
+    return re.sub(r"(^|\.)\d+(\.|$)", r"\1", name, count=1)
+
+
+def _check_agree(layers: list[RaSALayer]) -> None:
+    first = layers[0]
+    other = next((layer for layer in layers if layer.rank != first.rank), None)
+    if other is not None:
+        raise ValueError(
+            f"method.rank_pattern: {first.name} has rank {first.rank} and {other.name} rank {other.rank}, but they share a pool; "
+            "give all layers of a module type the same rank"
+        )
+
+
+def _free(name: str, taken: Mapping[str, object]) -> str:
+    """`name`, or with a number behind it: layers of a type may differ in shape, and types in what is before their last name."""
+    return next(new for i in count(1) if (new := name if i == 1 else f"{name}{i}") not in taken)
+
+
+class Pool(Shared):
+    """A_S (L k, n) and B_S (m, L k) of L layers."""
+
+    def __init__(self, name: str, layers: list[RaSALayer]) -> None:
+        super().__init__()
+        first = layers[0]
+        (m, n), size = first.shape, len(layers) * first.pooled
+        self.name, self.seed = name, first.seed
+        self.A, self.B = first.factor(size, n), first.factor(m, size)
+        if not self.A.is_meta:
+            for key, value in self.initial().items():
+                getattr(self, key).data.copy_(value)
+
+    def initial(self) -> dict[str, Tensor]:
+        (size, n), m = self.A.shape, len(self.B)
+        with torch.device("cpu"):
+            return {"A": uniform_rows(size, n, generator(self.seed, self.name)), "B": torch.zeros(m, size)}
+
+
+class RaSALayer(Adapter):
+    """One of the L layers. With k = 0 it has no e and no pool, with k = r no A, B, d: there are no parameters without elements."""
+
+    def __init__(
+        self, name: str, linear: nn.Linear, codec: Codec, rank: int, pooled: int, alpha: float, d_init: str, dropout: float, seed: int
+    ) -> None:
+        super().__init__(name, linear, codec, seed)
+        (m, n), own = self.shape, rank - pooled
+        self.rank, self.pooled, self.alpha, self.d_init, self.dropout = rank, pooled, alpha, d_init, dropout
+        if own:
+            self.A, self.B, self.d = self.factor(own, n), self.factor(m, own), self.factor(own)
+
+    def join(self, pool: Pool, first: bool) -> None:
+        """Reads the pool from now on, as the first layer or another."""
+        self.borrows, self.first = (pool,), first
+        self.e = self.factor(len(pool.A))
+        self.fill()
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """A uniform, B zero, so that the layer starts as it was."""
+        assert pairs is None, "RaSA takes no pairs out of W"
+        (m, n), own, size = self.shape, self.rank - self.pooled, 0 if self.pool is None else len(self.e)
+        sides = 2 if own and self.pooled else 1  # which share alpha
+        values = {}
+        with torch.device("cpu"):
+            if own:
+                values["A"], values["B"] = uniform_rows(own, n, generator(self.seed, self.name)), torch.zeros(m, own)
+                values["d"] = torch.full((own,), self.alpha / (self.rank if self.d_init == "lora" else sides * own))
+            if size:
+                values["e"] = torch.full((size,), self.alpha / (self.rank if self.d_init == "lora" else sides * size))
+        return values
+
+    @property
+    def pool(self) -> Pool | None:
+        return next((lender for lender in self.borrows if isinstance(lender, Pool)), None)
+
+    def products(self) -> list[Product]:
+        """The layer's own pairs and the pool's, as far as there are any."""
+        own = [Product(self.A, self.B, self.d)] if self.rank > self.pooled else []
+        pool = self.pool
+        return own if pool is None else [*own, Product(pool.read("A", self.first), pool.read("B", self.first), self.e)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        return adapter_linear(x, self.parts(), self.decode, self.products(), 1.0, self.bias, None, dropped)
+
+    def change(self, whole: Whole) -> Pairs:
+        """[B_i diag(d_i), B_S diag(e_i)] [A_i; A_S], of rank r - k + L k."""
+        factors = [(self.A, self.B, self.d)] if self.rank > self.pooled else []
+        factors += [] if self.pool is None else [(self.pool.A, self.pool.B, self.e)]
+        return Pairs.cat([Pairs(whole(b) * whole(d), whole(a)) for a, b, d in factors])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, k={self.pooled}, alpha={self.alpha:g}, d_init={self.d_init}"
