@@ -1,0 +1,117 @@
+"""ReLoRA: a sum of low-rank updates has a high rank, so restart LoRA again and again.  https://arxiv.org/abs/2307.05695
+
+    every `interval` steps    W <- W + s B A      then  A <- fresh and random,  B <- 0        the function stays
+    the optimizer             of the moments of A and B the largest 1 - prune_ratio stay, the others become 0
+    the rate                  after a restart  rate(t) min(1, (t - restart + 1) / restart_warmup)       a jagged cosine
+
+Where W cannot hold a small update the old pairs are kept beside it, in a bank of fixed capacity; a full one is compressed to leave
+room for the next, and the error of that is printed. Where the paper is silent: no restart that leaves no step at the full rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from llm_lowrank.adapter import Adapter, PairAdapter, generator, paired, uniform_rows
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
+from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.pairs import Pairs
+
+
+@Method.register_subclass("relora")
+@dataclass(frozen=True)
+class ReLoRA(LoRA):
+    """Merge all pairs and start new random ones, every `interval` steps."""
+
+    interval: int = 1000
+    """steps between restarts (the paper's pre-training: 5000)"""
+    restart_warmup: int = 50
+    """steps of linear warm-up after a restart, towards the rate of the recipe (the paper: 50 to 100)"""
+    into: Into = "auto"
+    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else bank"""
+    bank_pairs: int | None = None
+    """pairs that the bank has room for, more than rank (of a module with another rank in proportion); by default 2 rank"""
+    moments: Moments = "pruned"
+    """optimizer state at a restart: the largest entries stay, or second moments become their mean (seeded), or all is zeroed"""
+    prune_ratio: float = 0.99
+    """share of each moment that `moments: pruned` sets to zero, smallest first"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restart_warmup < 0:
+            raise ValueError(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
+        if self.interval <= self.restart_warmup:
+            raise ValueError(f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})")
+        if self.bank_pairs is not None and self.bank_pairs <= self.rank:
+            raise ValueError(
+                f"method.bank_pairs ({self.bank_pairs}) must be more than method.rank ({self.rank}): a restart fills rank of them, and "
+                "what was frozen before needs some, too"
+            )
+        if not 0 <= self.prune_ratio <= 1:
+            raise ValueError(f"method.prune_ratio must be in [0, 1], not {self.prune_ratio}")
+
+    def bank_of(self, rank: int) -> int:
+        """Pairs that the bank beside so many trainable ones has room for: bank_pairs / self.rank times as many, rounded up."""
+        return 2 * rank if self.bank_pairs is None else -(-self.bank_pairs * rank // self.rank)
+
+    def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
+        rank = self.rank_of(name)
+        self.check_fits("rank", rank, name, linear)
+        bank = self.bank_of(rank) if needs_bank(self.into, codec) else 0
+        return PairAdapter(name, linear, codec, rank, self.scale_of(name), bank, self.dropout, seed)
+
+    def restarts(self, total_steps: int) -> range:
+        """Every multiple of interval that leaves a step at the full rate behind its warm-up."""
+        return range(self.interval, total_steps - self.restart_warmup, self.interval)
+
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
+        if not self.restarts(total_steps):
+            raise ValueError(
+                f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no restart in a run of "
+                f"{total_steps} steps; lower them, train longer or set method.type: lora"
+            )
+        return tuple(self.restarts(total_steps))
+
+    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+        done = [restart for restart in self.restarts(total_steps) if restart <= step]
+        warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
+        return [rate(step) * warm]
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        for adapter in paired(adapters):
+            if adapter.bank_A is not None:
+                adapter.memory["used"] = torch.tensor(0)  # slots of the bank, the first ones
+
+    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        layers = paired(adapters)
+        fresh = [fresh_pairs(adapter, step) for adapter in layers]
+        engine.same("the fresh pairs", *(pairs.A for pairs in fresh))
+        return Exchanged.total([self._restart(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)])
+
+    def _restart(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
+        slots, lost = self._room(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
+        every = torch.arange(adapter.rank)
+        event = exchange_(engine, adapter, every, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio)
+        return replace(event, lost=event.lost + lost)  # one of the two is 0
+
+    def _room(self, adapter: PairAdapter, engine: Engine) -> tuple[slice, float]:
+        """The next empty slots of the bank, which are taken, and what compressing it took if it was full. Collective."""
+        assert adapter.bank_A is not None
+        capacity, used, lost = self.bank_of(adapter.rank), int(adapter.memory["used"]), 0.0
+        if used + adapter.rank > capacity:
+            used, lost = compress_bank_(engine, adapter, capacity - adapter.rank)
+        adapter.memory["used"].fill_(used + adapter.rank)
+        return slice(used, used + adapter.rank), lost
+
+
+def fresh_pairs(adapter: PairAdapter, step: int) -> Pairs:
+    """Random A, B = 0, the same on every rank."""
+    m, n = adapter.shape
+    return Pairs(torch.zeros(m, adapter.rank), uniform_rows(adapter.rank, n, generator(adapter.seed, adapter.name, step)))
