@@ -11,7 +11,6 @@ from llm_lowrank.data import Data
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.recipe import HEADINGS, IDENTITY, SYNONYMS, Recipe, RecipeError, deepspeed_config, optimization, parse, save, validate
 
