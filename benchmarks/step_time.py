@@ -7,9 +7,9 @@
                  layers records its whole gradient besides, as one of N does at any time
 
 All run in one process on the same tokens and over the same weights, one after the other in each round, the order turned by one from round
-to round, so that whatever else the machine is doing hits them alike; the figures are the median, least and greatest of the per-round ratios
-to the limit. The embeddings' output requires a gradient in all of them, so that the input gradient flows through every layer. The optimizer's
-step is not part of it. Weights are random; only the shapes matter.
+to round, so that whatever else the machine is doing hits them alike; the figures are the median, least and greatest of the per-round
+ratios to the limit. The embeddings' output requires a gradient in all of them, so that the input gradient flows through every layer. The
+optimizer's step is not part of it. Weights are random; only the shapes matter.
 """
 
 import argparse
