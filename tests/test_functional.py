@@ -84,6 +84,48 @@ def test_frozen_linear_is_the_equation_and_keeps_references_only(bias):
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in layer.parts]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("gates", ["none", "trained", "constant", "per token"])
+def test_two_products_with_gates_and_an_input_of_their_own(gates, dropped, bias):
+    """RaSA's pool, DropLoRA's mask, LoRA's dropout: value and gradients of everything that is trained."""
+    layer, x = Layer(torch.float64, bias), inputs(2, 3, N, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(5)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()
+
+    more = new(K, N), new(M, K)
+    none = (None, None)
+    d = {"none": none, "trained": (new(R), new(K)), "constant": (new(R).detach(), None), "per token": (new(6, R).detach(), None)}[gates]
+    z = new(2, 3, N) if dropped else None
+    products = [Product(layer.A, layer.B, d[0]), Product(*more, d[1])]
+    read = x if z is None else z
+    wanted = x @ decode(*layer.parts).T + (0 if layer.bias is None else layer.bias)
+    for A, B, gate in products:
+        h = (read @ A.T).reshape(6, -1) * (1 if gate is None else gate)
+        wanted = wanted + SCALE * (h @ B.T).view(2, 3, M)
+    found = adapter_linear(x, layer.parts, decode, products, SCALE, layer.bias, dropped=z)
+    torch.testing.assert_close(found, wanted)
+    leaves = [t for t in (x, z, layer.A, layer.B, *more, *d) if t is not None and t.requires_grad]
+    g = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape)
+    for ours, true in zip(torch.autograd.grad(found, leaves, g), torch.autograd.grad(wanted, leaves, g), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_a_bank_does_not_read_the_dropped_input():
+    layer, x = Layer(torch.float64, bank=True), inputs(5, N, dtype=torch.float64)
+    z = inputs(5, N, dtype=torch.float64).detach().mul(2).requires_grad_()
+    bank = Product(layer.bank_A, layer.bank_B)
+    found = adapter_linear(x, layer.parts, decode, [Product(layer.A, layer.B)], SCALE, None, bank, z)
+    w = decode(*layer.parts) + SCALE * layer.bank_B @ layer.bank_A
+    wanted = x @ w.T + SCALE * z @ layer.A.T @ layer.B.T
+    torch.testing.assert_close(found, wanted)
+    leaves = (x, z, layer.A, layer.B)
+    for ours, true in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
 def test_strided_input_and_expanded_gradient():
     layer = Layer(torch.float64, bank=True)
     x = inputs(2, N, 5, dtype=torch.float64)

@@ -278,3 +278,29 @@ def test_a_coded_weight_is_never_written(codec: Codec):
         with pytest.raises(AssertionError, match="a coded weight is never written again"):
             call()
     assert all(torch.equal(part, before[name]) for name, part in parts.items())
+
+
+@law
+@given(cuts(), st.data())
+def test_adding_a_block_changes_its_entries_alone_whoever_holds_them(cut, data):
+    rows = sorted(data.draw(st.sets(st.integers(0, cut.m - 1))))
+    columns = sorted(data.draw(st.sets(st.integers(0, cut.n - 1))))
+    values, before = cut.integers(len(rows), len(columns)) * 2 + 1, cut.integers(cut.m * cut.n)  # odd: no zero among them
+    flat = before.clone()
+    at = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
+    measured = sum((weight.add_block_(*at, values) for weight in cut.weights(flat)), torch.zeros(3, dtype=torch.float64))
+    wanted = before.view(cut.m, cut.n).clone()
+    wanted[at[0][:, None], at[1]] += values
+    assert torch.equal(flat.view(cut.m, cut.n), wanted)
+    assert measured.tolist() == [float(values.square().sum()), 0.0, values.numel()]
+
+
+@law
+@given(cuts())
+def test_what_is_mine_of_a_block_covers_it_once_over_all_ranks(cut):
+    whole, total = cut.integers(cut.m, cut.n) + 9, torch.zeros(cut.m, cut.n)
+    for weight in cut.weights(cut.integers(cut.m * cut.n)):
+        mine = weight.mine_(whole[weight.rows].clone())
+        assert int((mine != 0).sum()) == weight.numel
+        total[weight.rows] += mine
+    assert torch.equal(total, whole)
