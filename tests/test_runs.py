@@ -1,0 +1,67 @@
+"""A whole run of every method, from the recipe to the adapter in PEFT and the merged checkpoint, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_lowrank.method import Method
+from llm_lowrank.recipe import parse
+from llm_lowrank.train import train
+from tests.test_launch import DEEPSPEED, launch, place, recipe, records  # noqa: F401 - place is a fixture
+
+PAIRS = {"method.rank": 4}
+RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 steps
+    "lora": ({**PAIRS, "method.rank_pattern": "{k_proj: 2}", "method.use_rslora": True}, 0),
+    "pissa": ({**PAIRS, "method.svd_cache": ""}, 0),
+    "dora": (PAIRS, 0),
+    "srlora": ({**PAIRS, "method.target_rank": 6, "method.svd_cache": ""}, 1),
+    "relora": ({**PAIRS, "method.interval": 2, "method.restart_warmup": 1}, 2),
+    "rasa": ({**PAIRS, "optim": "lion", "learning_rate": 5e-3, "gradient_checkpointing": True}, 0),
+    "droplora": ({**PAIRS, "method.mask": "sample", "method.use_dora": True, "gradient_accumulation_steps": 2}, 0),
+    "losia": ({"method.factor": 0.5, "method.output_factor": 0, "method.period": 2}, 2),
+}
+
+
+def settings(folder: Path, method: str, output: Path, **changes: object) -> list[str]:
+    chosen = {"method.type": method, "output_dir": output, **RUNS[method][0], **changes}
+    common = [a for a in recipe(folder) if not a.startswith("--method.") and a.split("=")[0][2:] not in chosen]
+    return [*common, *(f"--{name}={value}" for name, value in chosen.items())]
+
+
+@pytest.mark.parametrize("codec", ["dense", "nf4"])
+@pytest.mark.parametrize("method", RUNS)
+def test_a_run_learns_and_hands_back_what_it_trained(place, tmp_path, method, codec):  # noqa: F811
+    output = tmp_path / "out"
+    train(parse(settings(place, method, output, engine="plain", codec=codec, report_to="none")))
+    before, after = (r["loss"] for r in records(output, "eval"))
+    assert after < before - 0.1
+    events = records(output, "exchange")
+    assert len(events) == RUNS[method][1] and all(e["drift"] < 1e-5 for e in events)
+    assert {e["into"] for e in events} <= {"weight" if codec == "dense" else "bank"}
+    tokens = torch.arange(24).view(2, 12)
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    with torch.no_grad():
+        untouched = base(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(output / "merged")(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(base, output / "adapter")(tokens).logits
+    assert (merged - adapted).abs().max() < 1e-4 and (merged - untouched).abs().max() > 1e-2
+
+
+def test_every_registered_method_has_a_run():
+    assert set(RUNS) == {name for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")}
+
+
+def test_losia_over_nf4_under_the_deepspeed_launcher(place, tmp_path):  # noqa: F811
+    changes = {"codec": "nf4", "per_device_train_batch_size": 4, "report_to": "none", "method.max_live_blocks": 1}
+    refused = launch(DEEPSPEED, settings(place, "losia", tmp_path / "out", **{**changes, "method.period": 1}))
+    assert refused.returncode != 0 and "every layer moves 3 times in 6 steps, and the bank has room for 1 blocks" in refused.stderr
+    done = launch(DEEPSPEED, settings(place, "losia", tmp_path / "out", **changes))
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    before, after = (r["loss"] for r in records(tmp_path / "out", "eval"))
+    assert after < before and [(e["step"], e["into"]) for e in records(tmp_path / "out", "exchange")] == [(2, "bank"), (4, "bank")]
+    assert "entries of 7 modules, frozen ones into the bank" in done.stdout
