@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.data import Batches, load, pad_id
-from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
 from llm_lowrank.method import Method
 from llm_lowrank.recipe import Recipe, adapted, deepspeed_config, dump, occupied, optimization
@@ -81,7 +81,7 @@ class Row:
             seen.add(id(p))
 
     def numbers(self) -> list[str]:
-        frozen = f"{self.frozen:,}" if self.frozen else "shared"
+        frozen = f"{self.frozen:,}" if self.frozen else "-" if self.trained else "shared"
         return [frozen, *(f"{elements:,}" if elements else "-" for elements in (self.bank, self.trained))]
 
 
@@ -146,6 +146,7 @@ class Sizes:
     layer: int  # bytes of the largest decoder layer
     layers: int  # bytes of all of them; the rest is embeddings, the output layer and the last norm
     decoded: int  # bytes of the largest coded W, decoded; 0 without
+    persistent: int  # elements up to which ZeRO-3 leaves a parameter gathered
 
     @classmethod
     def of(cls, model: nn.Module, method: Method) -> "Sizes":
@@ -156,7 +157,8 @@ class Sizes:
         layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
         coded = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
         decoded = max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in coded), default=0)
-        return cls(**found, statistics=statistics, layer=max(layers), layers=sum(layers), decoded=decoded)
+        size = persistent_size(model)
+        return cls(**found, statistics=statistics, layer=max(layers), layers=sum(layers), decoded=decoded, persistent=size)
 
 
 def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
@@ -187,7 +189,7 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, mom
     """(what, bytes under each of ENGINES on n ranks, formula). `zero`: the zero_optimization section, "auto" resolved."""
     w, k, t = (sum(nbytes for _, nbytes in part) for part in (sizes.frozen, sizes.bank, sizes.trained))
     everything = sizes.frozen + sizes.bank + sizes.trained
-    small = zero.get("stage3_param_persistence_threshold", max(elements for elements, _ in sizes.trained))
+    small = zero.get("stage3_param_persistence_threshold", sizes.persistent)
     whole = sum(nbytes for elements, nbytes in everything if elements <= small)
     live = zero.get("stage3_max_live_parameters", 10**9) * max(nbytes / elements for elements, nbytes in sizes.frozen)
     gathered = min(w + k + t - whole, live)
@@ -203,7 +205,7 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, mom
         ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
         ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, DDP 2 T, sharded T / N"),
         ("moments", [moments * part for part in (t, t / n, t / n, t / n, t / f)], f"{moments} T; sharded: {moments} T / N"),
-        ("importance statistics", [shared / n + own] * 5, "spread over N ranks; LoSiA's gradient of a layer on each"),
+        ("importance statistics", [shared / n + own] * 5, "shared by N ranks; LoSiA: and a layer"),
         ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "persistence threshold"),
         ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups], "live parameters; groups"),
         ("decoded for use", [sizes.decoded] * 5, "the largest coded W"),
@@ -216,4 +218,4 @@ def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:
         return {}
     from llm_lowrank.engines.zero import resolve
 
-    return resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(recipe), world, max(sizes.trained)[0])
+    return resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(recipe), world, sizes.persistent)

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.frozen import persistent_size
 from llm_lowrank.engines.zero import KNOBS, REFUSALS, Zero, resolve
+from llm_lowrank.method import Method, attach
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
+from tests import tiny
 
 SHIPPED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 SETTINGS = Optimization(accumulation=3, micro_batch=2, max_grad_norm=0.5)
@@ -49,7 +55,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def resolved(config: dict[str, Any], world: int = 4) -> dict[str, Any]:
-    return resolve(config, SETTINGS, world, largest_factor=1234)
+    return resolve(config, SETTINGS, world, persistent=1234)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -184,3 +190,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
         path.write_text(text)
     with pytest.raises(ValueError, match=f"DeepSpeed config {path}"):
         Zero(path)
+
+
+def test_everything_trained_may_stay_gathered_but_no_frozen_weight():
+    def size(method: Method, codec: Codec) -> int:
+        model = tiny.skeleton(tie_word_embeddings=False)
+        attach(model, method, codec)
+        return persistent_size(model)
+
+    assert size(LoRA(rank=3), Dense()) == 3 * 43  # the largest factor
+    assert size(LoRA(rank=14), Dense()) == 14 * 42 - 1, "k_proj (14 x 42) is no larger than A (14 x 43): it would stay whole on every rank"
+    assert size(LoSiA(factor=0.5, output_factor=0.5), Dense()) == 14 * 42 - 1
+    assert size(LoRA(rank=14), Nf4()) == 14 * 32 - 1  # codes

@@ -55,3 +55,13 @@ class FrozenLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, codec={self.codec}"
+
+
+def persistent_size(model: nn.Module) -> int:
+    """Elements up to which ZeRO-3 may leave a parameter gathered between uses: everything trained, but no frozen W.
+
+    What is trained can be larger than a W: LoSiA's rows of an output layer are larger than the projections of a small head.
+    """
+    trained = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+    weights = [max(part.numel() for part in m.parts()) for m in model.modules() if isinstance(m, FrozenLinear)]
+    return max(0, min([trained, *(size - 1 for size in weights)]))

@@ -37,7 +37,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, optimizer, set_rates, share, trainables
-from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.weight import Weight
 
 # Top-level keys that say how to shard and communicate. DeepSpeed ignores a key that it does not know; we do not.
@@ -61,11 +61,11 @@ REFUSALS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def resolve(config: dict[str, Any], settings: Optimization, world: int, largest_factor: int) -> dict[str, Any]:
+def resolve(config: dict[str, Any], settings: Optimization, world: int, persistent: int) -> dict[str, Any]:
     """The DeepSpeed configuration with every "auto" replaced, or ValueError naming the key that cannot be right.
 
-    "auto" is a feature of transformers, not of DeepSpeed. `largest_factor` is the number of elements of the largest A or
-    B: parameters up to that size persist under ZeRO-3, so that adapters are gathered once per step, not once per use.
+    "auto" is a feature of transformers, not of DeepSpeed. Parameters of up to `persistent` elements stay gathered under ZeRO-3: see
+    frozen.persistent_size; adapters are gathered once per step then, not once per use.
     """
     for key in config:
         if key not in KNOBS:
@@ -94,7 +94,7 @@ def resolve(config: dict[str, Any], settings: Optimization, world: int, largest_
         if config.get(key, "auto") not in ("auto", value):
             raise ValueError(f"DeepSpeed config: {key} is {config[key]} but the recipe asks for {value}; write \"auto\" in the JSON")
     auto = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000}
-    auto["stage3_param_persistence_threshold"] = largest_factor
+    auto["stage3_param_persistence_threshold"] = persistent
     for key, value in auto.items():
         if zero.get(key, "auto") == "auto":
             zero[key] = value
@@ -151,7 +151,7 @@ class Zero(Engine):
         self.settings, self.micro, self.loss_scale = settings, 0, float(self.world)
         self.linked = False  # see step
         with self.together():
-            config = resolve(self.config, settings, self.world, max(p.numel() for p in trainables(model)))
+            config = resolve(self.config, settings, self.world, persistent_size(model))
         if self.shards_parameters:
             self.init = _Slices(config_dict_or_path=config, dtype=torch.float32)
             for module in model.modules():
