@@ -205,7 +205,7 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, mom
         ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
         ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, DDP 2 T, sharded T / N"),
         ("moments", [moments * part for part in (t, t / n, t / n, t / n, t / f)], f"{moments} T; sharded: {moments} T / N"),
-        ("importance statistics", [shared / n + own] * 5, "shared by N ranks; LoSiA: and a layer"),
+        ("importance statistics", [shared / n + own] * 5, "in N shares; LoSiA: a layer"),
         ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "persistence threshold"),
         ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups], "live parameters; groups"),
         ("decoded for use", [sizes.decoded] * 5, "the largest coded W"),
