@@ -94,8 +94,11 @@ class Adapter(FrozenLinear):
         self.name, self.seed = name, seed
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Change] = []
-        # What a method remembers, each tensor over this rank's runs. Anything here is part of a checkpoint.
+        self.taken = 0  # entries that left W before it was encoded
+        # What a method remembers; anything here is part of a checkpoint. `runs` says of a key whose run of this rank it lies along: a
+        # parameter's, or W (the rows of engine.part); what is not in it is the same on every rank.
         self.memory: dict[str, Tensor] = {}
+        self.runs: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
 

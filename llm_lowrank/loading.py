@@ -46,6 +46,13 @@ class Tensors(Protocol):
     def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]: ...  # as the parts of Nf4
 
 
+class Resumed(Protocol):
+    """Where a run that goes on takes what is beside W from: a checkpoint of the run (checkpoint.py)."""
+
+    def tensor(self, name: str) -> Tensor: ...
+    def taken_out(self, adapter: Adapter) -> Pairs | None: ...  # what left W at the start, with the sign that it left it
+
+
 @dataclass
 class Loaded:
     """What loading did, over all ranks."""
@@ -107,15 +114,21 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
 
 
 def load(
-    engine: Engine, model: PreTrainedModel, adapters: list[Adapter], method: Method, tensors: Tensors, settings: Optimization
-) -> tuple[nn.Module, Loaded]:
-    """Shards, fills and wraps the model, and starts the method; the model to call, and what happened. Collective."""
+    engine: Engine, model: PreTrainedModel, adapters: list[Adapter], method: Method, tensors: Tensors, settings: Optimization,
+    resumed: Resumed | None = None,
+) -> tuple[nn.Module, Loaded]:  # fmt: skip
+    """Shards, fills and wraps the model, and starts the method; the model to call, and what happened. Collective.
+
+    With `resumed` the method is not started: what it remembers comes from there as well, by checkpoint.restore.
+    """
     began = time.perf_counter()
-    reader = _Reader(engine, model, tensors, method.starting_pairs(adapters, engine))
+    pairs = method.starting_pairs(adapters, engine) if resumed is None else iter(())
+    reader = _Reader(engine, model, tensors, pairs, resumed)
     with reader.progress:
         wrapped = engine.wrap(model, settings, reader)
     reader.check_sharded_bytes()
-    method.start(adapters, engine)
+    if resumed is None:
+        method.start(adapters, engine)
     loaded = reader.report()
     loaded.seconds = time.perf_counter() - began
     return wrapped, loaded
@@ -152,8 +165,10 @@ def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
 class _Reader:
     """Gives an engine the rows that it asks for, module by module."""
 
-    def __init__(self, engine: Engine, model: PreTrainedModel, tensors: Tensors, pairs: Iterator[Pairs | None]) -> None:
-        self.engine, self.tensors, self.pairs = engine, tensors, pairs
+    def __init__(
+        self, engine: Engine, model: PreTrainedModel, tensors: Tensors, pairs: Iterator[Pairs | None], resumed: Resumed | None
+    ) -> None:
+        self.engine, self.tensors, self.pairs, self.resumed = engine, tensors, pairs, resumed
         self.loaded = Loaded()
         self.squares: dict[str, tuple[Tensor, Codec]] = {}  # (|loaded - W|^2, |W|^2) of my rows
         self.witness: tuple[FrozenLinear, slice, dict[str, Tensor]] | None = None  # a coded layer, my rows, their parts
@@ -161,22 +176,29 @@ class _Reader:
         self.progress = tqdm(total=total, desc="load", unit="param", unit_scale=True, disable=not engine.main, leave=False)
 
     def __call__(self, name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
-        pairs = next(self.pairs) if isinstance(module, Adapter) else None  # collective
+        pairs = next(self.pairs) if isinstance(module, Adapter) and self.resumed is None else None  # collective
         with self.engine.together(), torch.no_grad():
             values: dict[str, Tensor] = {}
+            change = _out_of_w(module, pairs) if pairs is not None else None
+            if self.resumed is not None and isinstance(module, Adapter):
+                change = self.resumed.taken_out(module)
             if isinstance(module, FrozenLinear):
                 mine = rows[module.part_names[0]]
-                values |= self._coded(name, module, mine, pairs)
+                values |= self._coded(name, module, mine, change)
                 if self.witness is None and not module.codec.writable:
                     self.witness = module, mine, {k: part.clone() for k, part in values.items()}
-            if isinstance(module, Adapter):  # copies, as they are trained in place: the ledger keeps the pairs as they were
-                values |= {k: v[rows[k]].clone() for k, v in module.initial(pairs).items()}
-                if pairs is not None:
-                    self.loaded.pairs += len(pairs)
-                    if self.engine.main:
-                        module.ledger.append(_out_of_w(module, pairs))
-            if isinstance(module, Shared):
-                values |= {k: v[rows[k]].clone() for k, v in module.initial().items()}
+            if change is not None:
+                assert isinstance(module, Adapter)
+                self.loaded.pairs += len(change)
+                module.taken = 1
+                if self.engine.main:
+                    module.ledger.append(change)
+            if isinstance(module, Adapter | Shared):
+                initial = module.initial(pairs) if isinstance(module, Adapter) else module.initial()
+                if self.resumed is not None:
+                    initial = {k: self.resumed.tensor(f"{name}.{k}") for k in initial}
+                # copies, as they are trained in place: the ledger keeps the pairs as they were
+                values |= {k: v[rows[k]].clone() for k, v in initial.items()}
             for k, run in rows.items():
                 if k not in values:
                     values[k] = self._plain(f"{name}.{k}", getattr(module, k), run)
@@ -199,20 +221,20 @@ class _Reader:
         if found != wanted:
             raise ValueError(f"{name}: the checkpoint holds {found}, the model {wanted}; is config.json that of this checkpoint?")
 
-    def _coded(self, name: str, layer: FrozenLinear, stored: slice, pairs: Pairs | None) -> dict[str, Tensor]:
-        """The parts of my rows: encode(W - s B A)."""
+    def _coded(self, name: str, layer: FrozenLinear, stored: slice, change: Pairs | None) -> dict[str, Tensor]:
+        """The parts of my rows: encode(W + change)."""
         key, device = f"{name}.weight", self.engine.device
         self.loaded.modules += 1
         rows = slice(min(stored.start, layer.shape[0]), min(stored.stop, layer.shape[0]))  # without filling
         self._check_shape(key, layer.shape)
         if self.tensors.is_nf4(key) and not layer.codec.writable:
-            return self._as_it_is(key, layer, stored, rows, pairs)
+            return self._as_it_is(key, layer, stored, rows, change)
         n = layer.shape[1]
         parts = empty_parts(layer.codec, stored.stop - stored.start, n, device)
         for part in parts.values():
             part[rows.stop - stored.start :] = 0  # filling
         squares = torch.zeros(2, dtype=torch.float64, device=device)
-        change = _out_of_w(layer, pairs).to(device) if pairs is not None else None
+        change = change.to(device) if change is not None else None
         for block in blocks(rows, n):
             w = self._read(key, block).to(device)
             try:
@@ -225,9 +247,9 @@ class _Reader:
         self.squares[name] = squares, layer.codec
         return parts
 
-    def _as_it_is(self, key: str, layer: FrozenLinear, stored: slice, rows: slice, pairs: Pairs | None) -> dict[str, Tensor]:
+    def _as_it_is(self, key: str, layer: FrozenLinear, stored: slice, rows: slice, change: Pairs | None) -> dict[str, Tensor]:
         """Codes and scales of a checkpoint that is quantized already."""
-        if pairs is not None:
+        if change is not None:
             raise ValueError(
                 f"{key} is quantized in the checkpoint; a method that starts from singular directions needs the unquantized model: "
                 "give that as model_name_or_path, or use method.type: lora"

@@ -7,6 +7,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_lowrank import checkpoint
 from llm_lowrank.adapter import Adapter, Shared
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine, Optimization
@@ -98,17 +99,20 @@ class Trainee:
 
     def __init__(
         self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
-        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, total: int = 100, **changes: object,
+        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, total: int = 100,
+        resumed: checkpoint.Checkpoint | None = None, **changes: object,
     ) -> None:  # fmt: skip
         self.total = total  # steps of the run, as far as a method wants to know
         self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
         self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
-        self.checkpoint = checkpoint = Checkpoint(self.original)
-        bind(self.model, self.adapters, checkpoint)
+        self.checkpoint = Checkpoint(self.original)
+        bind(self.model, self.adapters, self.checkpoint)
         settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
-        self.wrapped, self.loaded = load(self.engine, self.model, self.adapters, method, checkpoint, settings)
+        self.wrapped, self.loaded = load(self.engine, self.model, self.adapters, method, self.checkpoint, settings, resumed)
+        if resumed is not None:
+            checkpoint.restore(self.engine, self.model, self.adapters, resumed)
 
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()

@@ -103,6 +103,13 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
     )
 
 
+def primed(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
+    """What the optimizer keeps of one tensor after so many steps, moments zero."""
+    moments = {"adamw": MOMENTS, "lion": MOMENTS[:1]}[settings.optim]
+    counter = {"step": torch.tensor(float(steps))} if settings.optim == "adamw" else {}
+    return counter | {name: torch.zeros_like(t) for name in moments}
+
+
 def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
     """One learning rate for every group."""
     assert len(groups) == len(rates), (len(groups), len(rates))
@@ -175,6 +182,10 @@ class Engine(ABC):
     @abstractmethod
     def put(self, p: nn.Parameter, slot: Slot) -> None:
         """Writes every copy of p: the one of the forward, the master, the moments. The slot is the same on every rank. Collective."""
+
+    @abstractmethod
+    def prime(self, steps: int) -> None:
+        """Gives an optimizer that has made no step the state of one that has made so many, its moments zero, to be `put`."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -338,6 +349,10 @@ class TorchEngine(Engine):
         self.settings, self.micro = settings, 0
         self.params = trainables(model)
         self.optimizer = optimizer(model, settings)
+
+    def prime(self, steps: int) -> None:
+        for p in self.params:
+            self.optimizer.state[p] = primed(p.detach(), steps, self.settings)
 
     def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {}) if p.requires_grad else {}

@@ -36,7 +36,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, optimizer, set_rates, share, trainables
+from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, optimizer, primed, set_rates, share, trainables
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.weight import Weight
 
@@ -149,7 +149,7 @@ class Zero(Engine):
         if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
             deepspeed.init_distributed(verbose=False)
         self.settings, self.micro, self.loss_scale = settings, 0, float(self.world)
-        self.linked = False  # see step
+        self.linked = False  # see _link
         with self.together():
             config = resolve(self.config, settings, self.world, persistent_size(model))
         if self.shards_parameters:
@@ -287,12 +287,21 @@ class Zero(Engine):
         self.micro = 0
         set_rates(self.zero.param_groups, rates)
         self.ds.step()
+        self._link()
+        return float(self.ds.get_global_grad_norm())
+
+    def _link(self) -> None:
+        """DeepSpeed finds a parameter's moments in the flat state once, after the first group's step, when the other groups have none."""
         if self.stage < 3 and not self.linked:
-            # DeepSpeed finds a parameter's moments in the flat state after the step of the first group, when the other groups have none.
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
             self.linked = True
-        return float(self.ds.get_global_grad_norm())
+
+    def prime(self, steps: int) -> None:
+        flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        for partition in flat:
+            self.zero.optimizer.state[partition] = primed(partition.detach(), steps, self.settings)
+        self._link()
 
     def close(self) -> None:
         self.ds.destroy() if hasattr(self, "ds") else None

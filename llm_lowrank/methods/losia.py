@@ -314,6 +314,7 @@ class LoSiA(Method):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in adapters:
             adapter.memory = {key: value.to(engine.device) for key, value in adapter.memory.items()}
+            adapter.runs = {"mean": "W", "spread": "W"}
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         owner = self.owner(step, _groups(adapters))

@@ -97,6 +97,7 @@ class SRLoRA(PiSSA):
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
                     adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.local(p).value)
+                    adapter.runs[f"{statistic}_{name}"] = name
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         params = [(a, name, getattr(a, name)) for a in adapters for name in ("A", "B")]

@@ -1,0 +1,312 @@
+"""A run on disk, so that it can go on as if it had never stopped, on any engine and any number of ranks.
+
+    checkpoints/step-000100/   state.json                  steps done, recipe, base, sha256 of the other files; written last
+                               trained-00000.safetensors   float32 masters, moments, bank; one parameter's are all in one file
+                               frozen.safetensors          ledger and waiting pairs of every adapter, and W applied to a probe
+                               memory.safetensors          what the method remembers
+                               random-00000.safetensors    a rank's random numbers
+    checkpoints/LATEST         its name
+
+Parameters are gathered one at a time; each rank keeps and writes its share of them. W is not stored: it is read from the model's checkpoint
+again, the pairs with which the run started are taken out of it as the ledger has them, and what came later is added as it was then.
+W applied to the probe must come out as it was saved: another base, or a W that lost an update, is refused.
+
+A folder is written aside and renamed when every rank has written its part, then LATEST is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llm_lowrank.adapter import Adapter, PairAdapter, Shared, generator
+from llm_lowrank.engines.base import Engine, Slot
+from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT
+from llm_lowrank.files import stored_names, sync, write_json, write_safetensors, write_text
+from llm_lowrank.pairs import Block, Change, Pairs
+
+FORMAT = 1
+FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"
+PROBES = 2  # columns of the probe that W is applied to
+LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What does not come from the model's checkpoint: everything beside W, and what layers share; each once."""
+    for at, module in model.named_modules():
+        if isinstance(module, Adapter | Shared):
+            for name, p in module.named_parameters(recurse=False):
+                if isinstance(module, Shared) or name not in (*module.part_names, "bias"):
+                    yield f"{at}.{name}", p
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, recipe: dict[str, Any], base: str,
+    data: dict[str, int], keep: int,
+) -> Path:  # fmt: skip
+    """Writes checkpoints/step-... and LATEST, and removes all but the last `keep`. Collective; returns the folder."""
+    folder = output / FOLDER / f"step-{step:06d}"
+    aside = folder.with_name(f"{folder.name}.tmp")
+    with engine.together():
+        if engine.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    mine: dict[str, Tensor] = {}
+    for i, (name, p) in enumerate(own_parameters(model)):
+        slot = engine.slot(p)
+        if i % engine.world == engine.rank:
+            mine |= {name: slot.value.cpu()} | {f"{name}#{k}": v.cpu() for k, v in slot.moments.items()}
+    memory = {f"{a.name}#{key}": value for a in adapters for key, value in _whole_memory(a, engine).items()}
+    probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(a, engine)) for a in adapters}
+    with engine.together():
+        write_safetensors(aside / f"trained-{engine.rank:05d}.safetensors", _some(mine))
+        write_safetensors(aside / f"random-{engine.rank:05d}.safetensors", _random_state())
+        if engine.main:
+            write_safetensors(aside / "memory.safetensors", _some({k: v.cpu() for k, v in memory.items()}))
+            frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
+            write_safetensors(aside / "frozen.safetensors", _some(frozen | {k: v.cpu() for k, v in probes.items()}))
+    with engine.together():  # every rank has written its part
+        if engine.main:
+            files = {file.name: _sha256(file) for file in sorted(aside.glob("*.safetensors"))}
+            state = {
+                "format": FORMAT, "step": step, "world": engine.world, "engine": type(engine).__name__, "base": base, "recipe": recipe,
+                "data": data, "runs": {a.name: a.runs for a in adapters}, "taken": {a.name: a.taken for a in adapters},
+                "versions": {name: _version(name) for name in LIBRARIES}, "files": files,
+            }  # fmt: skip
+            write_json(aside / STATE, state)
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+            os.replace(aside, folder)
+            sync(folder.parent)
+            write_text(folder.parent / LATEST, folder.name + "\n")
+            for old in found(output)[keep:]:
+                shutil.rmtree(old)
+    return folder
+
+
+def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A safetensors file holds something."""
+    return {k: v.contiguous() for k, v in tensors.items()} or {"#none": torch.zeros(1)}
+
+
+def _ledger(adapter: Adapter) -> dict[str, Tensor]:
+    """Entry i of the ledger as name#i.part, on rank 0."""
+    entries: dict[str, Change] = {f"{i:04d}": entry for i, entry in enumerate(adapter.ledger)}
+    if isinstance(adapter, PairAdapter) and adapter.reserve is not None:
+        entries["reserve"] = adapter.reserve
+    found: dict[str, Tensor] = {}
+    for key, entry in entries.items():
+        parts = {"B": entry.B, "A": entry.A} if isinstance(entry, Pairs) else vars(entry)
+        found |= {f"{adapter.name}#{key}.{part}": value.cpu() for part, value in parts.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _whole_memory(adapter: Adapter, engine: Engine) -> dict[str, Tensor]:
+    """What the method remembers, put together from all ranks' runs. Collective."""
+    whole = {}
+    for key, value in adapter.memory.items():
+        along = adapter.runs.get(key)
+        if along is None:
+            whole[key] = value
+        elif along == "W":
+            part = engine.part(adapter)
+            block = value.new_zeros(adapter.shape)
+            block[part.rows] = value
+            whole[key] = part.sum(block)
+        else:
+            run = engine.local(getattr(adapter, along))
+            flat = value.new_zeros(shape_of(getattr(adapter, along)).numel())
+            flat[run.start : run.start + value.numel()] = value
+            whole[key] = engine.sum(flat)
+    return whole
+
+
+def shape_of(p: nn.Parameter) -> torch.Size:
+    """Of the whole parameter: ZeRO-3 leaves an empty one."""
+    return torch.Size(getattr(p, "ds_shape", p.shape))
+
+
+def probe(adapter: Adapter, engine: Engine) -> Tensor:
+    return torch.randn(adapter.shape[1], PROBES, generator=generator(1, adapter.name)).to(engine.device)
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ImportError:
+        return "none"
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------------------
+
+
+def found(output: Path) -> list[Path]:
+    """Complete checkpoints, the newest first."""
+    folders = [path for path in (output / FOLDER).glob("step-*") if path.suffix != ".tmp" and (path / STATE).is_file()]
+    return sorted(folders, key=lambda path: path.name, reverse=True)
+
+
+def newest(output: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones."""
+    damaged: list[str] = []
+    for folder in found(output):
+        try:
+            return Checkpoint.open(folder), damaged
+        except ValueError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been checked; nothing of it is in memory."""
+
+    path: Path
+    state: dict[str, Any]
+    files: dict[str, Path]  # tensor -> file
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """ValueError that names what is wrong with it."""
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            sums, form = state["files"], state["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no checkpoint: {STATE}: {error}") from None
+        if form != FORMAT:
+            raise ValueError(f"{path} has format {form}, this version reads {FORMAT}")
+        files: dict[str, Path] = {}
+        for name, expected in sums.items():
+            file = path / Path(name).name
+            if not file.is_file() or _sha256(file) != expected:
+                raise ValueError(f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint")
+            if not name.startswith("random-"):
+                files |= dict.fromkeys(stored_names(file), file)
+        return cls(path, state, files)
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise ValueError(f"{self.path} holds no {name}: it was written by another version, or for another model")
+        with safe_open(self.files[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def names(self, prefix: str) -> list[str]:
+        return sorted(name for name in self.files if name.startswith(prefix))
+
+    def entry(self, adapter: Adapter, key: str) -> Change:
+        """An entry of the ledger."""
+        at = f"{adapter.name}#{key}."
+        parts = {name.removeprefix(at): self.tensor(name) for name in self.names(at)}
+        return Pairs(parts["B"], parts["A"]) if "B" in parts else Block(**parts, shape=adapter.shape)
+
+    def taken_out(self, adapter: Adapter) -> Pairs | None:
+        """What left W before it was encoded, with the sign that it left it: the first entry of the ledger, if the method took pairs."""
+        entry = self.entry(adapter, "0000") if self.state["taken"].get(adapter.name) else None
+        assert not isinstance(entry, Block)
+        return entry
+
+    def ledger(self, adapter: Adapter) -> list[Change]:
+        at = f"{adapter.name}#"
+        keys = {name.removeprefix(at).partition(".")[0] for name in self.names(at) if name[len(at)].isdigit()}
+        return [self.entry(adapter, key) for key in sorted(keys)]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------------------
+
+
+def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
+    """Everything but what loading gave already (W without its starting pairs, and the values beside it). Collective."""
+    engine.prime(checkpoint.step)
+    for name, p in own_parameters(model):
+        if p.requires_grad:
+            moments = {m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")}
+            engine.put(p, Slot(checkpoint.tensor(name).to(engine.device), moments))
+    for adapter in adapters:
+        with engine.together():
+            ledger = checkpoint.ledger(adapter)
+            adapter.runs = dict(checkpoint.state["runs"][adapter.name])
+            adapter.taken = int(checkpoint.state["taken"][adapter.name])
+        _replay(engine, adapter, ledger)
+        if engine.main:
+            adapter.ledger = ledger
+            if checkpoint.names(f"{adapter.name}#reserve."):
+                assert isinstance(adapter, PairAdapter)
+                reserve = checkpoint.entry(adapter, "reserve")
+                assert isinstance(reserve, Pairs)
+                adapter.reserve = reserve
+        adapter.memory = _my_memory(engine, adapter, checkpoint)
+        _check_weight(engine, adapter, checkpoint)
+    file = checkpoint.path / f"random-{engine.rank:05d}.safetensors"
+    if engine.world == checkpoint.state["world"] and file.is_file():
+        with safe_open(file, framework="pt") as handle:
+            torch.set_rng_state(handle.get_tensor("cpu"))
+            if torch.cuda.is_available() and "cuda" in handle.keys():  # noqa: SIM118 - a handle is not iterable
+                torch.cuda.set_rng_state(handle.get_tensor("cuda"))
+
+
+def _replay(engine: Engine, adapter: Adapter, ledger: list[Change]) -> None:
+    """W += what came after the start, one entry after the other, as it was added then. Local but for the end."""
+    weight = engine.weight(adapter)
+    for entry in ledger[adapter.taken :]:
+        if isinstance(entry, Pairs):
+            weight.add_(entry.B.to(engine.device), entry.A.to(engine.device))
+        else:
+            weight.add_block_(*(part.to(engine.device) for part in (entry.rows, entry.columns, entry.values)))
+    engine.release(4 * adapter.shape[0] * adapter.shape[1])
+
+
+def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    mine = {}
+    at = f"{adapter.name}#"
+    for name in checkpoint.names(at):
+        key = name.removeprefix(at)
+        if checkpoint.files[name].name != "memory.safetensors":
+            continue
+        value, along = checkpoint.tensor(name).to(engine.device), adapter.runs.get(key)
+        if along == "W":
+            part = engine.part(adapter)
+            value = part.mine_(value[part.rows].clone())
+        elif along is not None:
+            run = engine.local(getattr(adapter, along))
+            value = value[run.start : run.start + run.value.numel()].clone()
+        mine[key] = value
+    return mine
+
+
+def _check_weight(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """W applied to the probe is what it was."""
+    wanted = checkpoint.tensor(f"{adapter.name}#probe").to(engine.device)
+    apart = float((engine.weight(adapter).matmul(probe(adapter, engine)) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    limit = EXACT_DRIFT if adapter.codec.holds_small_updates or not adapter.codec.writable else ROUNDED_DRIFT
+    if not apart <= limit:
+        raise ValueError(
+            f"{checkpoint.path}: the weight of {adapter.name} is {apart:.1e} away from what it was when the checkpoint was written; is "
+            "model_name_or_path the same model, and codec, dtype the same?"
+        )

@@ -1,0 +1,163 @@
+"""Law 4: a run that was stopped and goes on is the run that was never stopped. Over every method, engine and stored type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_lowrank import checkpoint
+from llm_lowrank.checkpoint import Checkpoint
+from tests import ranks
+from tests.ranks import caught
+from tests.test_laws import METHODS, refused
+from tests.tiny import DTYPES, Trainee
+
+STEPS, STOP = 4, 2  # SRLoRA is in the middle of an importance window, LoSiA between two slots, ReLoRA just restarted
+
+
+def walk(t: Trainee, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        losses.append(t.step(step))
+        if step + 1 in t.method.schedule(STEPS, t.adapters):
+            t.method.recompose(t.adapters, t.engine, step + 1)
+    return losses
+
+
+def saved(t: Trainee, folder: str, step: int, keep: int = 2) -> Path:
+    return checkpoint.save(t.engine, t.model, t.adapters, Path(folder), step, {}, "base", {}, keep)
+
+
+def state(t: Trainee) -> dict[str, Tensor]:
+    places = {f"{a.name}#{k}": v.clone() for a in t.adapters for k, v in a.memory.items() if k not in a.runs}
+    weights = {f"{a.name}#W": t.engine.weight(a).matmul(torch.eye(a.shape[1])) for a in t.adapters}
+    return t.values() | t.moments() | places | weights | {"logits": t.logits()}
+
+
+def never_stopped(method: str, engine: str, dtype: str) -> tuple[list[float], dict[str, Tensor], int]:
+    t = Trainee(METHODS[method], engine, dtype, total=STEPS)
+    losses = walk(t, range(STEPS))
+    return losses, state(t), len(t.adapters[0].ledger)
+
+
+def stopped(method: str, engine: str, dtype: str, folder: str) -> None:
+    t = Trainee(METHODS[method], engine, dtype, total=STEPS)
+    walk(t, range(STOP))
+    saved(t, folder, STOP)
+
+
+def going_on(method: str, engine: str, dtype: str, folder: str) -> tuple[list[float], dict[str, Tensor], int]:
+    found, damaged = checkpoint.newest(Path(folder))
+    assert found is not None and found.step == STOP and not damaged
+    t = Trainee(METHODS[method], engine, dtype, total=STEPS, resumed=found)
+    losses = walk(t, range(STOP, STEPS))
+    return losses, state(t), len(t.adapters[0].ledger)
+
+
+CELLS = [
+    (method, engine, world, dtype)
+    for method in METHODS for engine, world in (("plain", 1), ("zero2", 2), ("zero3", 3), ("fsdp", 2)) for dtype in ("fp32", "bf16", "nf4")
+    if not refused(method, dtype)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "engine", "world", "dtype"), CELLS, ids=["-".join(map(str, cell)) for cell in CELLS])
+def test_resume_is_bitwise_never_having_stopped(tmp_path, method, engine, world, dtype):
+    uninterrupted = ranks.run(world, never_stopped, method, engine, dtype)
+    ranks.run(world, stopped, method, engine, dtype, str(tmp_path))
+    resumed = ranks.run(world, going_on, method, engine, dtype, str(tmp_path))
+    for (losses, wanted, entries), (found, values, again) in zip(uninterrupted, resumed, strict=True):
+        assert found == losses[STOP:]
+        assert values.keys() == wanted.keys() and entries == again
+        for name, value in wanted.items():
+            assert torch.equal(values[name], value), name
+
+
+CHANGES = [("zero3", 3, "fsdp", 2), ("fsdp", 2, "plain", 1), ("plain", 1, "zero3", 2), ("zero2", 2, "zero3", 3), ("plain", 2, "zero1", 3)]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lora-rslora",)])
+@pytest.mark.parametrize(("before", "world", "after", "others"), CHANGES, ids=["-".join(map(str, c)) for c in CHANGES])
+def test_resume_on_another_engine_and_number_of_ranks_goes_on_alike(tmp_path, method, before, world, after, others):
+    losses, wanted, _ = ranks.run(world, never_stopped, method, before, "fp32")[0]
+    ranks.run(world, stopped, method, before, "fp32", str(tmp_path))
+    found, values, _ = ranks.run(others, going_on, method, after, "fp32", str(tmp_path))[0]
+    assert found == pytest.approx(losses[STOP:], rel=1e-5)
+    for name, value in wanted.items():
+        if not name.endswith(("exp_avg", "exp_avg_sq")):  # a sum that cancels
+            assert (values[name] - value).double().norm() <= 1e-3 * value.double().norm() + 1e-7, name
+
+
+def another_base(folder: str) -> str:
+    found = Checkpoint.open(checkpoint.found(Path(folder))[0])
+
+    def resume() -> None:
+        torch.manual_seed(0)
+        import tests.tiny as tiny
+
+        original, tiny.llama = tiny.llama, lambda *a, **k: changed(original(*a, **k))
+        try:
+            Trainee(METHODS["lora"], "plain", total=STEPS, resumed=found)
+        finally:
+            tiny.llama = original
+
+    def changed(model: torch.nn.Module) -> torch.nn.Module:
+        model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+        return model
+
+    return caught(resume, ValueError)
+
+
+def test_another_base_is_refused(tmp_path):
+    ranks.run(1, stopped, "lora", "plain", "fp32", str(tmp_path))
+    said = ranks.run(1, another_base, str(tmp_path))[0]
+    assert "the weight of model.layers.1.mlp.up_proj is" in said and "is model_name_or_path the same model" in said
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no state", "not json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    t = Trainee(METHODS["lora"], "plain", total=STEPS)
+    t.step(0)
+    first, second = saved(t, str(tmp_path), 1), saved(t, str(tmp_path), 2)
+    victim = second / "trained-00000.safetensors"
+    raw = victim.read_bytes()
+    if damage == "cut":
+        victim.write_bytes(raw[:-10])
+    elif damage == "flipped":
+        victim.write_bytes(raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:])
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "no state":
+        (second / "state.json").unlink()
+    else:
+        (second / "state.json").write_text("{")
+    found, damaged = checkpoint.newest(tmp_path)
+    assert found is not None and found.path == first
+    assert bool(damaged) == (damage != "no state") and all(str(second) in line for line in damaged), "an unfinished one is none"
+
+
+def test_only_the_last_ones_are_kept_and_a_save_that_fails_keeps_all(tmp_path, monkeypatch):
+    t = Trainee(METHODS["lora"], "plain", total=STEPS)
+    for step in (1, 2, 3):
+        saved(t, str(tmp_path), step)
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000003", "step-000002"]
+    assert (tmp_path / "checkpoints/LATEST").read_text() == "step-000003\n"
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved(t, str(tmp_path), 4)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000003", "step-000002"]
+    saved(t, str(tmp_path), 4)  # over what was left behind
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000004", "step-000003"]
+    assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
+
+
+def test_every_stored_type_has_a_cell():
+    assert {dtype for *_, dtype in CELLS} == set(DTYPES) - {"int8"}
