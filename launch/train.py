@@ -1,6 +1,7 @@
 """Instruction-tune a language model:  deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name value ...]
 
-Without arguments it trains the demo. Exit codes: 0 done, 1 failed while training, 2 the recipe cannot be run as it stands.
+Without arguments it trains the demo. Exit codes: 0 done, 1 failed while training, 2 the recipe cannot be run as it stands,
+75 stopped by SIGTERM or SIGUSR1 with a checkpoint (--resume_from_checkpoint auto goes on).
 """
 
 import os
@@ -9,6 +10,7 @@ import time
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the launcher starts one process per device
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 GRACE = 3.0  # seconds in which one rank says why, before a launcher ends it because another one left
 
 
@@ -26,10 +28,13 @@ def main(argv: list[str]) -> int:
             return 0
     except (ValueError, OSError) as error:  # every rank finds the same mistake: rank 0 tells
         return refuse(str(error)) if RANK == 0 else leave()
-    from llm_lowrank.train import train
+    from llm_lowrank.train import Preempted, train
 
     try:
         train(recipe)
+    except Preempted as stop:
+        print(stop, flush=True) if RANK == 0 else None
+        return STOPPED
     except RankError:  # that rank tells
         return leave()
     except (ValueError, OSError, ImportError) as error:

@@ -148,6 +148,13 @@ class Recipe:
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """metrics.jsonl is written in any case."""
 
+    save_steps: int = 0
+    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps; 0: none, but for a signal to stop."""
+    save_total_limit: int = 2
+    """Checkpoints to keep, the newest ones."""
+    resume_from_checkpoint: str = "none"
+    """none; auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or a checkpoint's folder."""
+
     fsdp: Sharding = field(default_factory=Sharding)
     """How `engine: fsdp` spreads the model."""
     method: Method = field(default_factory=SRLoRA)
@@ -219,8 +226,8 @@ NOT_NEGATIVE: Check = ("must be at least 0", lambda x: 0 <= x < math.inf)
 DECAY: Check = ("must be at least 0 and below 1", lambda x: 0 <= x < 1)
 RANGES: dict[str, Check] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE),
-    "logging_steps": POSITIVE,
-    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), NATURAL),
+    **dict.fromkeys(("logging_steps", "save_total_limit"), POSITIVE),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
@@ -282,6 +289,26 @@ def occupied(recipe: Recipe) -> str | None:
     output = Path(recipe.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         return f"output_dir: {output} is a file"
-    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir:
-        return f"output_dir: {output} is not empty; choose another --output_dir, or write into it with --overwrite_output_dir"
+    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir and recipe.resume_from_checkpoint == "none":
+        return (
+            f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, or go on with "
+            "--resume_from_checkpoint auto"
+        )
     return None
+
+
+# What may be otherwise when a run goes on: where and how it computes, not what.
+FREE = set(
+    "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing attn_implementation "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps report_to save_steps "
+    "save_total_limit resume_from_checkpoint".split()
+)
+
+
+def check_same_run(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
+    """RecipeError unless a checkpoint was written by a run that this one may go on with."""
+    now = draccus.encode(recipe)
+    other = sorted(key for key in now.keys() | saved.keys() if key not in FREE and now.get(key) != saved.get(key))
+    if other:
+        lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in other]
+        raise RecipeError(f"resume_from_checkpoint: {path} was written by another run:\n  " + "\n  ".join(lines))

@@ -54,6 +54,16 @@ class Stored:
         return rows
 
 
+    def ends(self, count: int = 4096) -> bytes:
+        """The first and the last bytes."""
+        size = self.dtype.itemsize * math.prod(self.shape)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            first = file.read(min(count, size))
+            file.seek(self.offset + max(0, size - count))
+            return first + file.read(min(count, size))
+
+
 @dataclass(frozen=True)
 class Source:
     name: str  # what plain transformers and PEFT take for it: the hub name as given, or the folder
@@ -73,6 +83,16 @@ class Source:
         files = _tensor_files(path)
         tensors = _tensors(path, files)
         return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors)
+
+    def fingerprint(self) -> str:
+        """Of names, types, shapes and the ends of every tensor: another model, or another version of it, has another one."""
+        digest = hashlib.sha256()
+        for name in sorted(self.names()):
+            at = self._at(name)
+            digest.update(f"{name} {at.dtype} {at.shape}".encode())
+            if isinstance(at, Stored):
+                digest.update(at.ends())
+        return digest.hexdigest()
 
     @property
     def prequantized(self) -> bool:

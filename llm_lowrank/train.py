@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
+import draccus
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_lowrank import export, loading
+from llm_lowrank import checkpoint, export, loading
 from llm_lowrank.adapter import Adapter, PairAdapter
+from llm_lowrank.checkpoint import Checkpoint
 from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
@@ -24,7 +28,7 @@ from llm_lowrank.engines.plain import Plain
 from llm_lowrank.exchange import Exchanged, measured
 from llm_lowrank.generate import accuracy
 from llm_lowrank.metrics import Metrics
-from llm_lowrank.recipe import Recipe, adapted, deepspeed_config, optimization, save
+from llm_lowrank.recipe import Recipe, adapted, check_same_run, deepspeed_config, optimization, save
 from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
@@ -44,36 +48,82 @@ class Run:
     total_steps: int
     recompositions: tuple[int, ...]
     unused: list[str]  # tensors of the checkpoint that the model has no place for
+    resumed: Checkpoint | None = None  # of this run, to go on from
+    notes: list[str] = field(default_factory=list)  # what a user should know before it starts
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Of the data; a run that goes on must have the same."""
+        return {"global_batch": self.batches.global_batch, "examples": len(self.corpus.train), "total_steps": self.total_steps}
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; what it had done is in a checkpoint."""
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 ask the run to stop after the step that it is in. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for kind in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(kind, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def anywhere(self, engine: Engine) -> bool:
+        """Whether any rank was asked. Collective."""
+        return bool(engine.sum(torch.tensor(float(self.asked), device=engine.device)))
 
 
 def train(recipe: Recipe) -> None:
-    """Trains what the recipe says and writes output_dir. Collective: every rank calls it."""
+    """Trains what the recipe says and writes output_dir. Collective: every rank calls it. Preempted if a signal ended it early."""
+    signals = Signals()
     engine = make_engine(recipe)
     with engine.together():
         run = prepare(recipe, engine)
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
     say(opening(recipe, engine, run))
-    model, loaded = loading.load(engine, run.model, adapters, method, run.source, optimization(recipe))
+    resumed, output = run.resumed, Path(recipe.output_dir)
+    model, loaded = loading.load(engine, run.model, adapters, method, run.source, optimization(recipe), resumed)
     say(str(loaded))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
+    done = 0
+    if resumed is not None:
+        checkpoint.restore(engine, run.model, adapters, resumed)
+        done = resumed.step
     if engine.main:
-        clear(Path(recipe.output_dir))
-        save(recipe, Path(recipe.output_dir) / "recipe.yaml")
-    with Metrics(recipe.output_dir, recipe.report_to == "tensorboard", engine.main) as metrics:
+        clear(output, resumed is not None)
+        save(recipe, output / "recipe.yaml")
+
+    def keep(step: int) -> None:
+        began = time.perf_counter()
+        where = checkpoint.save(
+            engine, run.model, adapters, output, step, draccus.encode(recipe), run.source.fingerprint(), run.facts, recipe.save_total_limit
+        )
+        size = sum(file.stat().st_size for file in where.iterdir()) if engine.main else 0
+        metrics.write("save", step, seconds=time.perf_counter() - began, bytes=size)
+        say(f"step {step}: saved {where}")
+
+    with Metrics(output, recipe.report_to == "tensorboard", engine.main, done if resumed is not None else None) as metrics:
         metrics.write(
-            "load", 0, seconds=loaded.seconds, bytes=loaded.bytes, modules=loaded.modules, pairs=loaded.pairs,
+            "load", done, seconds=loaded.seconds, bytes=loaded.bytes, modules=loaded.modules, pairs=loaded.pairs,
             error=loaded.errors[loaded.worst],
         )  # fmt: skip
-        before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
-        say(f"before training: {before}")
+        before = None
+        if resumed is None:
+            before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
+            say(f"before training: {before}")
 
         def rate(step: int) -> float:
             return learning_rate(step, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
 
         seen = Seen()
-        with tqdm(total=total, desc="train", unit="step", disable=not engine.main) as bar:
-            for step in range(1, total + 1):
+        with tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
+            for step in range(done + 1, total + 1):
                 rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
                     method.batch(adapters, step - 1, micro.samples)
@@ -100,11 +150,17 @@ def train(recipe: Recipe) -> None:
                     paused = time.perf_counter()
                     say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
                     seen.began += time.perf_counter() - paused
+                stop = signals.anywhere(engine)
+                if step < total and (stop or (recipe.save_steps and step % recipe.save_steps == 0)):
+                    keep(step)
+                if step < total and stop:
+                    engine.close()
+                    raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
 
         after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
         for question, answer, expected, score in after.samples[:SAMPLES]:
             say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
-        say(f"before training: {before}\nafter training:  {after}")
+        say(f"before training: {before}\nafter training:  {after}" if before is not None else f"after training:  {after}")
         saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", run.source.name)
         say(f"adapter: {saved}")
         if recipe.codec != "dense":
@@ -140,9 +196,9 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
     return "\n".join(lines)
 
 
-def clear(output: Path) -> None:
+def clear(output: Path, going_on: bool) -> None:
     """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed; other files stay."""
-    for name in ("adapter", "merged", "tensorboard"):
+    for name in ("adapter", "merged", *([] if going_on else ["tensorboard", checkpoint.FOLDER])):
         if (output / name).exists():  # what cannot be removed is an error now, not after the training
             shutil.rmtree(output / name)
     (output / export.BACKBONE).unlink(missing_ok=True)
@@ -177,7 +233,32 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
+    run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
+    run.resumed, run.notes = find_checkpoint(recipe, source, run.facts)
+    return run
+
+
+def find_checkpoint(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Checkpoint | None, list[str]]:
+    """What resume_from_checkpoint names, checked against this run, and what is to be said about it."""
+    asked = recipe.resume_from_checkpoint
+    if asked == "none":
+        return None, []
+    if asked == "auto":
+        found, damaged = checkpoint.newest(Path(recipe.output_dir))
+        notes = [f"NOT used: {line}" for line in damaged]
+        if found is None:
+            return None, [*notes, f"no checkpoint in {recipe.output_dir}: starting from the beginning"]
+    else:
+        found, notes = Checkpoint.open(Path(asked).expanduser()), []
+    check_same_run(recipe, found.state["recipe"], found.path)
+    if found.state["base"] != source.fingerprint():
+        raise ValueError(f"{found.path} was written over another model than the one that is in {source.path} now")
+    if found.state["data"] != facts:
+        raise ValueError(
+            f"{found.path} was written by a run with {found.state['data']}, now it is {facts}; set per_device_train_batch_size and "
+            "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same data"
+        )
+    return found, [*notes, f"going on from {found.path}: {found.step} of {facts['total_steps']} steps are done"]
 
 
 def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
@@ -188,6 +269,7 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
         f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; {run.total_steps} steps of "
         f"{run.batches.global_batch} samples from {len(run.corpus.train)} ({len(run.corpus.held_out)} held out)",
     ]
+    lines += run.notes
     if run.unused:
         lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {', '.join(run.unused[:3])}{', ...' * (len(run.unused) > 3)}")
     if run.corpus.dropped or run.corpus.truncated:

@@ -1,0 +1,632 @@
+"""What the methods learn in the same steps.  python benchmarks/quality.py small | real | table  [--output benchmarks/results/quality]
+
+    small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
+    real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
+    table   writes the tables and the curves of docs/quality.md from the runs that are there
+
+Same for all methods: data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (for RaSA, too), modules (all
+linears of the decoder layers; LoSiA's output layer, if it is not tied to the embeddings, beside them), and about the number of trainable
+parameters: rank r for all that train pairs; LoSiA's share of rows and columns is the one whose count is nearest to LoRA's. Each method
+gets its own learning rate, tuned over the same grid with seeds that are not reported: the rate of the highest exact match, then of the
+lowest loss. The scale s is 1 except where a method says otherwise (rsLoRA: sqrt r; RaSA: its d and e). Schedules of methods that move what
+they train are scaled to the run.
+
+A seed decides the training examples, their order and how the adapters start; of `real` also the held-out questions. Of `small` the examples
+that a rate is chosen on and those that are reported are two fixed sets, so that nothing reported has been looked at before.
+
+Exact match of `small` is teacher-forced: every token of the answer is the most likely one after the right tokens before it. Then greedy
+decoding writes exactly this answer, and the other way round. `real` generates.
+
+One JSON a run, under the name of its method, rate and seed; a run whose file is there is not repeated. --jobs N: so many processes of one
+thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from llm_lowrank import loading
+from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import IGNORE, Batches, Example
+from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.files import write_json, write_text
+from llm_lowrank.method import ALL_LINEAR, Method, attach, output_layer, targets
+from llm_lowrank.methods.dora import DoRA
+from llm_lowrank.methods.droplora import DropLoRA
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
+from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.rasa import RaSA
+from llm_lowrank.methods.relora import ReLoRA
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.recipe import Recipe, adapted
+from llm_lowrank.schedule import learning_rate
+from llm_lowrank.source import DEMO, Source
+from llm_lowrank.train import summed_loss, train
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "quality.md"
+TITLES = {
+    "lora": "LoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "srlora": "SRLoRA", "rasa": "RaSA", "droplora": "DropLoRA",
+    "relora": "ReLoRA", "losia": "LoSiA", "full": "all parameters",
+}  # fmt: skip
+WINDOWS = 20  # points of the curve of the training loss
+LOOKS = 8  # points of the curve of the held-out loss
+
+# --- the two families -------------------------------------------------------------------------------------------------------------
+
+DIGITS, LENGTH = 10, 4  # an example: tag, x, y, =, answer; x, y and the answer are strings of 4 digits
+Rule = Callable[[Tensor, Tensor], Tensor]  # x, y (count, 4) -> answer (count, 4)
+
+OWN: dict[str, Rule] = {  # tag -> what the model is pre-trained on
+    "a": lambda x, y: (x + 1) % 10,
+    "s": lambda x, y: (y - 2) % 10,
+    "m": torch.maximum,
+    "n": torch.minimum,
+    "r": lambda x, y: x.flip(1),
+    "t": lambda x, y: y.roll(1, 1),
+}
+SHIFTED: dict[str, Rule] = {  # what it is adapted to: tags that it has not seen, operators put together otherwise, another base
+    "A": lambda x, y: (x.flip(1) + 3) % 7,
+    "B": lambda x, y: 9 - torch.minimum(x, y),
+    "C": lambda x, y: torch.maximum(x, y.flip(1)),
+    "D": lambda x, y: (3 * y.roll(-1, 1)) % 10,
+    "E": lambda x, y: (x + 5 * (y % 2)) % 10,
+}
+SYMBOLS = "0123456789=" + "".join(OWN) + "".join(SHIFTED)
+
+
+def examples(rules: dict[str, Rule], count: int, random: torch.Generator) -> Tensor:
+    """Token numbers, all of one length: (count, 2 + 3 * 4)."""
+    x, y = torch.randint(DIGITS, (2, count, LENGTH), generator=random)
+    which = torch.randint(len(rules), (count,), generator=random)
+    answers = torch.stack([rule(x, y) for rule in rules.values()])[which, torch.arange(count)]  # (count, 4)
+    tags = torch.tensor([SYMBOLS.index(tag) for tag in rules])[which]
+    return torch.cat([tags[:, None], x, y, torch.full((count, 1), SYMBOLS.index("=")), answers], 1)
+
+
+def labelled(tokens: Tensor) -> list[Example]:
+    """Only answers are trained."""
+    return [Example(row, [IGNORE] * (len(row) - LENGTH) + row[-LENGTH:]) for row in tokens.tolist()]
+
+
+def answered(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (count * 4, symbols) and tokens (count * 4) of the answers."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, -LENGTH - 1 : -1]
+    return logits.flatten(0, 1), tokens[:, -LENGTH:].flatten()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, tokens: Tensor) -> tuple[float, float]:
+    """(mean loss of an answer's token, share of the answers that are right in all tokens)."""
+    training = model.training
+    model.eval()
+    logits, answers = answered(model, tokens)
+    model.train(training)
+    right = (logits.argmax(1) == answers).view(-1, LENGTH).all(1)
+    return float(nn.functional.cross_entropy(logits, answers)), float(right.float().mean())
+
+
+# --- the small model --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """The small model and its pre-training. Its output layer is not tied to the embeddings, so that LoSiA can train it as in its paper."""
+
+    hidden: int = 128
+    intermediate: int = 384
+    layers: int = 4
+    heads: int = 4
+    steps: int = 900
+    batch: int = 64
+    rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Small:
+    """The setting of the small comparison."""
+
+    base: Base = Base()
+    steps: int = 300
+    batch: int = 32
+    warmup: int = 15
+    rank: int = 8
+    train: int = 4096  # examples
+    held_out: int = 512
+
+
+def pretrained(folder: Path, base: Base) -> Path:
+    """A checkpoint of the model that knows its own family; made if it is not there."""
+    note = folder / "pretrained.json"
+    if note.is_file():
+        if (made := json.loads(note.read_text())["settings"]) != asdict(base):
+            raise ValueError(f"{folder} was pre-trained with other settings, {made}; choose another --output")
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    model, began = fresh(base), time.perf_counter()
+    pretrain(model, base)
+    own, shifted = (judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in (OWN, SHIFTED))
+    print(f"pre-trained: exact match {own:.1%} of its own family, {shifted:.1%} of the shifted one", flush=True)
+    model.save_pretrained(folder)
+    write_text(folder / ".gitignore", "*.safetensors\n")
+    result = {"own": own, "shifted": shifted, "parameters": model.num_parameters(), "seconds": time.perf_counter() - began}
+    write_json(note, {"settings": asdict(base), "result": result, **origin()})  # last: now the folder is complete
+    return folder
+
+
+def fresh(base: Base) -> LlamaForCausalLM:
+    torch.manual_seed(base.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(SYMBOLS), hidden_size=base.hidden, intermediate_size=base.intermediate, num_hidden_layers=base.layers,
+            num_attention_heads=base.heads, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def pretrain(model: LlamaForCausalLM, base: Base) -> None:
+    """New examples in every step: there are enough of them."""
+    random = generator(base.seed, "pre-training")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=base.rate, weight_decay=0.01)
+    model.train()
+    for step in range(base.steps):
+        tokens = examples(OWN, base.batch, random)
+        loss = nn.functional.cross_entropy(*answered(model, tokens))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, base.steps, base.rate, base.steps // 12, "cosine")
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 200 == 0:
+            print(f"pre-training: step {step + 1} of {base.steps}, loss {loss.item():.3f}", flush=True)
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter of the model is trained: what adapters are measured against. Not a method of the library: it shards nothing."""
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
+        return {}
+
+    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        model.requires_grad_(True)
+
+
+def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
+    """Settings of every method for a run of so many steps on this model (without values). What is not named is the method's default."""
+    return {
+        "lora": LoRA(rank=rank),
+        "rslora": LoRA(rank=rank, use_rslora=True),
+        "pissa": PiSSA(rank=rank, svd_cache=svd_cache),
+        "dora": DoRA(rank=rank),
+        "srlora": SRLoRA(rank=rank, target_rank=2 * rank, svd_cache=svd_cache),
+        "rasa": RaSA(rank=rank),
+        "droplora": DropLoRA(rank=rank),
+        "relora": ReLoRA(rank=rank, interval=max(2, steps // 3), restart_warmup=max(1, steps // 30)),
+        "losia": matched_losia(model, rank, steps),
+        "full": Full(),
+    }
+
+
+def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
+    """LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer moves twice, as far as steps allow.
+
+    An output layer that is tied to the embeddings is left out.
+    """
+    output = output_layer(model)
+    tied = model.get_input_embeddings().weight is output.weight
+    share = 0.0 if tied else LoSiA.output_factor
+    shapes = [tuple(linear.weight.shape) for linear in targets(model, [ALL_LINEAR]).values()]
+    m, n = output.weight.shape
+    wanted = sum(rank * (m + n) for m, n in shapes) - int(share * m) * n
+
+    def off(factor: float) -> int:
+        return abs(sum(int(factor * m) * int(factor * n) for m, n in shapes) - wanted)
+
+    period = max(1, steps // (2 * (model.config.num_hidden_layers + (not tied))))
+    return LoSiA(factor=min((k / 1000 for k in range(1, 1001)), key=off), output_factor=share, period=period)
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What tells the runs of a comparison apart."""
+
+    method: str
+    rate: float
+    seed: int
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}{'-tuning' * self.tuning}"
+
+
+@dataclass
+class Result:
+    trainable: int
+    exact_match: float = 0.0
+    loss: float | None = None  # held-out; None: the run diverged
+    train_curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean since the last point)
+    held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
+    """One adaptation of the small model."""
+    source, engine = Source.open(checkpoint), Plain()
+    model = loading.skeleton(checkpoint, torch.float32, "sdpa")
+    method = methods(model, small.rank, small.steps, svd_cache="")[spec.method]
+    adapters = attach(model, method, Dense(torch.float32), spec.seed)
+    loading.bind(model, adapters, source)
+    settings = Optimization(spec.rate, max_grad_norm=1.0, micro_batch=small.batch)
+    if adapters:
+        model, _ = loading.load(engine, model, adapters, method, source, settings)
+    else:
+        model = engine.wrap(model, settings, partial(plain_rows, source))
+    training = labelled(examples(SHIFTED, small.train, generator(spec.seed, "training")))
+    batches = Batches(training, small.batch, 1, 0, 1, spec.seed, pad_id=0, epochs=1.0)
+    held_out = examples(SHIFTED, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(engine.device)
+    result = Result(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return adapt(engine, model, adapters, method, batches, held_out, small, spec.rate, result)
+
+
+def plain_rows(source: Source, name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
+    """What an engine asks for, from a checkpoint, where there is nothing but the model itself."""
+    return {k: source.rows(f"{name}.{k}", at.start, at.stop) for k, at in rows.items()}
+
+
+def adapt(
+    engine: Engine, model: nn.Module, adapters: list[Adapter], method: Method, batches: Batches, held_out: Tensor, small: Small,
+    peak: float, result: Result,
+) -> Result:  # fmt: skip
+    """The loop of train.py on one process; the result, filled in."""
+    began, total, since = time.perf_counter(), small.steps, []
+    recompositions = method.schedule(total, adapters)
+    rate = partial(learning_rate, total=total, peak=peak, warmup=small.warmup, shape="cosine")
+    model.train()
+    result.held_out_curve.append((0, judged(model, held_out)[0]))
+    for step in range(1, total + 1):
+        (micro,) = batches.step(step - 1)
+        rates = method.rates(adapters, step - 1, total, rate)
+        method.batch(adapters, step - 1, micro.samples)
+        loss = summed_loss(model, micro, engine.device) / micro.tokens
+        engine.backward(loss)
+        method.observe(adapters, engine)
+        if not engine.step(*rates) < float("inf"):
+            result.loss, result.exact_match = None, 0.0
+            return result
+        if step in recompositions:
+            method.recompose(adapters, engine, step)
+        since.append(loss.detach())
+        if step % math.ceil(total / WINDOWS) == 0 or step == total:
+            result.train_curve.append((step, float(torch.stack(since).mean())))
+            since = []
+        if step % math.ceil(total / LOOKS) == 0 or step == total:
+            result.loss, result.exact_match = judged(model, held_out)
+            result.held_out_curve.append((step, result.loss))
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+@dataclass(frozen=True)
+class Real:
+    """The setting of the comparison on a real model; the data are the demo's."""
+
+    model: str = DEMO
+    batch: int = 8
+    warmup: int = 5
+    rank: int = 16
+    size: int = 704
+    held_out: int = 64
+
+    @property
+    def steps(self) -> int:
+        """Of one pass over what is not held out; a few fewer if questions repeat."""
+        return math.ceil((self.size - self.held_out) / self.batch)
+
+
+def run_real(real: Real, spec: Spec) -> Result:
+    """One run of the library's own loop."""
+    folder = Source.open(real.model).path
+    method = methods(loading.skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps, "auto")[spec.method]
+    demo = Recipe()
+    with tempfile.TemporaryDirectory() as output:
+        recipe = replace(
+            demo, model_name_or_path=str(folder), output_dir=output, save_merged=False, engine="plain", report_to="none", method=method,
+            data=replace(demo.data, size=real.size, held_out=real.held_out), per_device_train_batch_size=real.batch, seed=spec.seed,
+            learning_rate=spec.rate, warmup_steps=real.warmup, logging_steps=5,
+        )  # fmt: skip
+        model, _ = adapted(recipe, folder)
+        result, began = Result(sum(p.numel() for p in model.parameters() if p.requires_grad)), time.perf_counter()
+        try:
+            train(recipe)
+        except FloatingPointError:  # diverged
+            return result
+        records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    result.train_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+    result.held_out_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and "loss" in r]
+    result.exact_match = [r["exact_match"] for r in records if r["kind"] == "eval" and "exact_match" in r][-1]
+    result.loss, result.seconds = result.held_out_curve[-1][1], time.perf_counter() - began
+    return result
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
+
+
+def origin() -> dict[str, str]:
+    """What a figure was made with."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return {
+        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where the runs of one table lie, what they share, and how one is made."""
+
+    folder: Path
+    setting: Small | Real
+    settings: dict[str, dict[str, Any]]  # of every method
+    run: Callable[[Spec], Result]
+
+    def file(self, spec: Spec) -> Path:
+        return self.folder / f"{spec.name}.json"
+
+    def stamp(self, spec: Spec) -> dict[str, Any]:
+        """What a file must say to be this run."""
+        return {"run": asdict(spec), "method": self.settings[spec.method], "setting": asdict(self.setting)}
+
+    def done(self, spec: Spec) -> bool:
+        """Whether the run is there. One of other settings under the same name is an error: its table would mix two experiments."""
+        if not self.file(spec).is_file():
+            return False
+        found = json.loads(self.file(spec).read_text())["settings"]
+        if found != self.stamp(spec):
+            raise ValueError(f"{self.file(spec)} is of a run with other settings; move it away or choose another --output")
+        return True
+
+    def make(self, spec: Spec) -> str:
+        """Runs and writes; the line to print. What the library prints meanwhile is dropped."""
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            result = self.run(spec)
+        write_json(self.file(spec), {"settings": self.stamp(spec), "result": asdict(result), **origin()})
+        loss = "diverged" if result.loss is None else f"held-out loss {result.loss:.3f}"
+        return f"{spec.name}: exact match {result.exact_match:.1%}, {loss}, {result.seconds:.0f} s"
+
+    def fill(self, specs: Iterable[Spec], jobs: int) -> None:
+        """Makes the runs that are not there."""
+        missing = [spec for spec in specs if not self.done(spec)]
+        for number, line in enumerate(made(self.make, missing, jobs), 1):
+            print(f"[{number}/{len(missing)}] {line}", flush=True)
+
+
+def made(make: Callable[[Spec], str], specs: Sequence[Spec], jobs: int) -> Iterator[str]:
+    """The lines as they come, from one process or several of one thread each. After a failure nothing new is begun."""
+    if jobs == 1:
+        yield from map(make, specs)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        try:
+            for future in as_completed([pool.submit(make, spec) for spec in specs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def quiet() -> None:
+    """One thread, no bars."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def compare(
+    comparison: Comparison, names: Sequence[str], rates: Sequence[float], tuning: Sequence[int], seeds: Sequence[int], jobs: int
+) -> None:
+    """All rates with the tuning seeds, then each method's best with the seeds that are reported."""
+    comparison.fill([Spec(name, rate, seed, True) for seed in tuning for rate in rates for name in names], jobs)
+    runs = found(comparison.folder)
+    comparison.fill([Spec(name, best(runs, name), seed) for seed in seeds for name in names], jobs)
+
+
+def found(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a table, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+def of(runs: list[dict[str, Any]], method: str, tuning: bool, rate: float | None = None) -> list[dict[str, Any]]:
+    """The results of a method's tuning runs, or of those that are reported."""
+    keys = [(r["settings"]["run"], r["result"]) for r in runs]
+    return [result for run, result in keys if run["method"] == method and run["tuning"] == tuning and rate in (None, run["rate"])]
+
+
+def rates_of(runs: list[dict[str, Any]], method: str) -> list[float]:
+    """The grid, ascending."""
+    specs = [r["settings"]["run"] for r in runs]
+    return sorted({spec["rate"] for spec in specs if spec["method"] == method and spec["tuning"]})
+
+
+def best(runs: list[dict[str, Any]], method: str) -> float:
+    """The rate of the highest mean exact match over the tuning seeds, then of the lowest mean loss."""
+    def score(rate: float) -> tuple[float, float]:
+        results = of(runs, method, True, rate)
+        losses = [math.inf if result["loss"] is None else result["loss"] for result in results]
+        return statistics.mean(result["exact_match"] for result in results), -statistics.mean(losses)
+
+    return max(rates_of(runs, method), key=score)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------------
+
+
+def tabulate(folder: Path, page: Path, name: str) -> None:
+    """Writes a comparison's table, and what it says, between the page's marks; its curves beside the page."""
+    runs = found(folder)
+    rows = {m: of(runs, m, False, best(runs, m)) for m in TITLES if rates_of(runs, m)}
+    rows = {method: results for method, results in rows.items() if results}
+    if not rows:
+        print(f"{name}: no run of a tuned rate in {folder}")
+        return
+    lines = ["| method | trainable | best rate | seeds | exact match, % | held-out loss |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [row(method, results, best(runs, method), rates_of(runs, method)) for method, results in rows.items()]
+    grid = ", ".join(f"{rate:g}" for rate in sorted({rate for method in rows for rate in rates_of(runs, method)}))
+    picture = page.with_name(f"{page.stem}-{name}.png")
+    draw(rows, picture)
+    text = "\n".join([*lines, "", f"Grid of rates: {grid}.", *verdict(rows), "", f"![loss curves]({picture.name})"])
+    write_text(page, between_marks(page.read_text(encoding="utf-8"), name, text))
+    print(f"{name}: {len(rows)} rows written to {page}, curves to {picture}")
+
+
+def row(method: str, results: list[dict[str, Any]], rate: float, grid: list[float]) -> str:
+    """One line of the table; a rate at an end of the grid is marked, for a better one may lie outside."""
+    diverged = sum(result["loss"] is None for result in results)
+    losses = [result["loss"] for result in results if result["loss"] is not None]
+    loss = spread(losses, 3) + f" ({diverged} diverged)" * bool(diverged)
+    edge = " (edge)" if len(grid) > 1 and rate in (grid[0], grid[-1]) else ""
+    exact = spread([100 * result["exact_match"] for result in results], 1)
+    return f"| {TITLES[method]} | {results[0]['trainable']:,} | {rate:g}{edge} | {len(results)} | {exact} | {loss} |"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "none"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which exact matches differ from LoRA's by more than twice the standard error of the difference; with few seeds nothing is said."""
+    exact = {method: [result["exact_match"] for result in results] for method, results in rows.items() if method != "full"}
+    if "lora" not in exact or min(map(len, exact.values())) < 3:
+        return ["With so few seeds the table says nothing about differences as small as its spreads."]
+    groups: dict[str, list[str]] = {"Above LoRA": [], "Below LoRA": [], "Not told apart from LoRA": []}
+    lora = exact.pop("lora")
+    for method, values in exact.items():
+        difference = statistics.mean(values) - statistics.mean(lora)
+        error = math.sqrt(statistics.variance(values) / len(values) + statistics.variance(lora) / len(lora))
+        told = abs(difference) > 2 * error
+        groups["Not told apart from LoRA" if not told else "Above LoRA" if difference > 0 else "Below LoRA"].append(TITLES[method])
+    return [f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items()]
+
+
+def between_marks(page: str, name: str, text: str) -> str:
+    """The page with what stands between <!-- name --> and <!-- /name --> replaced."""
+    head, opening, rest = page.partition(f"<!-- {name} -->")
+    _, closing, tail = rest.partition(f"<!-- /{name} -->")
+    if not closing:
+        raise ValueError(f"the page has no place for the table: lines <!-- {name} --> and <!-- /{name} -->")
+    return f"{head}{opening}\n{text}\n{closing}{tail}"
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training and held-out loss of every method: mean over the seeds, and a band from the least to the greatest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for axis, curve, title in zip(axes, ("train_curve", "held_out_curve"), ("training loss", "held-out loss"), strict=True):
+        for number, (method, results) in enumerate(rows.items()):
+            curves = [result[curve] for result in results if result["loss"] is not None]
+            if curves:
+                points = [(at[0][0], [value for _, value in at]) for at in zip(*curves, strict=False)]
+                steps, style = [step for step, _ in points], {"color": f"C{number}"}
+                axis.plot(steps, [statistics.mean(v) for _, v in points], label=TITLES[method], lw=1.5, **style)
+                axis.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, lw=0, **style)
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------------------
+
+
+def small_comparison(folder: Path, small: Small) -> Comparison:
+    checkpoint = pretrained(folder / "pretrained", small.base)
+    model = loading.skeleton(checkpoint, torch.float32, "sdpa")
+    settings = {k: asdict(m) for k, m in methods(model, small.rank, small.steps, svd_cache="").items()}
+    return Comparison(folder, small, settings, partial(run_small, checkpoint, small))
+
+
+def real_comparison(folder: Path, real: Real) -> Comparison:
+    model = loading.skeleton(Source.open(real.model).path, torch.float32, "sdpa")
+    settings = {k: asdict(m) for k, m in methods(model, real.rank, real.steps, "auto").items() if k != "full"}
+    return Comparison(folder, real, settings, partial(run_real, real))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare what the methods learn in the same steps.")
+    parser.add_argument("what", choices=["small", "real", "table"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie")
+    parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="by default all; of `real` all but full")
+    parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
+    parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds that are reported")
+    parser.add_argument("--steps", type=int, default=Small.steps, help="of `small`")
+    parser.add_argument("--pretrain-steps", type=int, default=Base.steps, help="of `small`")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--page", type=Path, default=PAGE, help="of `table`: the page to write into")
+    return parser.parse_args(argv)
+
+
+SMALL_GRID = {"rates": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
+REAL_GRID = {"rates": [3e-4, 1e-3, 3e-3], "tuning_seeds": [100], "seeds": [0, 1]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    quiet()
+    if args.what == "table":
+        for name in ("small", "real"):
+            tabulate(args.output / name, args.page, name)
+        return
+    folder = args.output / args.what
+    if args.what == "small":
+        comparison = small_comparison(folder, Small(Base(steps=args.pretrain_steps), steps=args.steps))
+    else:
+        comparison = real_comparison(folder, Real())
+    grid = {key: getattr(args, key) or default for key, default in (SMALL_GRID if args.what == "small" else REAL_GRID).items()}
+    names = args.methods or list(comparison.settings)
+    compare(comparison, names, grid["rates"], grid["tuning_seeds"], grid["seeds"], args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""benchmarks/quality.py on a tiny grid: made once, not twice; the families are what they are said to be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import quality
+from llm_lowrank.adapter import generator
+
+TINY = ["--steps", "8", "--pretrain-steps", "24", "--methods", "lora", "losia", "--rates", "1e-2", "--tuning-seeds", "9", "--seeds", "0"]
+
+
+@pytest.fixture
+def page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- small -->\nold\n<!-- /small -->\nafter\n", encoding="utf-8")
+    return page
+
+
+def test_a_grid_is_made_once_and_tabulated(tmp_path, page, capsys):
+    command = ["small", "--output", str(tmp_path / "runs"), *TINY]
+    quality.main(command)
+    files = sorted((tmp_path / "runs" / "small").glob("*.json"))
+    assert [f.stem for f in files] == [f"{m}-rate0.01-seed{s}" for m in ("lora", "losia") for s in ("0", "9-tuning")]
+    written = {f: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in files}
+    counts = [run["result"]["trainable"] for _, run in written.values()]
+    assert max(counts) < 1.02 * min(counts)
+    assert all(run["result"]["loss"] < run["result"]["held_out_curve"][0][1] for _, run in written.values()), "nothing was learned"
+    quality.main(command)
+    assert {f: f.stat().st_mtime_ns for f in files} == {f: time for f, (time, _) in written.items()}
+    with pytest.raises(ValueError, match="other settings"):
+        quality.main(["small", "--output", str(tmp_path / "runs"), *TINY, "--steps", "9"])
+    quality.main(["table", "--output", str(tmp_path / "runs"), "--page", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- small -->\n| method ") and text.endswith("<!-- /small -->\nafter\n") and "old" not in text
+    assert "| LoRA | " in text and "| LoSiA | " in text and (tmp_path / "page-small.png").stat().st_size > 10_000
+
+
+def test_the_families_are_deterministic_and_differ():
+    def made(rules):
+        return quality.examples(rules, 200, generator(3, "test"))
+
+    own, shifted = made(quality.OWN), made(quality.SHIFTED)
+    assert torch.equal(own, made(quality.OWN)) and not torch.equal(own, quality.examples(quality.OWN, 200, generator(4, "test")))
+    assert not set(quality.OWN) & set(quality.SHIFTED)
+    x, y = torch.randint(10, (2, 1000, quality.LENGTH), generator=generator(5, "test"))
+    for rule in quality.SHIFTED.values():  # no rule of one family answers many questions of the other
+        assert all((rule(x, y) == other(x, y)).all(1).float().mean() < 0.2 for other in quality.OWN.values())
+    assert shifted.shape == own.shape == (200, 2 + 3 * quality.LENGTH)
+
+
+def test_the_best_rate_is_chosen_with_tuning_runs_only():
+    def run(rate, exact, loss, tuning):
+        settings = {"run": {"method": "lora", "rate": rate, "seed": 0, "tuning": tuning}}
+        return {"settings": settings, "result": {"exact_match": exact, "loss": loss}}
+
+    runs = [run(1.0, 0.5, 2.0, True), run(2.0, 0.5, 1.0, True), run(3.0, 0.0, None, True), run(1.0, 0.9, 0.1, False)]
+    assert quality.best(runs, "lora") == 2.0

@@ -1,0 +1,109 @@
+"""Stopping a run as a scheduler does and going on, by the scripts that a user starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_launch import PYTHON, ROOT, TORCHRUN, launch, place, recipe, records  # noqa: F401 - place is a fixture
+
+STEPS = 60
+RUN = {"max_steps": STEPS, "engine": "plain", "learning_rate": 1e-3, "report_to": "none", "save_merged": False}
+
+
+def start(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    me = psutil.Process(launcher.pid)
+    commands = {p: " ".join(p.cmdline()) for p in me.children(recursive=True)}
+    return [p for p, command in commands.items() if "launch/train.py" in command and "torch.distributed" not in command] or [me]
+
+
+def interrupted(launcher: tuple[str, ...], arguments: list[str], output: Path, kind: signal.Signals) -> tuple[int, str]:
+    """Starts a run, sends one of its ranks a signal after its first checkpoint, and waits for the end."""
+    run = start(launcher, arguments)
+    latest, deadline = output / "checkpoints/LATEST", time.monotonic() + 120
+    while not latest.is_file():
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0][-3000:]
+        time.sleep(0.05)
+    ranks_of(run)[-1].send_signal(kind)
+    said, _ = run.communicate(timeout=120)
+    return run.returncode, said
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in records(output, "train")}
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:  # noqa: F811
+    """Never stopped."""
+    output = place / "whole"
+    done = launch(PYTHON, recipe(place, output_dir=output, per_device_train_batch_size=4, **RUN))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_run_that_was_stopped_goes_on_bitwise(place, whole, tmp_path, kind):  # noqa: F811
+    output = tmp_path / "out"
+    settings = {**RUN, "output_dir": output, "per_device_train_batch_size": 4, "save_steps": 1}
+    code, said = interrupted(PYTHON, recipe(place, **settings), output, kind)
+    stopped = int((output / "checkpoints/LATEST").read_text().removeprefix("step-"))
+    if kind is signal.SIGKILL:
+        assert code == -9
+    else:
+        assert code == 75 and f"stopped by a signal after step {stopped} of {STEPS}; go on with --resume_from_checkpoint auto" in said
+    assert 0 < stopped < STEPS
+    done = launch(PYTHON, recipe(place, **{**settings, "save_steps": 0}, resume_from_checkpoint="auto"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{stopped} of {STEPS} steps are done" in done.stdout
+    assert losses(output) == losses(whole)
+    wanted, found = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, output))
+    assert wanted.keys() == found.keys() and all((wanted[k] == found[k]).all() for k in wanted)
+
+
+def test_one_rank_of_two_is_told_and_one_process_goes_on(place, whole, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    settings = {**RUN, "output_dir": output, "save_steps": 1}
+    code, said = interrupted(TORCHRUN, recipe(place, **settings, per_device_train_batch_size=2), output, signal.SIGUSR1)
+    assert code != 0 and "stopped by a signal after step" in said
+    done = launch(PYTHON, recipe(place, **settings, per_device_train_batch_size=4, resume_from_checkpoint="auto"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_what_cannot_be_gone_on_with_is_refused_by_name(place, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    settings = {**RUN, "output_dir": output, "per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 2}
+    assert launch(PYTHON, recipe(place, **settings)).returncode == 0
+    other = {"resume_from_checkpoint": "auto", "output_dir": output}
+
+    def refusal(**changes: object) -> str:
+        done = launch(PYTHON, recipe(place, **{**settings, **other, **changes}))
+        assert done.returncode == 2
+        return done.stderr
+
+    said = refusal(learning_rate=5e-3, **{"method.rank": 3})
+    assert "was written by another run" in said and "learning_rate: 0.001 in the checkpoint, 0.005 now" in said and "'rank': 4" in said
+    assert "'global_batch': 4" in refusal(per_device_train_batch_size=2)
+    assert "is no checkpoint" in refusal(resume_from_checkpoint=tmp_path / "nowhere")
+    state = json.loads((output / "checkpoints/step-000004/state.json").read_text())
+    state["base"] = "another"
+    (output / "checkpoints/step-000004/state.json").write_text(json.dumps(state))
+    assert "was written over another model" in refusal()
+    assert "resume_from_checkpoint auto" in refusal(resume_from_checkpoint="none")
