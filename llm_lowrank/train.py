@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import draccus
@@ -62,13 +63,20 @@ class Preempted(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask the run to stop after the step that it is in. A second one changes nothing."""
+    """While it is entered SIGTERM and SIGUSR1 ask the run to stop after the step that it is in. A second one changes nothing."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(kind, self._ask)
+            self.before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
@@ -80,7 +88,6 @@ class Signals:
 
 def train(recipe: Recipe) -> None:
     """Trains what the recipe says and writes output_dir. Collective: every rank calls it. Preempted if a signal ended it early."""
-    signals = Signals()
     engine = make_engine(recipe)
     with engine.together():
         run = prepare(recipe, engine)
@@ -122,7 +129,7 @@ def train(recipe: Recipe) -> None:
             return learning_rate(step, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
 
         seen = Seen()
-        with tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
+        with Signals() as signals, tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(done + 1, total + 1):
                 rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from llm_lowrank import checkpoint
 from llm_lowrank.checkpoint import Checkpoint
+from llm_lowrank.methods.losia import LoSiA
 from tests import ranks
 from tests.ranks import caught
-from tests.test_laws import METHODS, refused
+from tests.test_laws import METHODS, MODULES, refused
 from tests.tiny import DTYPES, Trainee
 
 STEPS, STOP = 4, 2  # SRLoRA is in the middle of an importance window, LoSiA between two slots, ReLoRA just restarted
+MIDDLE = LoSiA(factor=0.5, output_factor=0, period=3, target_modules=MODULES)  # in the middle of a slot
+RUNS = METHODS | {"losia-in-a-slot": MIDDLE}
 
 
 def walk(t: Trainee, steps: range) -> list[float]:
@@ -38,13 +41,13 @@ def state(t: Trainee) -> dict[str, Tensor]:
 
 
 def never_stopped(method: str, engine: str, dtype: str) -> tuple[list[float], dict[str, Tensor], int]:
-    t = Trainee(METHODS[method], engine, dtype, total=STEPS)
+    t = Trainee(RUNS[method], engine, dtype, total=STEPS)
     losses = walk(t, range(STEPS))
     return losses, state(t), len(t.adapters[0].ledger)
 
 
 def stopped(method: str, engine: str, dtype: str, folder: str) -> None:
-    t = Trainee(METHODS[method], engine, dtype, total=STEPS)
+    t = Trainee(RUNS[method], engine, dtype, total=STEPS)
     walk(t, range(STOP))
     saved(t, folder, STOP)
 
@@ -52,13 +55,13 @@ def stopped(method: str, engine: str, dtype: str, folder: str) -> None:
 def going_on(method: str, engine: str, dtype: str, folder: str) -> tuple[list[float], dict[str, Tensor], int]:
     found, damaged = checkpoint.newest(Path(folder))
     assert found is not None and found.step == STOP and not damaged
-    t = Trainee(METHODS[method], engine, dtype, total=STEPS, resumed=found)
+    t = Trainee(RUNS[method], engine, dtype, total=STEPS, resumed=found)
     losses = walk(t, range(STOP, STEPS))
     return losses, state(t), len(t.adapters[0].ledger)
 
 
 PLACES = [("plain", 1, "fp32"), ("zero2", 2, "bf16"), ("zero3", 3, "fp32"), ("fsdp", 2, "nf4")]
-CELLS = [(method, *place) for method in METHODS for place in PLACES if not refused(method, place[2])]
+CELLS = [(method, *place) for method in RUNS for place in PLACES if method not in METHODS or not refused(method, place[2])]
 
 
 @pytest.mark.parametrize(("method", "engine", "world", "dtype"), CELLS, ids=["-".join(map(str, cell)) for cell in CELLS])
@@ -78,8 +81,8 @@ CHANGES = [("zero3", 3, "fsdp", 2), ("fsdp", 2, "plain", 1), ("plain", 1, "zero3
 
 MOVES = [
     (method, *change)
-    for i, method in enumerate(METHODS) for j, change in enumerate(CHANGES)
-    if method in ("srlora-bank", "losia-weight") or j == i % len(CHANGES)  # two methods over all, of the others each over one
+    for i, method in enumerate(RUNS) for j, change in enumerate(CHANGES)
+    if method in ("srlora-bank", "losia-in-a-slot") or j == i % len(CHANGES)  # two methods over all, of the others each over one
 ]  # fmt: skip
 
 
