@@ -1,13 +1,86 @@
-"""What a run leaves to look at: metrics.jsonl, one record a line, and the same numbers for TensorBoard."""
+"""What a run leaves to look at: metrics.jsonl, one record a line, and the same numbers for a tracker."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 from llm_lowrank.files import write_text
+
+PROJECT = "llm_lowrank"
+
+
+class Tracker(Protocol):
+    def log(self, values: dict[str, float], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class TensorBoard:
+    """output_dir/tensorboard"""
+
+    def __init__(self, folder: Path, resumed: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resumed is None else resumed + 1)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.board.close()
+
+
+def tracker(report_to: str, folder: Path, resumed: int | None, settings: dict[str, Any]) -> Tracker | None:
+    """What report_to names. wandb and trackio have the same functions; where and whether they upload is set in their own environment."""
+    if report_to == "none":
+        return None
+    if report_to == "tensorboard":
+        return TensorBoard(folder, resumed)
+    module = importlib.import_module(report_to)
+    module.init(project=PROJECT, name=folder.name, config=settings)
+    return module
+
+
+class Metrics:
+    """Appends to output_dir/metrics.jsonl and, if asked, tells a tracker. On ranks other than 0 it does nothing."""
+
+    def __init__(
+        self, output_dir: str | Path, report_to: str, main: bool, resumed: int | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
+        """`resumed`: the step from which a run goes on; what was recorded of later steps is dropped."""
+        self.file = self.tracker = None
+        if not main:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if resumed is not None and path.is_file():
+            write_text(path, "".join(_up_to(resumed, path.read_text(encoding="utf-8"))))
+        mode = "w" if resumed is None else "a"
+        self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line at a time: readable while it runs
+        self.tracker = tracker(report_to, folder, resumed, settings or {})
+
+    def write(self, kind: str, step: int, **values: float | str | None) -> None:
+        """One record: what it is about (train, eval, exchange, ...), completed steps, named values."""
+        if self.file is not None:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        if self.tracker is not None and numbers:
+            self.tracker.log(numbers, step=step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
 
 def _up_to(step: int, text: str) -> Iterator[str]:
@@ -18,42 +91,3 @@ def _up_to(step: int, text: str) -> Iterator[str]:
                 yield line + "\n"
         except ValueError:
             continue
-
-
-class Metrics:
-    """Appends to output_dir/metrics.jsonl and, if asked, output_dir/tensorboard. On ranks other than 0 it does nothing."""
-
-    def __init__(self, output_dir: str | Path, tensorboard: bool, main: bool, resumed: int | None = None) -> None:
-        """`resumed`: the step from which a run goes on; what was recorded of later steps is dropped."""
-        self.file = self.board = None
-        if not main:
-            return
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if resumed is not None and path.is_file():
-            write_text(path, "".join(_up_to(resumed, path.read_text(encoding="utf-8"))))
-        mode = "w" if resumed is None else "a"
-        self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line at a time: readable while it runs
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resumed is None else resumed + 1)
-
-    def write(self, kind: str, step: int, **values: float | str | None) -> None:
-        """One record: what it is about (train, eval, exchange, ...), completed steps, named values."""
-        if self.file is not None:
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()

@@ -145,8 +145,8 @@ class Recipe:
     """Report loss, learning rate and tokens/s every so many steps."""
     eval_steps: int = 0
     """Loss on the held-out examples every so many steps; 0: only before and after training."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """metrics.jsonl is written in any case."""
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Who hears the numbers; metrics.jsonl is written in any case."""
 
     save_steps: int = 0
     """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps; 0: none, but for a signal to stop."""
@@ -254,8 +254,9 @@ def validate(recipe: Recipe) -> None:
         errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
         errors += _deepspeed_errors(recipe)
-    if recipe.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        errors.append('report_to: tensorboard is not installed; pip install "llm-lowrank[track]" or --report_to none')
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        extra = {"tensorboard": "track"}.get(recipe.report_to, recipe.report_to)
+        errors.append(f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none')
     errors += _path_errors(recipe)
     if errors:
         raise RecipeError("\n".join(errors))

@@ -115,7 +115,7 @@ def train(recipe: Recipe) -> None:
         metrics.write("save", step, seconds=time.perf_counter() - began, bytes=size)
         say(f"step {step}: saved {where}")
 
-    with Metrics(output, recipe.report_to == "tensorboard", engine.main, done if resumed is not None else None) as metrics:
+    with Metrics(output, recipe.report_to, engine.main, None if resumed is None else done, draccus.encode(recipe)) as metrics:
         metrics.write(
             "load", done, seconds=loaded.seconds, bytes=loaded.bytes, modules=loaded.modules, pairs=loaded.pairs,
             error=loaded.errors[loaded.worst],

@@ -255,7 +255,7 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
         full = [exact(told.restarts[2][0].bank(name)) for name in told.original]
         error = max(float((bank - best(bank, RANK)).norm() / bank.norm()) for bank in full)
         assert [event.lost for event in told.events] == pytest.approx([0.0, 0.0, error], rel=1e-5) and error > 0.01
-    with Metrics(tmp_path, tensorboard=False, main=True) as metrics:
+    with Metrics(tmp_path, "none", main=True) as metrics:
         lines = [log_exchange(metrics, step, "recompose", event) for step, event in zip(RESTARTS, told.events, strict=True)]
     assert [f"compressing the bank took {error:.1e} of it" in line for line in lines] == [False, False, True]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
