@@ -255,7 +255,7 @@ def test_masks_do_not_depend_on_ranks_or_micro_batches(mask, use_dora):
     losses, values = ranks.run(1, told, method, "plain", "fp32", 1)[0]
     plain, _ = ranks.run(1, told, LoRA(rank=4, alpha=6, target_modules=TARGETS), "plain", "fp32", 1)[0]
     assert losses[1:] != pytest.approx(plain[1:], rel=1e-4), "nothing was dropped"
-    for engine, world, accumulation in (("zero2", 2, 1), ("fsdp", 3, 1), ("plain", 1, 3)):
+    for engine, world, accumulation in (("fsdp", 3, 1), ("plain", 1, 3)):
         found, others = ranks.run(world, told, method, engine, "fp32", accumulation)[0]
         assert found == pytest.approx(losses, rel=1e-5)
         for name, value in values.items():

@@ -94,13 +94,16 @@ class Subnet(Adapter):
             self.dense = torch.zeros(self.shape, device=x.device)
         self.dense.add_(x if g is None else g.T @ x)
 
-    def change(self, whole: Whole) -> Pairs:
-        """S and the live blocks as pairs."""
+    def beside(self, whole: Whole) -> list[Block]:
+        """S and the live blocks. Collective."""
         found = [Block(self.memory["rows"], self.memory["columns"], whole(self.S), self.shape)]
         if self.bank_S is not None:
             blocks = whole(self.bank_S)
             found += [Block(rows, columns, blocks[at], self.shape) for at, rows, columns in self.places()]
-        return Pairs.cat([block.pairs() for block in found])
+        return found
+
+    def change(self, whole: Whole) -> Pairs:
+        return Pairs.cat([block.pairs() for block in self.beside(whole)])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, subnet={self.size[0]} x {self.size[1]}, live={self.live}"
@@ -402,8 +405,9 @@ def _into_weight_(engine: Engine, adapter: Subnet, block: Block) -> float:
 def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
     """What the layer makes of x, without its bias: (n, k) -> (m, k). Collective."""
     y = engine.weight(adapter).matmul(x)
-    change = adapter.change(engine.whole)
-    return y + change.B @ (change.A @ x)
+    for block in adapter.beside(engine.whole):
+        y[block.rows] += block.values @ x[block.columns]
+    return y
 
 
 def _shared(model: nn.Module, layer: nn.Linear) -> bool:
