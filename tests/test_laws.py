@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 ENGINES = [(engine, world) for engine in ("plain", "zero1", "zero2", "zero3", "fsdp") for world in (1, 2, 3)]
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]  # for methods whose way of moving is one of the others'
+THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]  # little that their neighbours do not show: two stored types
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 CODED = ("nf4", "int8")  # their arithmetic is float32
 Cell = tuple[str, str, int, str]
@@ -78,6 +79,7 @@ CELLS: list[Cell] = [
     (method, engine, world, dtype)
     for method in METHODS for engine, world in (ENGINES if method in EVERYWHERE else FEWER) for dtype in DTYPES
     if not refused(method, dtype) and (method in EVERYWHERE or dtype != "int8" or engine == "zero3")
+    and ((engine, world) not in THIN or dtype in ("fp32", "nf4"))
 ]  # fmt: skip
 
 
