@@ -27,10 +27,21 @@ from llm_lowrank.pairs import Change, Pairs
 Whole = Callable[[nn.Parameter], Tensor]  # a copy of a parameter that may be sharded; collective
 
 
+def digest(seed: int, name: str, step: int) -> bytes:
+    """What the randomness of one module at one step is made of: the same on every rank and after a resume."""
+    return hashlib.sha256(f"{seed}:{name}:{step}".encode()).digest()
+
+
 def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
-    """Randomness of one module at one step: the same on every rank and after a resume."""
-    digest = hashlib.sha256(f"{seed}:{name}:{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest(seed, name, step)[:8], "little") >> 1)
+
+
+def fill_(module: Adapter | Shared) -> None:
+    """Gives a module that is not on the meta device its starting values."""
+    for name, value in module.initial().items():
+        p = getattr(module, name)
+        if not p.is_meta:
+            p.data.copy_(value)
 
 
 def uniform_rows(r: int, n: int, random: torch.Generator) -> Tensor:
@@ -105,12 +116,6 @@ class Adapter(FrozenLinear):
     def factor(self, *size: int, trained: bool = True) -> nn.Parameter:
         """A float32 parameter without values on W's device."""
         return nn.Parameter(torch.empty(size, device=self.parts()[0].device), requires_grad=trained)
-
-    def fill(self) -> None:
-        """Gives a layer that is not on the meta device its starting values."""
-        if not self.parts()[0].is_meta:
-            for name, value in self.initial().items():
-                getattr(self, name).data.copy_(value)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """Whole starting values, on the host, of every parameter but W's parts and the bias. `pairs` were taken out of W."""

@@ -16,7 +16,6 @@ A folder is written aside and renamed when every rank has written its part, then
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,15 +29,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, Shared, generator
+from llm_lowrank.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT
-from llm_lowrank.files import stored_names, sync, write_json, write_safetensors, write_text
+from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
+from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.pairs import Block, Change, Pairs
 
 FORMAT = 1
 FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"
-PROBES = 2  # columns of the probe that W is applied to
 LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 
 
@@ -71,7 +69,7 @@ def save(
         if i % engine.world == engine.rank:
             mine |= {name: slot.value.cpu()} | {f"{name}#{k}": v.cpu() for k, v in slot.moments.items()}
     memory = {f"{a.name}#{key}": value for a in adapters for key, value in _whole_memory(a, engine).items()}
-    probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(a, engine)) for a in adapters}
+    probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(engine, a)) for a in adapters}
     with engine.together():
         write_safetensors(aside / f"trained-{engine.rank:05d}.safetensors", _some(mine))
         write_safetensors(aside / f"random-{engine.rank:05d}.safetensors", _random_state())
@@ -81,7 +79,7 @@ def save(
             write_safetensors(aside / "frozen.safetensors", _some(frozen | {k: v.cpu() for k, v in probes.items()}))
     with engine.together():  # every rank has written its part
         if engine.main:
-            files = {file.name: _sha256(file) for file in sorted(aside.glob("*.safetensors"))}
+            files = {file.name: file_sha256(file) for file in sorted(aside.glob("*.safetensors"))}
             state = {
                 "format": FORMAT, "step": step, "world": engine.world, "engine": type(engine).__name__, "base": base, "recipe": recipe,
                 "data": data, "runs": {a.name: a.runs for a in adapters}, "taken": {a.name: a.taken for a in adapters},
@@ -139,18 +137,9 @@ def shape_of(p: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
-def probe(adapter: Adapter, engine: Engine) -> Tensor:
-    return torch.randn(adapter.shape[1], PROBES, generator=generator(1, adapter.name)).to(engine.device)
-
-
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _version(name: str) -> str:
@@ -205,7 +194,7 @@ class Checkpoint:
         files: dict[str, Path] = {}
         for name, expected in sums.items():
             file = path / Path(name).name
-            if not file.is_file() or _sha256(file) != expected:
+            if not file.is_file() or file_sha256(file) != expected:
                 raise ValueError(f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint")
             if not name.startswith("random-"):
                 files |= dict.fromkeys(stored_names(file), file)
@@ -275,10 +264,7 @@ def _replay(engine: Engine, adapter: Adapter, ledger: list[Change]) -> None:
     """W += what came after the start, one entry after the other, as it was added then. Local but for the end."""
     weight = engine.weight(adapter)
     for entry in ledger[adapter.taken :]:
-        if isinstance(entry, Pairs):
-            weight.add_(entry.B.to(engine.device), entry.A.to(engine.device))
-        else:
-            weight.add_block_(*(part.to(engine.device) for part in (entry.rows, entry.columns, entry.values)))
+        weight.add_(entry.to(engine.device))
     engine.release(4 * adapter.shape[0] * adapter.shape[1])
 
 
@@ -303,7 +289,7 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
 def _check_weight(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> None:
     """W applied to the probe is what it was."""
     wanted = checkpoint.tensor(f"{adapter.name}#probe").to(engine.device)
-    apart = float((engine.weight(adapter).matmul(probe(adapter, engine)) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    apart = float((engine.weight(adapter).matmul(probe(engine, adapter)) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     limit = EXACT_DRIFT if adapter.codec.holds_small_updates or not adapter.codec.writable else ROUNDED_DRIFT
     if not apart <= limit:
         raise ValueError(

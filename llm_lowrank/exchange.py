@@ -26,10 +26,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import PairAdapter, generator
+from llm_lowrank.adapter import Adapter, PairAdapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.pairs import Change, Pairs
 
 Moments = Literal["seeded", "zeroed", "pruned"]
 Into = Literal["auto", "weight", "bank"]
@@ -101,12 +101,12 @@ def exchange_(
     began, traffic = time.perf_counter(), engine.traffic
     index = index.to(engine.device)
     moving = adapter.factors() if slots is not None else adapter.factors()[:2]
-    probe = _probe(engine, adapter)
-    staying = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], probe)
-    before = engine.weight(adapter).matmul(probe) + staying
+    x = probe(engine, adapter)
+    staying = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], x)
+    before = engine.weight(adapter).matmul(x) + staying
     lost = 0.0
     with engine.edit(*moving) as (a, b, *bank):
-        before += _applied(adapter, [s.value for s in (a, b, *bank)], probe)
+        before += _applied(adapter, [s.value for s in (a, b, *bank)], x)
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
         if slots is not None:
@@ -120,32 +120,29 @@ def exchange_(
             banked.put_(where, old)
         else:
             assert fresh is not None
-            lost = into_weight_(engine, adapter, [old, fresh.to(engine.device).scaled(-1)])
+            update = Pairs.cat([old, fresh.to(engine.device).scaled(-1)]).scaled(adapter.scale)
+            lost = into_weight_(engine, adapter, update.take(update.B.any(0)))  # of a pair that adds nothing the ledger keeps nothing
         trained.put_(index, fresh.to(engine.device))
         renew_moments_(a, b, index, moments, prune)
         expected = [s.value for s in (a, b, *bank)]
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
         assert torch.equal(value, wanted), f"{adapter.name}: an exchanged factor did not reach the forward"
-    after = engine.weight(adapter).matmul(probe) + staying + _applied(adapter, seen, probe)
-    drift = float((after - before).norm() / before.norm().clamp_min(1e-30))
-    limit = EXACT_DRIFT if slots is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
-    if not drift <= limit:
-        raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+    after = engine.weight(adapter).matmul(x) + staying + _applied(adapter, seen, x)
+    drift = checked_drift(adapter, before, after, exact=slots is not None)
     engine.release(4 * math.prod(adapter.shape))  # as float32
     into = "weight" if slots is None else "bank"
     return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
 
 
-def into_weight_(engine: Engine, adapter: PairAdapter, parts: list[Pairs]) -> float:
-    """W += s (sum of the parts), recorded in the ledger; returns the share of the update that rounding took.
+def into_weight_(engine: Engine, adapter: Adapter, update: Change) -> float:
+    """W += update, recorded in the ledger; returns the share of the update that rounding took.
 
-    Every rank adds its own elements: only the parts have travelled, W does not.
+    Every rank adds its own elements: only the update has travelled, W does not.
     """
-    update = Pairs.cat(parts).scaled(adapter.scale)
-    update = update.take(update.B.any(0))  # of a pair that adds nothing the ledger keeps nothing
     weight = engine.weight(adapter)
-    asked, lost, changed = weight.sum(weight.add_(update.B, update.A)).tolist()
+    asked, lost, changed = weight.sum(weight.add_(update)).tolist()
+    assert changed <= update.entries, f"{adapter.name}: {changed:g} elements changed, more than {update.entries}"
     if asked == 0.0:
         assert changed == 0, f"{adapter.name}: an update of nothing changed {changed:g} elements"
         return 0.0
@@ -211,8 +208,18 @@ def _largest(t: Tensor, share: float) -> Tensor:
     return mask.view(t.shape)
 
 
-def _probe(engine: Engine, adapter: PairAdapter) -> Tensor:
-    return torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)  # (n, 2)
+def probe(engine: Engine, adapter: Adapter) -> Tensor:
+    """A random input, the same on every rank: (n, 2)"""
+    return torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)
+
+
+def checked_drift(adapter: Adapter, before: Tensor, after: Tensor, exact: bool) -> float:
+    """|after - before| / |before| of what a layer answers to a probe; RuntimeError if it is no rounding. `exact`: W took nothing."""
+    drift = float((after - before).norm() / before.norm().clamp_min(1e-30))
+    limit = EXACT_DRIFT if exact or adapter.codec.holds_small_updates else ROUNDED_DRIFT
+    if not drift <= limit:
+        raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+    return drift
 
 
 def _applied(adapter: PairAdapter, factors: list[Tensor], x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import difflib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +28,10 @@ from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.files import stored_names, stream_safetensors, sync, write_json, write_safetensors
+from llm_lowrank.files import file_sha256, stored_names, stream_safetensors, sync, write_json, write_safetensors
 from llm_lowrank.loading import blocks, encoded
 from llm_lowrank.method import Method
+from llm_lowrank.methods.lora import matching
 from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import INDEX, SINGLE, Source
 
@@ -119,8 +119,10 @@ def save_adapter(
     written[WEIGHTS] |= _named(factors)
     described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
     (Path(path) / ALL).unlink(missing_ok=True)
+    notes = {"format": "pt", "written_by": "llm_lowrank", "method": described}
     for file, tensors in written.items():
-        write_safetensors(Path(path) / file, tensors, {"format": "pt", "written_by": "llm_lowrank", "method": described})
+        write_safetensors(Path(path) / file, tensors, notes)
+        notes = notes | {"of": file_sha256(Path(path) / WEIGHTS)}  # ALL comes second
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
     return SavedAdapter(Path(path), rank, ranks, error)
 
@@ -215,6 +217,10 @@ class Lora:
         strange = sorted(keys ^ {f"{PREFIX}{module}.{part}" for module in modules for part in parts})
         if strange or not modules:
             raise ValueError(f"{path / WEIGHTS} is not made of {' and '.join(parts)} of every module: see {strange[:3] or 'no tensors'}")
+        if (path / ALL).is_file():
+            with safe_open(path / ALL, framework="pt") as handle:
+                if (handle.metadata() or {}).get("of") != file_sha256(path / WEIGHTS):
+                    raise ValueError(f"{path / ALL} belongs to another {WEIGHTS} than the one beside it; remove it to merge what is there")
         return cls(path, modules, config)
 
     def update(self, module: str) -> Update:
@@ -226,16 +232,11 @@ class Lora:
             a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
             magnitude = handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
         pairs = Pairs(b, a)
-        rank = self._pattern("rank_pattern", module, self.config["r"])
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
+        rank = matching(self.config.get("rank_pattern") or {}, module, self.config["r"])
+        alpha = matching(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         if len(pairs) != rank:
             raise ValueError(f"{self.path}: {module} has {len(pairs)} pairs, but {CONFIG} says rank {rank}")
         return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
-
-    def _pattern(self, key: str, module: str, default: float) -> float:
-        """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
-        patterns = self.config.get(key) or {}
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
 
 
 # What a LoRA config may say here; all else must be off.

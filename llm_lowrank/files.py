@@ -108,6 +108,11 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def stored_names(path: str | Path) -> list[str]:
     """The tensors of a safetensors file; a file that was cut short is noticed here."""
     try:

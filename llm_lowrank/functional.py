@@ -83,10 +83,10 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Decode, *parts: Tensor) -> Tensor:
         assert not any(ctx.needs_input_grad[1:]), "the bias and the parts of a frozen linear must not require gradients"
-        ctx.decode, ctx.dtype, ctx.x_dtype = decode, _compute_dtype(x), x.dtype
+        ctx.decode, ctx.dtype, ctx.x_dtype = decode, compute_dtype(x), x.dtype
         ctx.save_for_backward(*parts)
         with torch.autocast(x.device.type, enabled=False):
-            return _base(x.to(ctx.dtype), decode(*parts), bias)
+            return base_linear(x.to(ctx.dtype), decode(*parts), bias)
 
     @staticmethod
     @once_differentiable
@@ -120,14 +120,14 @@ class _AdapterLinear(torch.autograd.Function):
         products, parts = _grouped(tensors[: 3 * count]), tensors[3 * count :]
         assert not any(needs[2:5] + needs[6:7] + needs[FIXED + 3 * count :]), "bias, bank, norms and W must not require gradients"
         ctx.decode, ctx.scale, ctx.count = decode, scale, count
-        ctx.dtype, ctx.x_dtype = _compute_dtype(x), x.dtype
+        ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
         kept: list[Tensor | None] = []
         growth = None
         with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x.to(ctx.dtype))                                           # (t, n)
-            read = rows if dropped is None else _rows(dropped.to(ctx.dtype))        # (t, n)
+            rows = flat_rows(x.to(ctx.dtype))                                           # (t, n)
+            read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))        # (t, n)
             w = decode(*parts)
-            y = _base(rows, w, bias if magnitude is None else None)                 # (t, m)
+            y = base_linear(rows, w, bias if magnitude is None else None)                 # (t, m)
             for j, (A, B, gate) in enumerate(products):
                 joint = bank_A is not None and dropped is None and j == 0
                 h = read @ _all_A(A, bank_A if joint else None, ctx.dtype).T        # (t, r), (t, r + k)
@@ -157,9 +157,9 @@ class _AdapterLinear(torch.autograd.Function):
         dx = dropped = dmagnitude = None
         found: list[Tensor | None] = []
         with torch.autocast(g.device.type, enabled=False):
-            rows = _rows(g.to(dtype))                                               # (t, m)
+            rows = flat_rows(g.to(dtype))                                               # (t, m)
             if y is not None:
-                z = _rows(y) if bias is None else _rows(y) - bias.to(dtype)
+                z = flat_rows(y) if bias is None else flat_rows(y) - bias.to(dtype)
                 sums = (rows * z).sum(0, dtype=magnitude.dtype)
                 dmagnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)     # (m,); a row of zeros stays one
             if growth is not None:
@@ -206,16 +206,19 @@ def _grouped(flat: Sequence[Any]) -> list[Product]:
     return [Product(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat_rows(x: Tensor) -> Tensor:
+    """(..., n) -> (t, n)"""
     return x.reshape(-1, x.shape[-1])
 
 
-def _base(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of x."""
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

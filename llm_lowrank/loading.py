@@ -194,9 +194,11 @@ class _Reader:
                 if self.engine.main:
                     module.ledger.append(change)
             if isinstance(module, Adapter | Shared):
-                initial = module.initial(pairs) if isinstance(module, Adapter) else module.initial()
                 if self.resumed is not None:
-                    initial = {k: self.resumed.tensor(f"{name}.{k}") for k in initial}
+                    own = (k for k in rows if k not in values and not (k == "bias" and isinstance(module, Adapter)))
+                    initial = {k: self.resumed.tensor(f"{name}.{k}") for k in own}
+                else:
+                    initial = module.initial(pairs) if isinstance(module, Adapter) else module.initial()
                 # copies, as they are trained in place: the ledger keeps the pairs as they were
                 values |= {k: v[rows[k]].clone() for k, v in initial.items()}
             for k, run in rows.items():

@@ -15,7 +15,7 @@ import draccus
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapter import Adapter, fill_
 from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.pairs import Pairs
@@ -143,7 +143,7 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         if isinstance(layer, Adapter):
-            layer.fill()
+            fill_(layer)
             adapters.append(layer)
     method.attached(model, adapters)
     return adapters

@@ -47,8 +47,19 @@ class Pairs:
     def product(self) -> Tensor:
         return self.B @ self.A  # (m, n)
 
+    # ---- as a change of W
+
     def pairs(self) -> Pairs:
         return self
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """Some rows of the product."""
+        return self.B[rows] @ self.A
+
+    @property
+    def entries(self) -> int:
+        """Elements of W that may change."""
+        return self.B.shape[0] * self.A.shape[1]
 
     @staticmethod
     def cat(parts: list[Pairs]) -> Pairs:
@@ -86,10 +97,23 @@ class Block:
     values: Tensor  # (p, q)
     shape: tuple[int, int]  # of W
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Block:
+        return Block(self.rows.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
+
     def product(self) -> Tensor:
-        whole = self.values.new_zeros(self.shape)
-        whole[self.rows[:, None], self.columns] = self.values
-        return whole
+        return self.of_rows(slice(0, self.shape[0]))
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """Some rows of the product."""
+        mine = (self.rows >= rows.start) & (self.rows < rows.stop)
+        found = self.values.new_zeros(rows.stop - rows.start, self.shape[1])
+        found[(self.rows[mine] - rows.start)[:, None], self.columns] = self.values[mine]
+        return found
+
+    @property
+    def entries(self) -> int:
+        """Elements of W that may change."""
+        return self.values.numel()
 
     def pairs(self) -> Pairs:
         """min(p, q) pairs with the same product."""

@@ -250,6 +250,8 @@ def validate(recipe: Recipe) -> None:
         errors.append("merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one")
     if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
         errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
+    if recipe.optim == "lion" and recipe.adam_epsilon != Recipe.adam_epsilon:
+        errors.append("adam_epsilon is of AdamW, optim: lion has none; remove it")
     if recipe.engine != "fsdp" and recipe.fsdp != Sharding():
         errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
@@ -290,12 +292,18 @@ def occupied(recipe: Recipe) -> str | None:
     output = Path(recipe.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         return f"output_dir: {output} is a file"
-    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir and recipe.resume_from_checkpoint == "none":
-        return (
-            f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, or go on with "
-            "--resume_from_checkpoint auto"
-        )
-    return None
+    if not output.is_dir() or not any(output.iterdir()) or recipe.overwrite_output_dir:
+        return None
+    if recipe.resume_from_checkpoint == "auto":
+        if (output / "adapter").exists() and not any(output.glob("checkpoints/step-*[0-9]")):
+            return f"output_dir: {output} holds a finished run and no checkpoint to go on from; write over it with --overwrite_output_dir"
+        return None
+    if output.resolve() in Path(recipe.resume_from_checkpoint).expanduser().resolve().parents:
+        return None
+    return (
+        f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, or go on with "
+        "--resume_from_checkpoint auto"
+    )
 
 
 # What may be otherwise when a run goes on: where and how it computes, not what.

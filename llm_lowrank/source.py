@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -84,6 +85,7 @@ class Source:
         tensors = _tensors(path, files)
         return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Of names, types, shapes and the ends of every tensor: another model, or another version of it, has another one."""
         digest = hashlib.sha256()

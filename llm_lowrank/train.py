@@ -109,7 +109,7 @@ def train(recipe: Recipe) -> None:
     def keep(step: int) -> None:
         began = time.perf_counter()
         where = checkpoint.save(
-            engine, run.model, adapters, output, step, draccus.encode(recipe), run.source.fingerprint(), run.facts, recipe.save_total_limit
+            engine, run.model, adapters, output, step, draccus.encode(recipe), run.source.fingerprint, run.facts, recipe.save_total_limit
         )
         size = sum(file.stat().st_size for file in where.iterdir()) if engine.main else 0
         metrics.write("save", step, seconds=time.perf_counter() - began, bytes=size)
@@ -253,12 +253,15 @@ def find_checkpoint(recipe: Recipe, source: Source, facts: dict[str, int]) -> tu
     if asked == "auto":
         found, damaged = checkpoint.newest(Path(recipe.output_dir))
         notes = [f"NOT used: {line}" for line in damaged]
+        if found is None and damaged:
+            damaged.append("resume_from_checkpoint: no checkpoint is whole; move them away to start from the beginning")
+            raise ValueError("\n".join(damaged))
         if found is None:
-            return None, [*notes, f"no checkpoint in {recipe.output_dir}: starting from the beginning"]
+            return None, [f"no checkpoint in {recipe.output_dir}: starting from the beginning"]
     else:
         found, notes = Checkpoint.open(Path(asked).expanduser()), []
     check_same_run(recipe, found.state["recipe"], found.path)
-    if found.state["base"] != source.fingerprint():
+    if found.state["base"] != source.fingerprint:
         raise ValueError(f"{found.path} was written over another model than the one that is in {source.path} now")
     if found.state["data"] != facts:
         raise ValueError(

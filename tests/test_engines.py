@@ -19,6 +19,7 @@ from llm_lowrank.adapter import Adapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, RankError, Slot
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.pairs import Pairs
 from tests import ranks
 from tests.tiny import Trainee, engine
 
@@ -141,7 +142,7 @@ def tell(name: str, accumulation: int) -> dict[str, Any]:
     snapshot("bank edited")
     left, right = dyadic(t.adapters[2].shape[0], 2, seed=1), dyadic(2, t.adapters[2].shape[1], seed=2)
     told["update"] = left @ right
-    told["counts"] = t.engine.weight(t.adapters[2]).add_(left, right)
+    told["counts"] = t.engine.weight(t.adapters[2]).add_(Pairs(left, right))
     snapshot("weight edited")
     told["norms"] += [move(2), move(3)]
     snapshot("stepped on")
@@ -422,7 +423,7 @@ def coded(name: str) -> dict[str, Any]:
     untouched = all(torch.equal(whole[n], v) for n, v in t.original.items() if n in whole)
     logits = [t.logits()]
     left, right = dyadic(t.adapters[2].shape[0], 2, seed=1), dyadic(2, t.adapters[2].shape[1], seed=2)
-    counts = t.engine.weight(t.adapters[2]).add_(left, right)
+    counts = t.engine.weight(t.adapters[2]).add_(Pairs(left, right))
     logits.append(t.logits())
     return {"dtypes": dtypes, "untouched": untouched, "logits": logits, "counts": counts, "weights": t.weights()}
 

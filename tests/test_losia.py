@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -420,6 +421,13 @@ def test_a_tied_output_layer_is_refused():
         attach(llama(), LoSiA(factor=0.5), Dense())
 
 
+def test_an_output_layer_that_is_named_and_not_trained_is_refused():
+    with pytest.raises(ValueError, match="names lm_head, the output layer, of which method.output_factor: 0 trains nothing"):
+        attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0, target_modules=["k_proj", "lm_head"]), Dense())
+    with pytest.raises(ValueError, match="lm_head: method.output_factor 0.001 of its 67 x 42 weight is less than one row"):
+        attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0.001), Dense())
+
+
 def test_the_number_of_trained_parameters_and_what_else_stays():
     t = trainee(LoSiA(factor=0.3, output_factor=0.25, period=2), **UNTIED)
     others = {n: p.detach().clone() for n, p in t.model.named_parameters() if "norm" in n or "embed" in n}
@@ -509,6 +517,13 @@ def test_an_export_that_was_cut_down_says_so_and_the_merge_has_all(tmp_path):
             assert (merged(input_ids=batch(99)).logits - t.logits()).abs().max() < 1e-4, "the merged model has all of it"
         far = float((through_peft - t.logits()).abs().max())
         assert far > 1e-2 if rank == 4 else far < 1e-4
+        if rank == 4:
+            weights = tmp_path / "adapter-4/adapter_model.safetensors"
+            whole = weights.read_bytes()
+            save_file({k: v * 2 for k, v in load_file(weights).items()}, weights)  # as PEFT would, over ours
+            with pytest.raises(ValueError, match="untruncated.safetensors belongs to another adapter_model.safetensors"):
+                merge(source, tmp_path / "adapter-4", tmp_path / "stale")
+            weights.write_bytes(whole)
         if rank == 4:  # the best of its rank: what an independent SVD drops
             change = {a.name: t.probe()[1][a.name] - llama().get_submodule(a.name).weight.double() for a in t.adapters}
             sigma = [torch.linalg.svdvals(c) for c in change.values()]

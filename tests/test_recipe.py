@@ -311,6 +311,12 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_setting_that_the_optimizer_has_not_is_refused(tmp_path):
+    recipe = parse([f"--output_dir={tmp_path / 'out'}", "--engine=plain", "--report_to=none", "--optim=lion", "--adam_epsilon=1e-6"])
+    with pytest.raises(RecipeError, match="adam_epsilon is of AdamW, optim: lion has none; remove it"):
+        validate(recipe)
+
+
 def test_tables_about_settings_name_settings():
     keys = {*command_line.settings(Recipe), "config_path"}
     assert set(HEADINGS) <= keys

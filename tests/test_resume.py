@@ -13,6 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from llm_lowrank.recipe import Recipe, occupied
 from tests.test_launch import PYTHON, ROOT, TORCHRUN, launch, place, recipe, records  # noqa: F401 - place is a fixture
 
 STEPS = 60
@@ -107,3 +108,18 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name(place, tmp_path):  # noq
     (output / "checkpoints/step-000004/state.json").write_text(json.dumps(state))
     assert "was written over another model" in refusal()
     assert "resume_from_checkpoint auto" in refusal(resume_from_checkpoint="none")
+    for damaged in (output / "checkpoints").glob("step-*"):
+        (damaged / "trained-00000.safetensors").write_bytes(b"")
+    kept = sorted(path for path in output.rglob("*") if path.is_file())
+    assert "no checkpoint is whole; move them away" in refusal()
+    assert sorted(path for path in output.rglob("*") if path.is_file()) == kept, "nothing was cleared for a start from the beginning"
+
+
+def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
+    (tmp_path / "out/adapter").mkdir(parents=True)
+    (tmp_path / "other/checkpoints/step-000002").mkdir(parents=True)
+    for resume, said in (("auto", "a finished run and no checkpoint"), (str(tmp_path / "other/checkpoints/step-000002"), "is not empty")):
+        assert said in (occupied(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or "")
+    (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
+    for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):
+        assert occupied(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None

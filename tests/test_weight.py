@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.pairs import Block, Pairs
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -121,7 +122,7 @@ def test_add_over_all_ranks_is_w_plus_the_product_and_counts_right(cut, k, dtype
     wide = torch.promote_types(dtype, torch.float32)
     left, right = cut.integers(cut.m, k).to(wide), cut.integers(k, cut.n).to(wide)
     update = left.double() @ right.double()
-    counts = [weight.add_(left, right) for weight in cut.weights(flat)]
+    counts = [weight.add_(Pairs(left, right)) for weight in cut.weights(flat)]
     assert torch.equal(flat.view(cut.m, cut.n).double(), before + update)
     assert sum(counts).tolist() == [float(update.square().sum()), 0.0, float((update != 0).sum())]
 
@@ -135,7 +136,7 @@ def test_add_on_one_rank_leaves_elements_of_others_untouched_and_counts_its_own_
     for which in range(len(cut.bounds) - 1):
         flat = cut.integers(cut.m * cut.n).to(dtype)
         before, weight = flat.clone(), cut.weights(flat)[which]
-        counts = weight.add_(left, right).tolist()
+        counts = weight.add_(Pairs(left, right)).tolist()
         mine = slice(weight.start, weight.start + weight.numel)
         assert torch.equal(flat[: mine.start], before[: mine.start]) and torch.equal(flat[mine.stop :], before[mine.stop :])
         assert torch.equal(flat[mine].double(), before[mine].double() + update[mine])
@@ -149,7 +150,7 @@ def test_add_measures_what_bf16_rounding_took(cut, size):
     before = flat.view(cut.m, cut.n).double()
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
-    found = sum(weight.add_(left, right) for weight in cut.weights(flat))
+    found = sum(weight.add_(Pairs(left, right)) for weight in cut.weights(flat))
     stored = flat.view(cut.m, cut.n).double() - before
     # the product of a run of rows may round in float32 otherwise than that of all rows: asked is off by 1e-7 of itself
     assert float(found[0]) == pytest.approx(float(asked.square().sum()), rel=1e-5)
@@ -166,7 +167,7 @@ def test_add_to_a_float32_weight_loses_its_rounding_only(cut, size):
     before = flat.view(cut.m, cut.n).double()
     left, right = cut.normal(cut.m, 2) * size, cut.normal(2, cut.n)
     asked = (left @ right).double()
-    found = sum(weight.add_(left, right) for weight in cut.weights(flat))
+    found = sum(weight.add_(Pairs(left, right)) for weight in cut.weights(flat))
     # half an ulp of W + D where it is stored, and another of D where the difference is formed
     assert float(found[1]) ** 0.5 <= 2**-24 * float((before + asked).norm() + asked.norm())
     assert float(found[0]) == pytest.approx(float(asked.square().sum()), rel=1e-5)
@@ -185,7 +186,7 @@ def test_lost_and_changed_follow_the_rounding_of_a_bf16_one(bounds, ulps, stored
     flat = torch.ones(15, dtype=torch.bfloat16)
     left, right = torch.full((5, 1), ulps * u), torch.ones(1, 3)
     expected = [15 * (ulps * u) ** 2, 15 * ((ulps - stored) * u) ** 2, 15.0 if stored else 0.0]
-    assert sum(w.add_(left, right) for w in Cut(5, 3, bounds, 0).weights(flat)).tolist() == expected
+    assert sum(w.add_(Pairs(left, right)) for w in Cut(5, 3, bounds, 0).weights(flat)).tolist() == expected
     assert flat.tolist() == [1 + stored * u] * 15
 
 
@@ -193,7 +194,7 @@ def test_an_update_far_below_the_spacing_of_bf16_is_reported_as_lost():
     cut = Cut(40, 30, [0, 401, 1200], 0)
     flat = cut.normal(1200).bfloat16()
     left, right = cut.normal(40, 2) * 1e-5, cut.normal(2, 30)
-    asked, lost, changed = sum(weight.add_(left, right) for weight in cut.weights(flat)).tolist()
+    asked, lost, changed = sum(weight.add_(Pairs(left, right)) for weight in cut.weights(flat)).tolist()
     assert (lost / asked) ** 0.5 > 0.9 and changed < 60  # only elements near zero have a spacing as fine as that
 
 
@@ -208,7 +209,7 @@ def test_writing_tells_the_engine_on_every_rank():
     weights = Cut(3, 4, [0, 5, 12, 12], 0).weights(torch.zeros(12))
     for rank, weight in enumerate(weights):
         weight.written = lambda rank=rank: told.append(rank)
-        weight.add_(torch.ones(3, 1), torch.ones(1, 4))
+        weight.add_(Pairs(torch.ones(3, 1), torch.ones(1, 4)))
     assert told == [0, 1, 2]  # the one without an element too: renewing is collective
 
 
@@ -232,7 +233,7 @@ def test_a_codec_with_several_parts_reads_its_rows():
         mine = {"codes": parts["codes"][4 * rows.start : 4 * rows.stop], "scale": parts["scale"][rows]}
         weight = Weight((3, 4), Scaled(), mine, 4 * rows.start, 4 * (rows.stop - rows.start), CPU, sum=lambda t: t)
         torch.testing.assert_close(weight.read(), w[rows])
-        weight.add_(torch.ones(3, 1), torch.full((1, 4), 12.0))
+        weight.add_(Pairs(torch.ones(3, 1), torch.full((1, 4), 12.0)))
         torch.testing.assert_close(weight.read(), w[rows] + 12)
 
 
@@ -265,7 +266,7 @@ def test_rows_of_a_coded_weight_with_filling_give_the_products_of_the_whole(code
 def test_all_of_a_weight_is_a_view_of_what_the_engine_stores():
     flat = torch.ones(3, 4)
     stored = {"weight": torch.nn.Parameter(flat, requires_grad=False)}
-    Weight.everything((3, 4), Dense(), stored, CPU).add_(torch.ones(3, 1), torch.ones(1, 4))
+    Weight.everything((3, 4), Dense(), stored, CPU).add_(Pairs(torch.ones(3, 1), torch.ones(1, 4)))
     assert flat.tolist() == [[2.0] * 4] * 3
 
 
@@ -274,7 +275,7 @@ def test_a_coded_weight_is_never_written(codec: Codec):
     parts = codec.encode(Cut(4, 64, [], 0).normal(4, 64))
     before = {name: part.clone() for name, part in parts.items()}
     weight = Weight.everything((4, 64), codec, parts, CPU)
-    for call in (lambda: weight.write(weight.read()), lambda: weight.add_(torch.ones(4, 1), torch.ones(1, 64))):
+    for call in (lambda: weight.write(weight.read()), lambda: weight.add_(Pairs(torch.ones(4, 1), torch.ones(1, 64)))):
         with pytest.raises(AssertionError, match="a coded weight is never written again"):
             call()
     assert all(torch.equal(part, before[name]) for name, part in parts.items())
@@ -288,7 +289,7 @@ def test_adding_a_block_changes_its_entries_alone_whoever_holds_them(cut, data):
     values, before = cut.integers(len(rows), len(columns)) * 2 + 1, cut.integers(cut.m * cut.n)  # odd: no zero among them
     flat = before.clone()
     at = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
-    measured = sum((weight.add_block_(*at, values) for weight in cut.weights(flat)), torch.zeros(3, dtype=torch.float64))
+    measured = sum((weight.add_(Block(*at, values, (cut.m, cut.n))) for weight in cut.weights(flat)), torch.zeros(3, dtype=torch.float64))
     wanted = before.view(cut.m, cut.n).clone()
     wanted[at[0][:, None], at[1]] += values
     assert torch.equal(flat.view(cut.m, cut.n), wanted)

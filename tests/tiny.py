@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_lowrank import checkpoint
-from llm_lowrank.adapter import Adapter, Shared
+from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP, Sharding
@@ -159,12 +159,7 @@ class Trainee:
 
     def values(self) -> dict[str, Tensor]:
         """Every parameter that does not come from the checkpoint, whole."""
-        def own(module: nn.Module, name: str) -> bool:
-            return isinstance(module, Shared) or (isinstance(module, Adapter) and name not in (*module.part_names, "bias"))
-
-        parameters = [(f"{at}.{k}", p) for at, module in self.model.named_modules() for k, p in module.named_parameters(recurse=False)
-                      if own(module, k)]  # fmt: skip
-        return {name: self.engine.whole(p).cpu() for name, p in parameters}
+        return {name: self.engine.whole(p).cpu() for name, p in checkpoint.own_parameters(self.model)}
 
     def moments(self) -> dict[str, Tensor]:
         found = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_lowrank.codecs import Codec
+from llm_lowrank.pairs import Change
 
 
 def _alone(t: Tensor) -> Tensor:
@@ -102,28 +103,14 @@ class Weight:
         return block
 
     @torch.no_grad()
-    def add_(self, left: Tensor, right: Tensor) -> Tensor:
-        """W += left @ right, (m, k) (k, n), rounded once. No communication of W. Returns what `_add` measures."""
-        return self._add(left[self.rows] @ right)
+    def add_(self, change: Change) -> Tensor:
+        """W += change, rounded once. No communication of W.
 
-    @torch.no_grad()
-    def add_block_(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """W[rows, columns] += values, (p,), (q,), (p, q), rounded once. No communication. Returns what `_add` measures."""
-        return self._add(self.block(rows, columns, values))
-
-    def block(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """My rows of a matrix that is `values` at W[rows, columns] and zero elsewhere."""
-        mine = (rows >= self.rows.start) & (rows < self.rows.stop)
-        found = values.new_zeros(self.rows.stop - self.rows.start, self.shape[1])
-        found[(rows[mine] - self.rows.start)[:, None], columns] = values[mine]
-        return found
-
-    def _add(self, asked: Tensor) -> Tensor:
-        """My rows += asked. Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
+        Returns (|asked|^2, |stored - asked|^2, elements whose stored value changed) over this rank's elements: what
         rounding to the stored type took away is measured, never assumed.
         """
         before = self.read().clone()  # a float32 W is read in place
-        self.mine_(asked)
+        asked = self.mine_(change.of_rows(self.rows))
         self.write(before + asked)
         stored = self.read() - before
         changed = (stored != 0).sum().double()

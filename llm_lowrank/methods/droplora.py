@@ -12,7 +12,6 @@ step, sample, token, pair) and nothing else: the same in a recomputed forward, a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, generator
+from llm_lowrank.adapter import Adapter, PairAdapter, digest, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.functional import Product
@@ -67,8 +66,7 @@ class DropAdapter(PairAdapter):
         samples = torch.tensor(self.samples, device=x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
         count = x.shape[0]
         samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)  # the last batch of an epoch is filled up
-        digest = hashlib.sha256(f"{self.seed}:{self.name}:{self.step}".encode()).digest()
-        key = int.from_bytes(digest[:7], "little")
+        key = int.from_bytes(digest(self.seed, self.name, self.step)[:7], "little")
         where = samples[:, None, None] * 2**20 + torch.arange(tokens, device=x.device)[:, None]  # (samples, tokens, 1)
         entry = mixed(mixed(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
         kept = (entry >> 8 & 0xFFFFFF) >= self.p * 2**24

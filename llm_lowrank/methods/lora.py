@@ -67,11 +67,11 @@ class LoRA(Method):
         return (rank if alpha is None else alpha) / (rank**0.5 if self.use_rslora else rank)
 
     def rank_of(self, name: str) -> int:
-        return _matching(self.rank_pattern, name, self.rank)
+        return matching(self.rank_pattern, name, self.rank)
 
     def scale_of(self, name: str) -> float:
         """alpha is that of the pattern, else `alpha`, else the module's rank."""
-        return self._scale(self.rank_of(name), _matching(self.alpha_pattern, name, self.alpha))
+        return self._scale(self.rank_of(name), matching(self.alpha_pattern, name, self.alpha))
 
     def bank(self, codec: Codec) -> int:
         """Frozen pairs to keep room for beside the trainable ones."""
@@ -98,7 +98,7 @@ class LoRA(Method):
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
         for setting in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, setting):
-                if not any(_matching({pattern: True}, adapter.name, False) for adapter in adapters):
+                if not any(matching({pattern: True}, adapter.name, False) for adapter in adapters):
                     raise ValueError(f"method.{setting}: {pattern!r} matches none of the {len(adapters)} adapted modules")
 
     def peft(self) -> dict[str, Any]:
@@ -116,6 +116,6 @@ class LoRA(Method):
         }
 
 
-def _matching(patterns: Mapping[str, T], name: str, default: T) -> T:
+def matching(patterns: Mapping[str, T], name: str, default: T) -> T:
     """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

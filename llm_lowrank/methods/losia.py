@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,14 +32,13 @@ from llm_lowrank.adapter import Adapter, Whole, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, Exchanged, Into, needs_bank
-from llm_lowrank.functional import Decode
+from llm_lowrank.exchange import Exchanged, Into, checked_drift, into_weight_, needs_bank, probe
+from llm_lowrank.functional import Decode, base_linear, compute_dtype, flat_rows
 from llm_lowrank.method import Method, output_layer, targets
 from llm_lowrank.pairs import Block, Pairs
 
 Importance = Literal["mix", "first", "second"]
 Record = Callable[[Tensor | None, Tensor], None]
-PROBES = 2  # columns on which the drift of a move is measured
 
 
 class Subnet(Adapter):
@@ -86,7 +84,7 @@ class Subnet(Adapter):
         w = w.index_put((at[0][:, None], at[1]), self.S.to(w.dtype), accumulate=True)
         if record is not None and w.requires_grad:  # reentrant checkpointing runs the first forward without gradients
             w.register_hook(partial(record, None))
-        return F.linear(x, w.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return base_linear(x, w, self.bias)
 
     def recorded(self, g: Tensor | None, x: Tensor) -> None:
         """dL/dW += g^T x, or += x where that is the gradient itself.  g (t, m), x (t, n)"""
@@ -117,12 +115,11 @@ class _SubnetLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, S: Tensor, blocks: Tensor | None, bias: Tensor | None, rows: Tensor, columns: Tensor,
         places: list[tuple[slice, Tensor, Tensor]], decode: Decode, record: Record | None, *parts: Tensor,
     ) -> Tensor:  # fmt: skip
-        device = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.x_dtype, ctx.places, ctx.decode, ctx.record = x.dtype, places, decode, record
-        with torch.autocast(device, enabled=False):
-            flat = x.to(ctx.dtype).reshape(-1, x.shape[-1])                         # (t, n)
-            y = F.linear(flat, decode(*parts).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+        ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
+        ctx.places, ctx.decode, ctx.record = places, decode, record
+        with torch.autocast(x.device.type, enabled=False):
+            flat = flat_rows(x.to(ctx.dtype))                                       # (t, n)
+            y = base_linear(flat, decode(*parts), bias)                             # (t, m)
             x_Y = _columns(flat, columns)                                           # (t, q)
             _add_columns_(y, rows, x_Y @ S.to(ctx.dtype).T)
             for at, X, Y in places:
@@ -138,7 +135,7 @@ class _SubnetLinear(torch.autograd.Function):
         read, S, blocks, rows, columns, *parts = ctx.saved_tensors
         dx = dS = None
         with torch.autocast(g.device.type, enabled=False):
-            flat = g.to(ctx.dtype).reshape(-1, g.shape[-1])                         # (t, m)
+            flat = flat_rows(g.to(ctx.dtype))                                       # (t, m)
             g_X = _columns(flat, rows)                                              # (t, p)
             if ctx.needs_input_grad[0]:
                 dx = flat @ ctx.decode(*parts).to(ctx.dtype)                        # (t, n)
@@ -263,7 +260,10 @@ class LoSiA(Method):
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         found, output = targets(model, self.target_modules), output_layer(model)
         if self.output_factor == 0:
-            return {name: module for name, module in found.items() if module is not output}
+            named = next((name for name, module in found.items() if module is output), None)
+            if named is not None:
+                raise ValueError(f"method.target_modules names {named}, the output layer, of which method.output_factor: 0 trains nothing")
+            return found
         name, layer = next(((k, m) for k, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), (None, None))
         if name is None or layer is None:
             raise ValueError("method.output_factor is above 0, but the model has no linear output layer; set it to 0")
@@ -278,7 +278,10 @@ class LoSiA(Method):
         output = self.output_factor > 0 and _layer(name) < 0  # outside of the decoder layers there is the output layer alone
         size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
         if 0 in size:
-            raise ValueError(f"{name}: method.factor {self.factor} of its {m} x {n} weight is less than one row or column; raise it")
+            setting = "output_factor" if output else "factor"
+            raise ValueError(
+                f"{name}: method.{setting} {getattr(self, setting)} of its {m} x {n} weight is less than one row or column; raise it"
+            )
         bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)  # a block is rounded once, bf16 or not
         return Subnet(name, linear, codec, seed, size, self.max_live_blocks if bank else 0, self.pro)
 
@@ -341,11 +344,9 @@ class LoSiA(Method):
 
     def entries(self, adapter: Subnet, engine: Engine, part: Weight) -> Tensor:
         """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank. Collective."""
-        w = part.read() + part.block(adapter.memory["rows"], adapter.memory["columns"], engine.whole(adapter.S))
-        if adapter.bank_S is not None and adapter.places():
-            blocks = engine.whole(adapter.bank_S)
-            for at, rows, columns in adapter.places():
-                w += part.block(rows, columns, blocks[at])
+        w = part.read()
+        for block in adapter.beside(engine.whole):
+            w = w + block.of_rows(part.rows)  # not in place: a float32 W is read in place
         return part.mine_(w)
 
     def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
@@ -366,8 +367,8 @@ class LoSiA(Method):
 @torch.no_grad()
 def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moments: str) -> Exchanged:
     """S freezes where it is and starts at zero at (rows, columns); what the layer computes stays. Collective."""
-    probe = torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)  # (n, 2)
-    before = _applied(adapter, engine, probe)
+    x = probe(engine, adapter)
+    before = _applied(adapter, engine, x)
     old, lost = (adapter.memory["rows"], adapter.memory["columns"]), 0.0
     with engine.edit(adapter.S) as (s,):
         trained = s.value.clone()
@@ -375,7 +376,7 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
         for name, moment in s.moments.items():
             moment.fill_(float(moment.mean()) if moments == "seeded" and name == "exp_avg_sq" else 0.0)
     if adapter.bank_S is None:
-        lost = _into_weight_(engine, adapter, Block(*old, trained, adapter.shape))
+        lost = into_weight_(engine, adapter, Block(*old, trained, adapter.shape))
     else:
         filled, p = len(adapter.memory["live_rows"]), adapter.size[0]
         assert filled < adapter.live, f"{adapter.name}: the bank is full"
@@ -385,21 +386,8 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
         for key, at in zip(("live_rows", "live_columns"), old, strict=True):
             adapter.memory[key] = torch.cat([adapter.memory[key], at[None]])
     adapter.memory["rows"], adapter.memory["columns"] = rows, columns
-    drift = float((_applied(adapter, engine, probe) - before).norm() / before.norm().clamp_min(1e-30))
-    limit = EXACT_DRIFT if adapter.bank_S is not None or adapter.codec.holds_small_updates else ROUNDED_DRIFT
-    if not drift <= limit:
-        raise RuntimeError(f"{adapter.name}: a move changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+    drift = checked_drift(adapter, before, _applied(adapter, engine, x), exact=adapter.bank_S is not None)
     return Exchanged(adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries")
-
-
-def _into_weight_(engine: Engine, adapter: Subnet, block: Block) -> float:
-    """W[X, Y] += S, recorded in the ledger; returns the share that rounding took."""
-    weight = engine.weight(adapter)
-    asked, lost, changed = weight.sum(weight.add_block_(block.rows, block.columns, block.values)).tolist()
-    assert changed <= block.values.numel(), f"{adapter.name}: {changed:g} elements changed, more than {block.values.numel()}"
-    if engine.main:
-        adapter.ledger.append(Block(block.rows.cpu(), block.columns.cpu(), block.values.cpu(), block.shape))
-    return (lost / asked) ** 0.5 if asked else 0.0
 
 
 def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, Shared, Whole, generator, uniform_rows
+from llm_lowrank.adapter import Adapter, Shared, Whole, fill_, generator, uniform_rows
 from llm_lowrank.codecs import Codec
 from llm_lowrank.functional import Product, adapter_linear
 from llm_lowrank.method import Method
@@ -106,9 +106,7 @@ class Pool(Shared):
         (m, n), size = first.shape, len(layers) * first.pooled
         self.name, self.seed = name, first.seed
         self.A, self.B = first.factor(size, n), first.factor(m, size)
-        if not self.A.is_meta:
-            for key, value in self.initial().items():
-                getattr(self, key).data.copy_(value)
+        fill_(self)
 
     def initial(self) -> dict[str, Tensor]:
         (size, n), m = self.A.shape, len(self.B)
@@ -132,7 +130,7 @@ class RaSALayer(Adapter):
         """Reads the pool from now on, as the first layer or another."""
         self.borrows, self.first = (pool,), first
         self.e = self.factor(len(pool.A))
-        self.fill()
+        fill_(self)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """A uniform, B zero, so that the layer starts as it was."""
