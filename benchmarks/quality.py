@@ -174,7 +174,7 @@ def pretrained(folder: Path, base: Base) -> Path:
     own, shifted = (judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in (OWN, SHIFTED))
     print(f"pre-trained: exact match {own:.1%} of its own family, {shifted:.1%} of the shifted one", flush=True)
     model.save_pretrained(folder)
-    write_text(folder / ".gitignore", "*.safetensors\n")
+    write_text(folder / ".gitignore", "*\n")  # a clone pre-trains again
     result = {"own": own, "shifted": shifted, "parameters": model.num_parameters(), "seconds": time.perf_counter() - began}
     write_json(note, {"settings": asdict(base), "result": result, **origin()})  # last: now the folder is complete
     return folder

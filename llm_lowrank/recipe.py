@@ -281,6 +281,9 @@ def _path_errors(recipe: Recipe) -> list[str]:
     taken = occupied(recipe)
     if taken and not recipe.dry_run:  # a dry run only reports it
         errors.append(taken)
+    asked = recipe.resume_from_checkpoint
+    if asked not in ("none", "auto") and not Path(asked).expanduser().is_dir():
+        errors.append(f"resume_from_checkpoint: {asked} is no checkpoint: there is no such folder")
     model = recipe.model_name_or_path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
         errors.append(f"model_name_or_path: {model} does not exist")

@@ -567,7 +567,7 @@ def wrong_map(engine: str, into: str) -> list[str]:
     def another(linear: FrozenLinear) -> Weight:
         found = weight(linear)
         add_ = found.add_
-        found.add_ = lambda left, right: add_(1.1 * left, right)
+        found.add_ = lambda change: add_(change.scaled(1.1))
         return found
 
     fresh = random_pairs(a, len(INDEX), 1) if into == "weight" else None
