@@ -1,12 +1,14 @@
 """Instruction-tune a language model:  deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name value ...]
 
-Without arguments it trains the demo. Exit codes: 0 done, 1 failed while training, 2 the recipe cannot be run as it stands,
-75 stopped by SIGTERM or SIGUSR1 with a checkpoint (--resume_from_checkpoint auto goes on).
+Without arguments it trains the demo. Exit codes: 0 done; 1 failed while training; 2 the recipe cannot be run as it stands, or a file
+cannot be read or written; 69 another rank was lost or stood still; 75 stopped by SIGTERM or SIGUSR1 with a checkpoint
+(--resume_from_checkpoint auto goes on).
 """
 
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the launcher starts one process per device
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -15,7 +17,8 @@ GRACE = 3.0  # seconds in which one rank says why, before a launcher ends it bec
 
 
 def main(argv: list[str]) -> int:
-    from llm_lowrank.engines.base import RankError
+    from llm_lowrank.engines.base import LostContact, RankError
+    from llm_lowrank.engines.watch import LOST
     from llm_lowrank.recipe import parse, validate
 
     try:
@@ -33,10 +36,11 @@ def main(argv: list[str]) -> int:
     try:
         train(recipe)
     except Preempted as stop:
-        print(stop, flush=True) if RANK == 0 else None
-        return STOPPED
+        return stopped(str(stop)) if RANK == 0 else leave(STOPPED)
     except RankError:  # that rank tells
         return leave()
+    except LostContact as error:  # the launcher names the rank that is gone
+        return refuse(str(error), LOST)
     except (ValueError, OSError, ImportError) as error:
         return refuse(str(error) if RANK == 0 else f"rank {RANK}: {error}")
     except FloatingPointError as error:  # all ranks have the same gradient norm
@@ -47,6 +51,13 @@ def main(argv: list[str]) -> int:
 def refuse(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def stopped(message: str) -> int:
+    print(message, flush=True)
+    if note := os.environ.get("LLM_LOWRANK_STOPPED"):  # a file, for a script that sees only the exit code of torchrun, which is 1
+        Path(note).write_text(f"{message}\n")
+    return STOPPED
 
 
 def leave(code: int = 2) -> int:

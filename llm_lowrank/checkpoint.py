@@ -53,12 +53,29 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def save(
-    engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, recipe: dict[str, Any], base: str,
-    data: dict[str, int], keep: int,
+    engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, skipped: int, recipe: dict[str, Any],
+    base: str, data: dict[str, int], keep: int,
 ) -> Path:  # fmt: skip
     """Writes checkpoints/step-... and LATEST, and removes all but the last `keep`. Collective; returns the folder."""
     folder = output / FOLDER / f"step-{step:06d}"
     aside = folder.with_name(f"{folder.name}.tmp")
+    try:
+        _write(engine, model, adapters, folder, aside, {
+            "format": FORMAT, "step": step, "skipped": skipped, "world": engine.world, "engine": type(engine).__name__, "base": base,
+            "recipe": recipe, "data": data, "runs": {a.name: a.runs for a in adapters}, "taken": {a.name: a.taken for a in adapters},
+            "versions": {name: _version(name) for name in LIBRARIES},
+        })  # fmt: skip
+    except BaseException:  # a full disk: what is half written would keep it full
+        if engine.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if engine.main:
+        for old in found(output)[keep:]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _write(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], folder: Path, aside: Path, state: dict[str, Any]) -> None:
     with engine.together():
         if engine.main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -80,19 +97,11 @@ def save(
     with engine.together():  # every rank has written its part
         if engine.main:
             files = {file.name: file_sha256(file) for file in sorted(aside.glob("*.safetensors"))}
-            state = {
-                "format": FORMAT, "step": step, "world": engine.world, "engine": type(engine).__name__, "base": base, "recipe": recipe,
-                "data": data, "runs": {a.name: a.runs for a in adapters}, "taken": {a.name: a.taken for a in adapters},
-                "versions": {name: _version(name) for name in LIBRARIES}, "files": files,
-            }  # fmt: skip
-            write_json(aside / STATE, state)
+            write_json(aside / STATE, state | {"files": files})
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
             os.replace(aside, folder)
             sync(folder.parent)
             write_text(folder.parent / LATEST, folder.name + "\n")
-            for old in found(output)[keep:]:
-                shutil.rmtree(old)
-    return folder
 
 
 def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,6 +190,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def skipped(self) -> int:
+        """Steps among them that were left out: the optimizer has made so many fewer."""
+        return int(self.state["skipped"])
+
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """ValueError that names what is wrong with it."""
@@ -232,7 +246,7 @@ class Checkpoint:
 
 def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
     """Everything but what loading gave already (W without its starting pairs, and the values beside it). Collective."""
-    engine.prime(checkpoint.step)
+    engine.prime(checkpoint.step - checkpoint.skipped)
     for name, p in own_parameters(model):
         if p.requires_grad:
             moments = {m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")}

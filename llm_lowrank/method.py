@@ -89,6 +89,9 @@ class Method(draccus.ChoiceRegistry):
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         """After the last backward of every step, before the step itself. Collective."""
 
+    def discard(self, adapters: list[Adapter]) -> None:
+        """Instead of observe, when a gradient is not finite and the step is left out: forgets what its backward told. Local."""
+
     def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         """After a step of the schedule; `step` steps are done. Collective."""
         return None

@@ -155,6 +155,11 @@ class Recipe:
     resume_from_checkpoint: str = "none"
     """none; auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or a checkpoint's folder."""
 
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When a gradient is not finite: stop: end the run. skip: leave this step's update out and count it; ten in a row end the run."""
+    ddp_timeout: float = 1800.0
+    """Seconds in which ranks wait for one that does not come, before the run ends and names it."""
+
     fsdp: Sharding = field(default_factory=Sharding)
     """How `engine: fsdp` spreads the model."""
     method: Method = field(default_factory=SRLoRA)
@@ -228,7 +233,7 @@ RANGES: dict[str, Check] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE),
     **dict.fromkeys(("logging_steps", "save_total_limit"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
-    **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs"), ABOVE_ZERO),
+    **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     "max_steps": ("must be at least 1, or -1 for as many as num_train_epochs take", lambda x: x >= 1 or x == -1),
@@ -313,7 +318,7 @@ def occupied(recipe: Recipe) -> str | None:
 FREE = set(
     "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing attn_implementation "
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps report_to save_steps "
-    "save_total_limit resume_from_checkpoint".split()
+    "save_total_limit resume_from_checkpoint ddp_timeout".split()
 )
 
 

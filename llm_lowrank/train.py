@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
 SAMPLES = 5  # answers printed after training
+LEFT_OUT = 10  # steps in a row without a finite gradient, after which it is not bad luck
 
 
 @dataclass
@@ -89,28 +91,48 @@ class Signals:
 def train(recipe: Recipe) -> None:
     """Trains what the recipe says and writes output_dir. Collective: every rank calls it. Preempted if a signal ended it early."""
     engine = make_engine(recipe)
+    try:
+        with engine.guarded():
+            source = _train(recipe, engine)
+    except Preempted:
+        engine.close()
+        raise
+    engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
+    if recipe.save_merged and engine.main:
+        output = Path(recipe.output_dir)
+        backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
+        tqdm.write(f"merged:  {export.merge(source, output / 'adapter', output / 'merged', backbone=backbone)}")
+
+
+def _train(recipe: Recipe, engine: Engine) -> Source:
+    """The run but for merging; where the model came from. Collective."""
+    engine.at("reading the data")
     with engine.together():
         run = prepare(recipe, engine)
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
     say(opening(recipe, engine, run))
     resumed, output = run.resumed, Path(recipe.output_dir)
+    engine.at("loading the model")
     model, loaded = loading.load(engine, run.model, adapters, method, run.source, optimization(recipe), resumed)
     say(str(loaded))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
-    done = 0
+    done = skipped = 0
     if resumed is not None:
+        engine.at(f"restoring {resumed.path}")
         checkpoint.restore(engine, run.model, adapters, resumed)
-        done = resumed.step
+        done, skipped = resumed.step, resumed.skipped
     if engine.main:
         clear(output, resumed is not None)
         save(recipe, output / "recipe.yaml")
 
     def keep(step: int) -> None:
         began = time.perf_counter()
+        engine.at(f"saving after step {step}")
         where = checkpoint.save(
-            engine, run.model, adapters, output, step, draccus.encode(recipe), run.source.fingerprint, run.facts, recipe.save_total_limit
-        )
+            engine, run.model, adapters, output, step, skipped, draccus.encode(recipe), run.source.fingerprint, run.facts,
+            recipe.save_total_limit,
+        )  # fmt: skip
         size = sum(file.stat().st_size for file in where.iterdir()) if engine.main else 0
         metrics.write("save", step, seconds=time.perf_counter() - began, bytes=size)
         say(f"step {step}: saved {where}")
@@ -122,64 +144,71 @@ def train(recipe: Recipe) -> None:
         )  # fmt: skip
         before = None
         if resumed is None:
+            engine.at("the evaluation before training")
             before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
             say(f"before training: {before}")
 
         def rate(step: int) -> float:
             return learning_rate(step, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
 
-        seen = Seen()
+        seen, row = Seen(), 0  # row: steps left out since the last good one
         with Signals() as signals, tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(done + 1, total + 1):
+                engine.at(f"step {step}")
                 rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
                     method.batch(adapters, step - 1, micro.samples)
                     loss = summed_loss(model, micro, engine.device) / micro.tokens
                     engine.backward(loss)
                     seen.add(loss, micro)
-                method.observe(adapters, engine)
+                if good := recipe.on_nan == "stop" or engine.finite():
+                    method.observe(adapters, engine)
+                else:
+                    method.discard(adapters)
                 norm = engine.step(*rates)
-                if not norm < float("inf"):
-                    raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower learning_rate or look at the data")
+                if good := good and norm < float("inf"):
+                    row = 0
+                else:
+                    skipped, row = skipped + 1, row + 1
+                    say(left_out(recipe, step, norm, skipped, row))
+                seen.step(good)
                 if step in run.recompositions:
+                    engine.at(f"the recomposition after step {step}")
                     if (event := measured(engine, partial(method.recompose, adapters, engine, step))) is not None:
                         say(log_exchange(metrics, step, "recompose", event))
                 bar.update()
                 if step % recipe.logging_steps == 0 or step == total:
-                    record = seen.report(engine, recipe.gradient_accumulation_steps) | {"learning_rate": max(rates), "grad_norm": norm}
+                    record = seen.report(engine) | {"learning_rate": max(rates), "grad_norm": norm}
+                    if skipped:
+                        record["skipped"] = skipped
                     metrics.write("train", step, **record)
                     upcoming = next((s for s in run.recompositions if s > step), None)
                     bar.set_postfix(
-                        loss=f"{record['loss']:.4f}", lr=f"{max(rates):.2e}", tok_s=f"{record['tokens_per_second']:.0f}",
-                        next_exchange=upcoming,
+                        loss="none" if record["loss"] is None else f"{record['loss']:.4f}", lr=f"{max(rates):.2e}",
+                        tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming,
                     )  # fmt: skip
                 if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
                     paused = time.perf_counter()
+                    engine.at(f"the evaluation after step {step}")
                     say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
                     seen.began += time.perf_counter() - paused
                 stop = signals.anywhere(engine)
                 if step < total and (stop or (recipe.save_steps and step % recipe.save_steps == 0)):
                     keep(step)
                 if step < total and stop:
-                    engine.close()
                     raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
 
+        engine.at("the evaluation after training")
         after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
         for question, answer, expected, score in after.samples[:SAMPLES]:
             say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
         say(f"before training: {before}\nafter training:  {after}" if before is not None else f"after training:  {after}")
-        saved = export.save_adapter(engine, adapters, method, Path(recipe.output_dir) / "adapter", run.source.name)
+        engine.at("the export")
+        saved = export.save_adapter(engine, adapters, method, output / "adapter", run.source.name)
         say(f"adapter: {saved}")
         if recipe.codec != "dense":
             say(merged_gaps(recipe, engine, run, model, metrics))
-    engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
-    if recipe.save_merged and saved is not None:
-        backbone = export.Backbone.open(backbone_file(recipe)) if recipe.merge_base == "dequantized" else None
-        say(f"merged:  {export.merge(run.source, saved.path, Path(recipe.output_dir) / 'merged', backbone=backbone)}")
-
-
-def backbone_file(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir) / export.BACKBONE
+    return run.source
 
 
 def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metrics: Metrics) -> str:
@@ -190,10 +219,11 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
     bases: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
     with engine.together():
         if engine.main:
-            export.Backbone.save(backbone_file(recipe), run.model)
-            lora = export.Lora.open(Path(recipe.output_dir) / "adapter")
+            output = Path(recipe.output_dir)
+            export.Backbone.save(output / export.BACKBONE, run.model)
+            lora = export.Lora.open(output / "adapter")
             bases["original"] = export.Merging(run.source, lora)
-            bases["dequantized"] = export.Merging(run.source, lora, backbone=export.Backbone.open(backbone_file(recipe)))
+            bases["dequantized"] = export.Merging(run.source, lora, backbone=export.Backbone.open(output / export.BACKBONE))
     model.eval()
     lines = []
     for base, found in zip(bases, export.gaps(run.model, model, inputs, list(bases.values())), strict=True):
@@ -201,6 +231,17 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
             metrics.write("gap", run.total_steps, base=base, logits=found.logits, agreement=found.agreement)
             lines.append(f"merged into the {base} weights: {found}{' (merge_base)' * (base == recipe.merge_base)}")
     return "\n".join(lines)
+
+
+def writable(output: Path) -> None:
+    """OSError, before anything is loaded, if nothing can be written to output_dir."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise OSError(f"output_dir: {output} cannot be written to: {error.strerror}") from error
 
 
 def clear(output: Path, going_on: bool) -> None:
@@ -213,17 +254,19 @@ def clear(output: Path, going_on: bool) -> None:
 
 def make_engine(recipe: Recipe) -> Engine:
     if recipe.engine == "plain":
-        return Plain()
+        return Plain(recipe.ddp_timeout)
     if recipe.engine == "fsdp":
-        return FSDP(recipe.fsdp)
+        return FSDP(recipe.fsdp, recipe.ddp_timeout)
     from llm_lowrank.engines.zero import Zero  # deepspeed is imported only when it is asked for
 
-    return Zero(deepspeed_config(recipe))
+    return Zero(deepspeed_config(recipe), recipe.ddp_timeout)
 
 
 def prepare(recipe: Recipe, engine: Engine) -> Run:
     """Reads the data and checks everything that a mistake in the recipe could break; no weights yet. No communication."""
-    if not engine.main:
+    if engine.main:
+        writable(Path(recipe.output_dir))
+    else:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     source = Source.open(recipe.model_name_or_path)
@@ -311,25 +354,41 @@ class Seen:
     """Loss, tokens and time since the last report."""
 
     def __init__(self) -> None:
+        self.now: Tensor | float = 0.0  # of the step that is being made; on the device: reading it every step would wait for the device
         self._restart()
 
     def _restart(self) -> None:
-        self.loss: Tensor | float = 0.0  # stays on the device: reading it every step would wait for the device
-        self.tokens, self.micros, self.began = 0, 0, time.perf_counter()
+        self.loss: Tensor | float = 0.0
+        self.tokens, self.steps, self.good, self.began = 0, 0, 0, time.perf_counter()
 
     def add(self, loss: Tensor, micro: MicroBatch) -> None:
-        self.loss = self.loss + loss.detach()
+        """A micro-batch."""
+        self.now = self.now + loss.detach()
         self.tokens += int(micro.attention_mask.sum())
-        self.micros += 1
 
-    def report(self, engine: Engine, accumulation: int) -> dict[str, float]:
-        """Means over the steps since the last report, of all ranks. Collective."""
+    def step(self, good: bool) -> None:
+        """The step is done; the loss of one that was left out does not count."""
+        if good:
+            self.loss, self.good = self.loss + self.now, self.good + 1
+        self.now, self.steps = 0.0, self.steps + 1
+
+    def report(self, engine: Engine) -> dict[str, float | None]:
+        """Means over the steps since the last report, of all ranks; None: all were left out. Collective."""
         totals = torch.tensor([float(self.loss), float(self.tokens)], dtype=torch.float64, device=engine.device)
         loss, tokens = engine.sum(totals).tolist()
-        seconds = time.perf_counter() - self.began
-        steps = self.micros / accumulation
+        seconds, steps, good = time.perf_counter() - self.began, self.steps, self.good
         self._restart()
-        return {"loss": loss / steps, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
+        return {"loss": loss / good if good else None, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
+
+
+def left_out(recipe: Recipe, step: int, norm: float, skipped: int, row: int) -> str:
+    """What is said of a step without a finite gradient, or FloatingPointError if it ends the run."""
+    what = f"step {step}: the gradient norm is {norm}"
+    if recipe.on_nan == "stop":
+        raise FloatingPointError(f"{what}; lower learning_rate, look at the data, or leave such steps out with --on_nan skip")
+    if row == LEFT_OUT:
+        raise FloatingPointError(f"{what}, as in the {row - 1} steps before it; lower learning_rate or look at the data")
+    return f"{what}: left out ({skipped} of {step} steps so far)"
 
 
 @dataclass(frozen=True)

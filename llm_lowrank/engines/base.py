@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.watch import Watch
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.files import raw_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TIMEOUT, PATIENCE = 1800.0, 120.0  # seconds
 
 RELEASE = 2**25  # bytes
 
@@ -43,6 +45,10 @@ Read = Callable[[str, nn.Module, dict[str, slice]], dict[str, Tensor]]
 
 class RankError(RuntimeError):
     """Another rank failed; the message is that rank's."""
+
+
+class LostContact(RuntimeError):
+    """A collective failed: another rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +131,27 @@ def share(total: int, index: int, of: int) -> slice:
 
 
 class Engine(ABC):
-    def __init__(self, timeout: float = 1800.0) -> None:
-        """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+        timeout: seconds without progress after which a guarded run ends, see watch.py. The group's own is longer: it names nobody.
+        """
         self.device = self._device()
         if not dist.is_initialized() and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or self.always_a_group):
             for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
                 os.environ.setdefault(key, value)
-            self._join(datetime.timedelta(seconds=timeout))
+            self._join(datetime.timedelta(seconds=timeout + PATIENCE))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.main = self.rank == 0
+        self.timeout = timeout
+        self.watch: Watch | None = None  # of a guarded run
         self.worked_on = 0  # bytes of weights, see release
         self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
 
     always_a_group = False  # whether a single process needs a process group too
     loss_scale = 1.0  # what `backward` multiplies the loss by, for who reads gradients inside of it
+    params: list[nn.Parameter]  # what is trained, once the model is wrapped
     shards_parameters = False  # whether every forward is collective, so that no rank may run fewer of them
 
     @staticmethod
@@ -193,7 +205,49 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, *rates: float) -> float:
-        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before clipping."""
+        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before clipping.
+
+        Of a gradient that is not finite no step is made: no value and no moment changes.
+        """
+
+    # ---- signs of life
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside a run that stands still ends with a word, see watch.py; a collective that fails raises LostContact."""
+        if self.world == 1:
+            yield
+            return
+        self.watch = Watch(self.rank, self.world, self.timeout, dist.distributed_c10d._get_default_store())
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise LostContact(f"rank {self.rank} lost contact with another rank in {self.watch.phase}: {reason}") from error
+        finally:
+            self.watch.close()
+
+    def at(self, phase: str) -> None:
+        """The run has come to this phase; a run that stands still names it."""
+        if self.watch is not None:
+            self.watch.at(phase)
+
+    def call(self) -> None:
+        """This rank has come to something that all ranks come to."""
+        if self.watch is not None:
+            self.watch.call()
+
+    def beat(self) -> None:
+        """This rank goes on with something that not every rank has as much of."""
+        if self.watch is not None:
+            self.watch.beat()
+
+    def finite(self) -> bool:
+        """Whether every gradient is. Collective; only between the last backward and step."""
+        bad = torch.stack([self.gradient(p).isfinite().all().logical_not() for p in self.params]).any()
+        return not self.sum(bad.double())
 
     # ---- where every rank holds everything, unless an engine says otherwise
 
@@ -218,8 +272,10 @@ class Engine(ABC):
 
     def _fill(self, model: nn.Module, read: Read) -> None:
         """Gives every parameter its values, one module at a time; a parameter of two modules is read once. Collective."""
+        model.register_forward_pre_hook(lambda *_: self.call() if model.training else self.beat())
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for name, module in model.named_modules():
+            self.call()
             own = {k: p for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
             new = {k: self._rows(p) for k, p in own.items() if p not in filled}
             values = read(name, module, new) if new else {}
@@ -264,6 +320,7 @@ class Engine(ABC):
 
     def sum(self, t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Sum over ranks, those of a group or all, in place. Collective."""
+        self.call()
         if self.world > 1 and dist.get_world_size(group) > 1:
             self.traffic += t.nbytes
             dist.all_reduce(t, group=group)
@@ -271,6 +328,7 @@ class Engine(ABC):
 
     def gather(self, what: object) -> list[object]:
         """Small Python values of every rank, on every rank. Collective."""
+        self.call()
         if self.world == 1:
             return [what]
         everyone: list[object] = [None] * self.world
@@ -282,6 +340,7 @@ class Engine(ABC):
 
         If it raises there, every rank raises RankError with its message, so that nobody waits for a rank that is gone.
         """
+        self.call()
         tensors: list[Tensor] = []
         head: list[Any] = [None]
         failure: Exception | None = None
@@ -341,7 +400,6 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """An engine that steps the optimizer over its parameters itself."""
 
-    params: list[nn.Parameter]
     settings: Optimization
     micro: int  # micro-batches since the last step
 
@@ -361,8 +419,10 @@ class TorchEngine(Engine):
     def step(self, *rates: float) -> float:
         assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
         self.micro = 0
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
+        total = torch.nn.utils.clip_grad_norm_(self.params, self.settings.max_grad_norm or float("inf"))
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         set_rates(self.optimizer.param_groups, rates)
-        self.optimizer.step()
+        if norm < float("inf"):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llm_lowrank.engines.base import Local, Optimization, Read, Slot, TorchEngine, share
+from llm_lowrank.engines.base import TIMEOUT, Local, Optimization, Read, Slot, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -53,7 +53,7 @@ class FSDP(TorchEngine):
     always_a_group = True  # a device mesh lies over a process group
     shards_parameters = True
 
-    def __init__(self, sharding: Sharding | None = None, timeout: float = 1800.0) -> None:
+    def __init__(self, sharding: Sharding | None = None, timeout: float = TIMEOUT) -> None:
         super().__init__(timeout)
         self.sharding = sharding or Sharding()
         shards = self.sharding.shards(self.world)

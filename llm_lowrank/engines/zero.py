@@ -36,7 +36,20 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llm_lowrank.engines.base import MOMENTS, Engine, Local, Optimization, Read, Slot, optimizer, primed, set_rates, share, trainables
+from llm_lowrank.engines.base import (
+    MOMENTS,
+    TIMEOUT,
+    Engine,
+    Local,
+    Optimization,
+    Read,
+    Slot,
+    optimizer,
+    primed,
+    set_rates,
+    share,
+    trainables,
+)
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.weight import Weight
 
@@ -126,7 +139,7 @@ SHARED_MEMORY_COLLECTIVE = "deepspeed_shm_comm"
 class Zero(Engine):
     always_a_group = True  # DeepSpeed wants a process group for one process too
 
-    def __init__(self, config: dict[str, Any] | str | Path, timeout: float = 1800.0) -> None:
+    def __init__(self, config: dict[str, Any] | str | Path, timeout: float = TIMEOUT) -> None:
         if not isinstance(config, dict):
             try:
                 config = json.loads(Path(config).read_text())
@@ -163,8 +176,8 @@ class Zero(Engine):
                 for lender in module.borrows if isinstance(module, FrozenLinear) else ():
                     for p in lender.parameters():
                         deepspeed.zero.register_external_parameter(module, p)
-        made = optimizer(model, settings)
-        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainables(model), optimizer=made, config=config)
+        made, self.params = optimizer(model, settings), trainables(model)
+        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=self.params, optimizer=made, config=config)
         self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is ours over flat partitions
         return self.ds
 
@@ -287,6 +300,8 @@ class Zero(Engine):
         self.micro = 0
         set_rates(self.zero.param_groups, rates)
         self.ds.step()
+        if self.zero.overflow:  # a gradient that is not finite: DeepSpeed has left the step out
+            return float("inf")
         self._link()
         return float(self.ds.get_global_grad_norm())
 

@@ -342,6 +342,10 @@ class LoSiA(Method):
                 adapter.memory.setdefault(key, torch.zeros_like(now))
             importance.smooth_([adapter.memory["mean"]], [adapter.memory["spread"]], [now], self.beta1, self.beta2)
 
+    def discard(self, adapters: list[Adapter]) -> None:
+        for adapter in _subnets(adapters):
+            adapter.dense = None
+
     def entries(self, adapter: Subnet, engine: Engine, part: Weight) -> Tensor:
         """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank. Collective."""
         w = part.read()
@@ -352,7 +356,8 @@ class LoSiA(Method):
     def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         owner = self.owner(step - 1, _groups(adapters))
         events, chosen = [], []
-        for adapter in (a for a in _subnets(adapters) if a.group == owner):
+        # Where every step of the slot was left out nothing is known, and the layer stays where it is.
+        for adapter in (a for a in _subnets(adapters) if a.group == owner and "mean" in a.memory):
             mean, spread = adapter.memory.pop("mean"), adapter.memory.pop("spread")
             q = mean * spread
             if not engine.sum(q.isfinite().all().logical_not().double()) == 0:
@@ -361,7 +366,7 @@ class LoSiA(Method):
             chosen += [rows, columns]
             events.append(move_(engine, adapter, rows, columns, self.moments))
         engine.same("the chosen rows and columns", *chosen)
-        return Exchanged.total(events)
+        return Exchanged.total(events) if events else None
 
 
 @torch.no_grad()
