@@ -207,7 +207,9 @@ class Checkpoint:
             raise ValueError(f"{path} has format {form}, this version reads {FORMAT}")
         files: dict[str, Path] = {}
         for name, expected in sums.items():
-            file = path / Path(name).name
+            file = path / name
+            if Path(name).name != name:
+                raise ValueError(f"{path / STATE} names {name}, which is not a file of this folder")
             if not file.is_file() or file_sha256(file) != expected:
                 raise ValueError(f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint")
             if not name.startswith("random-"):

@@ -126,7 +126,7 @@ def total_steps(recipe: Recipe, folder: str, world: int) -> int:
     """max_steps, or what num_train_epochs of the data take: then the data is loaded and tokenized."""
     if recipe.max_steps > 0:
         return recipe.max_steps
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     train = load(recipe.data, tokenizer, recipe.seed).train
     per_device, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     return Batches(train, per_device, accumulation, 0, world, recipe.seed, pad_id(tokenizer), recipe.num_train_epochs).total_steps

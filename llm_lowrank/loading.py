@@ -79,7 +79,7 @@ class Loaded:
 def skeleton(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model of a checkpoint's config, its parameters on the meta device, its buffers real."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
     if hasattr(config, "quantization_config"):

@@ -180,6 +180,8 @@ def _tensor_files(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from the files' own headers. Refuses what is not a complete safetensors checkpoint."""
     if (path / INDEX).is_file():
         indexed = json.loads((path / INDEX).read_text())["weight_map"]
+        if elsewhere := sorted({file for file in indexed.values() if Path(file).name != file}):
+            raise ValueError(f"{path}: {INDEX} names {elsewhere[0]}, which is not a file of this folder")
     elif (path / SINGLE).is_file():
         indexed = dict.fromkeys(stored_names(path / SINGLE), SINGLE)
     elif (path / "adapter_config.json").is_file():

@@ -264,13 +264,11 @@ def make_engine(recipe: Recipe) -> Engine:
 
 def prepare(recipe: Recipe, engine: Engine) -> Run:
     """Reads the data and checks everything that a mistake in the recipe could break; no weights yet. No communication."""
-    if engine.main:
-        writable(Path(recipe.output_dir))
-    else:
+    if not engine.main:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     source = Source.open(recipe.model_name_or_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     corpus = load(recipe.data, tokenizer, recipe.seed)
     batches = Batches(
         corpus.train, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, engine.rank, engine.world, recipe.seed,
@@ -285,6 +283,8 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     model.train()
     run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
     run.resumed, run.notes = find_checkpoint(recipe, source, run.facts)
+    if engine.main:
+        writable(Path(recipe.output_dir))
     return run
 
 
