@@ -234,10 +234,10 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
 
 
 def writable(output: Path) -> None:
-    """OSError, before anything is loaded, if nothing can be written to output_dir."""
+    """OSError, before anything is loaded, if nothing can be written to output_dir. Leaves nothing: the run may still be refused."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"0" * 4096)
             file.flush()
     except OSError as error:
