@@ -7,9 +7,9 @@
                                random-00000.safetensors    a rank's random numbers
     checkpoints/LATEST         its name
 
-Parameters are gathered one at a time; each rank keeps and writes its share of them. W is not stored: it is read from the model's checkpoint
-again, the pairs with which the run started are taken out of it as the ledger has them, and what came later is added as it was then.
-W applied to the probe must come out as it was saved: another base, or a W that lost an update, is refused.
+Parameters are gathered one at a time; each rank copies its share of them, and a thread writes it beside the training. W is not stored: it
+is read from the model's checkpoint again, the pairs with which the run started are taken out of it as the ledger has them, and what came
+later is added as it was then. W applied to the probe must come out as it was saved: another base, or a W that lost an update, is refused.
 
 A folder is written aside and renamed when every rank has written its part, then LATEST is.
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -52,30 +54,68 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 # --- saving -----------------------------------------------------------------------------------------------------------------------
 
 
+class Writing:
+    """A checkpoint on its way: a thread writes this rank's files, out of copies, while the training goes on."""
+
+    def __init__(
+        self, engine: Engine, folder: Path, aside: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+    ) -> None:
+        self.engine, self.folder, self.aside, self.files, self.state, self.keep = engine, folder, aside, files, state, keep
+        self.sums: dict[str, str] = {}
+        self.error: Exception | None = None
+        self.seconds = 0.0
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
+        began = time.perf_counter()
+        try:
+            for name, tensors in self.files.items():
+                write_safetensors(self.aside / name, tensors)
+                self.sums[name] = file_sha256(self.aside / name)
+        except Exception as error:  # noqa: BLE001 - raised by finish
+            self.error = error
+        self.seconds = time.perf_counter() - began
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self.thread.is_alive()
+
+    def finish(self) -> Path:
+        """Waits for all ranks' files, then gives the folder its name and removes all but the newest. Collective; returns the folder."""
+        try:
+            with self.engine.together():
+                self.thread.join()
+                if self.error is not None:
+                    raise self.error
+            sums = self.engine.gather(self.sums)
+            with self.engine.together():
+                if self.engine.main:
+                    self._complete({name: digest for part in sums for name, digest in part.items()})  # type: ignore[attr-defined]
+        except BaseException:  # a full disk: what is half written would keep it full
+            if self.engine.main:
+                shutil.rmtree(self.aside, ignore_errors=True)
+            raise
+        return self.folder
+
+    def _complete(self, sums: dict[str, str]) -> None:
+        write_json(self.aside / STATE, self.state | {"files": dict(sorted(sums.items()))})
+        shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt
+        os.replace(self.aside, self.folder)
+        sync(self.folder.parent)
+        write_text(self.folder.parent / LATEST, self.folder.name + "\n")
+        for old in found(self.folder.parent.parent)[self.keep :]:
+            shutil.rmtree(old)
+
+
 def save(
     engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, skipped: int, recipe: dict[str, Any],
     base: str, data: dict[str, int], keep: int,
-) -> Path:  # fmt: skip
-    """Writes checkpoints/step-... and LATEST, and removes all but the last `keep`. Collective; returns the folder."""
+) -> Writing:  # fmt: skip
+    """Begins checkpoints/step-...: what comes back has copies of everything, and is to be finished. Collective."""
     folder = output / FOLDER / f"step-{step:06d}"
     aside = folder.with_name(f"{folder.name}.tmp")
-    try:
-        _write(engine, model, adapters, folder, aside, {
-            "format": FORMAT, "step": step, "skipped": skipped, "world": engine.world, "engine": type(engine).__name__, "base": base,
-            "recipe": recipe, "data": data, "runs": {a.name: a.runs for a in adapters}, "taken": {a.name: a.taken for a in adapters},
-            "versions": {name: _version(name) for name in LIBRARIES},
-        })  # fmt: skip
-    except BaseException:  # a full disk: what is half written would keep it full
-        if engine.main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if engine.main:
-        for old in found(output)[keep:]:
-            shutil.rmtree(old)
-    return folder
-
-
-def _write(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], folder: Path, aside: Path, state: dict[str, Any]) -> None:
     with engine.together():
         if engine.main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -84,29 +124,24 @@ def _write(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], folder
     for i, (name, p) in enumerate(own_parameters(model)):
         slot = engine.slot(p)
         if i % engine.world == engine.rank:
-            mine |= {name: slot.value.cpu()} | {f"{name}#{k}": v.cpu() for k, v in slot.moments.items()}
+            mine |= {name: slot.value} | {f"{name}#{k}": v for k, v in slot.moments.items()}
     memory = {f"{a.name}#{key}": value for a in adapters for key, value in _whole_memory(a, engine).items()}
     probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(engine, a)) for a in adapters}
-    with engine.together():
-        write_safetensors(aside / f"trained-{engine.rank:05d}.safetensors", _some(mine))
-        write_safetensors(aside / f"random-{engine.rank:05d}.safetensors", _random_state())
-        if engine.main:
-            write_safetensors(aside / "memory.safetensors", _some({k: v.cpu() for k, v in memory.items()}))
-            frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
-            write_safetensors(aside / "frozen.safetensors", _some(frozen | {k: v.cpu() for k, v in probes.items()}))
-    with engine.together():  # every rank has written its part
-        if engine.main:
-            files = {file.name: file_sha256(file) for file in sorted(aside.glob("*.safetensors"))}
-            write_json(aside / STATE, state | {"files": files})
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-            os.replace(aside, folder)
-            sync(folder.parent)
-            write_text(folder.parent / LATEST, folder.name + "\n")
+    files = {f"trained-{engine.rank:05d}.safetensors": _copies(mine), f"random-{engine.rank:05d}.safetensors": _random_state()}
+    if engine.main:
+        frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
+        files |= {"memory.safetensors": _copies(memory), "frozen.safetensors": _copies(frozen | probes)}
+    state = {
+        "format": FORMAT, "step": step, "skipped": skipped, "world": engine.world, "engine": type(engine).__name__, "base": base,
+        "recipe": recipe, "data": data, "runs": {a.name: dict(a.runs) for a in adapters}, "taken": {a.name: a.taken for a in adapters},
+        "versions": {name: _version(name) for name in LIBRARIES},
+    }  # fmt: skip
+    return Writing(engine, folder, aside, files, state, keep)
 
 
-def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A safetensors file holds something."""
-    return {k: v.contiguous() for k, v in tensors.items()} or {"#none": torch.zeros(1)}
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In host memory, where the training does not change them. A safetensors file holds something."""
+    return {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()} or {"#none": torch.zeros(1)}
 
 
 def _ledger(adapter: Adapter) -> dict[str, Tensor]:
@@ -117,7 +152,7 @@ def _ledger(adapter: Adapter) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, entry in entries.items():
         parts = {"B": entry.B, "A": entry.A} if isinstance(entry, Pairs) else vars(entry)
-        found |= {f"{adapter.name}#{key}.{part}": value.cpu() for part, value in parts.items() if isinstance(value, Tensor)}
+        found |= {f"{adapter.name}#{key}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
     return found
 
 

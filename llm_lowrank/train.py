@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,9 +84,42 @@ class Signals:
     def _ask(self, *_: object) -> None:
         self.asked = True
 
-    def anywhere(self, engine: Engine) -> bool:
-        """Whether any rank was asked. Collective."""
-        return bool(engine.sum(torch.tensor(float(self.asked), device=engine.device)))
+    def anywhere(self, engine: Engine, saving: Saving) -> tuple[bool, bool]:
+        """Whether any rank was asked, and whether any still writes. Collective."""
+        asked, busy = engine.sum(torch.tensor([float(self.asked), float(saving.busy)], device=engine.device)).tolist()
+        return bool(asked), bool(busy)
+
+
+class Saving:
+    """The checkpoints of a run: at most one is on its way."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, say: Callable[[str], None]) -> None:
+        self.engine, self.metrics, self.say = engine, metrics, say
+        self.writing: checkpoint.Writing | None = None
+        self.step, self.waited = 0, 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self.writing is not None and self.writing.busy
+
+    def begin(self, step: int, save: Callable[[], checkpoint.Writing]) -> None:
+        """Copies what is to be saved; the one before is completed first. Collective."""
+        self.finish()
+        began = time.perf_counter()
+        self.engine.at(f"saving after step {step}")
+        self.step, self.writing = step, save()
+        self.waited = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Completes what is on its way, if anything is. Collective."""
+        if self.writing is None:
+            return
+        began, writing, self.writing = time.perf_counter(), self.writing, None
+        where = writing.finish()
+        size = sum(file.stat().st_size for file in where.iterdir()) if self.engine.main else 0
+        waited = self.waited + time.perf_counter() - began
+        self.metrics.write("save", self.step, waited=waited, beside=writing.seconds, bytes=size)
+        self.say(f"step {self.step}: saved {where}")
 
 
 def train(recipe: Recipe) -> None:
@@ -126,16 +160,11 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
         clear(output, resumed is not None)
         save(recipe, output / "recipe.yaml")
 
-    def keep(step: int) -> None:
-        began = time.perf_counter()
-        engine.at(f"saving after step {step}")
-        where = checkpoint.save(
+    def save_run(step: int) -> checkpoint.Writing:
+        return checkpoint.save(
             engine, run.model, adapters, output, step, skipped, draccus.encode(recipe), run.source.fingerprint, run.facts,
             recipe.save_total_limit,
         )  # fmt: skip
-        size = sum(file.stat().st_size for file in where.iterdir()) if engine.main else 0
-        metrics.write("save", step, seconds=time.perf_counter() - began, bytes=size)
-        say(f"step {step}: saved {where}")
 
     with Metrics(output, recipe.report_to, engine.main, None if resumed is None else done, draccus.encode(recipe)) as metrics:
         metrics.write(
@@ -151,6 +180,7 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
         def rate(step: int) -> float:
             return learning_rate(step, total, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
 
+        saving = Saving(engine, metrics, say)
         seen, row = Seen(), 0  # row: steps left out since the last good one
         with Signals() as signals, tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(done + 1, total + 1):
@@ -170,6 +200,8 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
                     row = 0
                 else:
                     skipped, row = skipped + 1, row + 1
+                    if recipe.on_nan == "stop" or row == LEFT_OUT:
+                        saving.finish()  # what was saved before this step is good
                     say(left_out(recipe, step, norm, skipped, row))
                 seen.step(good)
                 if step in run.recompositions:
@@ -192,12 +224,16 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
                     engine.at(f"the evaluation after step {step}")
                     say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
                     seen.began += time.perf_counter() - paused
-                stop = signals.anywhere(engine)
+                stop, busy = signals.anywhere(engine, saving)
+                if not busy:
+                    saving.finish()
                 if step < total and (stop or (recipe.save_steps and step % recipe.save_steps == 0)):
-                    keep(step)
+                    saving.begin(step, partial(save_run, step))
                 if step < total and stop:
+                    saving.finish()
                     raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
 
+        saving.finish()
         engine.at("the evaluation after training")
         after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
         for question, answer, expected, score in after.samples[:SAMPLES]:

@@ -31,7 +31,7 @@ def walk(t: Trainee, steps: range) -> list[float]:
 
 
 def saved(t: Trainee, folder: str, step: int, keep: int = 2) -> Path:
-    return checkpoint.save(t.engine, t.model, t.adapters, Path(folder), step, 0, {}, "base", {}, keep)
+    return checkpoint.save(t.engine, t.model, t.adapters, Path(folder), step, 0, {}, "base", {}, keep).finish()
 
 
 def state(t: Trainee) -> dict[str, Tensor]:

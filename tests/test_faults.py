@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from benchmarks import soak
 from benchmarks.soak import Strike, arguments_of, live
 from llm_lowrank import train as loop
+from llm_lowrank.checkpoint import newest
 from llm_lowrank.engines.watch import LOST, Watch
 from llm_lowrank.recipe import parse
 from llm_lowrank.train import train
@@ -276,4 +276,5 @@ def test_gradients_that_stay_broken_end_the_run(place, tmp_path, broken_steps, p
     broken_steps |= steps
     with pytest.raises(FloatingPointError, match=message):
         train(recipe_of(place, tmp_path / "out", on_nan=policy, save_steps=1))
-    shutil.rmtree(tmp_path / "out")
+    kept, damaged = newest(tmp_path / "out")
+    assert kept is not None and kept.step - kept.skipped == min(steps) - 1 and not damaged
