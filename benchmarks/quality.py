@@ -615,7 +615,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-SMALL_GRID = {"rates": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
+SMALL_GRID = {"rates": [1e-3, 2.5e-3, 4e-3, 6e-3, 1e-2], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 
 

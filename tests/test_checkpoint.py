@@ -13,7 +13,7 @@ from llm_lowrank.checkpoint import Checkpoint
 from llm_lowrank.methods.losia import LoSiA
 from tests import ranks
 from tests.ranks import caught
-from tests.test_laws import METHODS, MODULES, refused
+from tests.test_laws import FEWER, METHODS, MODULES, refused
 from tests.tiny import DTYPES, Trainee
 
 STEPS, STOP = 4, 2  # SRLoRA is in the middle of an importance window, LoSiA between two slots, ReLoRA just restarted
@@ -71,9 +71,18 @@ def places(i: int, method: str) -> list[tuple[str, int, str]]:
 
 
 CELLS = [(method, *place) for i, method in enumerate(RUNS) for place in places(i, method)]
+EVERY_CELL = [
+    (method, *place, dtype) for method in RUNS for place in FEWER for dtype in DTYPES if method not in METHODS or not refused(method, dtype)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "engine", "world", "dtype"), CELLS, ids=["-".join(map(str, cell)) for cell in CELLS])
+def over(names: tuple[str, ...], always: list[tuple], every: list[tuple]) -> pytest.MarkDecorator:
+    """Some cells always, the others with -m wide."""
+    wide = [pytest.param(*cell, marks=pytest.mark.wide, id="-".join(map(str, cell))) for cell in every if cell not in always]
+    return pytest.mark.parametrize(names, [*(pytest.param(*cell, id="-".join(map(str, cell))) for cell in always), *wide])
+
+
+@over(("method", "engine", "world", "dtype"), CELLS, EVERY_CELL)
 def test_resume_is_bitwise_never_having_stopped(tmp_path, method, engine, world, dtype):
     uninterrupted = ranks.run(world, never_stopped, method, engine, dtype)
     ranks.run(world, stopped, method, engine, dtype, str(tmp_path))
@@ -88,6 +97,7 @@ def test_resume_is_bitwise_never_having_stopped(tmp_path, method, engine, world,
 CHANGES = [("zero3", 3, "fsdp", 2), ("fsdp", 2, "plain", 1), ("plain", 1, "zero3", 2), ("zero2", 2, "zero3", 3), ("plain", 2, "zero1", 3)]
 
 
+EVERY_MOVE = [(method, *change) for method in RUNS for change in CHANGES]
 MOVES = [
     (method, *change)
     for i, method in enumerate(RUNS) for j, change in enumerate(CHANGES)
@@ -95,7 +105,7 @@ MOVES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "before", "world", "after", "others"), MOVES, ids=["-".join(map(str, move)) for move in MOVES])
+@over(("method", "before", "world", "after", "others"), MOVES, EVERY_MOVE)
 def test_resume_on_another_engine_and_number_of_ranks_goes_on_alike(tmp_path, method, before, world, after, others):
     losses, wanted, _ = ranks.run(world, never_stopped, method, before, "fp32")[0]
     ranks.run(world, stopped, method, before, "fp32", str(tmp_path))
