@@ -22,7 +22,8 @@ from tests.test_data import CHATML, byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29731")
+PORT = 29731 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # two files of tests may launch at a time
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(PORT))
 PYTHON = (sys.executable,)
 
 
