@@ -149,7 +149,7 @@ class Recipe:
     """Who hears the numbers; metrics.jsonl is written in any case."""
 
     save_steps: int = 0
-    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps; 0: none, but for a signal to stop."""
+    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end; 0: only at a signal."""
     save_total_limit: int = 2
     """Checkpoints to keep, the newest ones."""
     resume_from_checkpoint: str = "none"

@@ -227,7 +227,7 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
                 stop, busy = signals.anywhere(engine, saving)
                 if not busy:
                     saving.finish()
-                if step < total and (stop or (recipe.save_steps and step % recipe.save_steps == 0)):
+                if stop or (recipe.save_steps and (step % recipe.save_steps == 0 or step == total)):  # at the end too: exporting can fail
                     saving.begin(step, partial(save_run, step))
                 if step < total and stop:
                     saving.finish()

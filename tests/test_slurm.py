@@ -12,6 +12,7 @@ from tests.slurm import Slurm, cluster, processes, until
 from tests.test_launch import ROOT, place, recipe  # noqa: F401 - place is a fixture
 from tests.test_resume import RUN, losses
 
+pytestmark = pytest.mark.timeout(600)  # a job that is requeued starts torch eight times
 STEPS = 40
 LAUNCHERS = {
     "torchrun": {**RUN, "max_steps": STEPS},
@@ -43,7 +44,7 @@ def reached(slurm: Slurm, job: str, log: Path, *states: str) -> dict[str, str]:
     def says() -> str:
         return f"{slurm.job(job)}\n{log.read_text()[-4000:] if log.exists() else 'no log'}"
 
-    until(lambda: slurm.job(job)["JobState"] in states, 120, says)
+    until(lambda: slurm.job(job)["JobState"] in states, 200, says)
     return slurm.job(job)
 
 
@@ -54,7 +55,7 @@ def first_checkpoint(slurm: Slurm, job: str, output: Path) -> None:
     def there() -> bool:
         return latest.is_file() or slurm.job(job)["JobState"] in ENDED
 
-    until(there, 120, log.read_text)
+    until(there, 200, log.read_text)
     assert latest.is_file(), log.read_text()[-4000:]
 
 
