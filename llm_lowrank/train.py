@@ -66,7 +66,7 @@ class Preempted(Exception):
 
 
 class Signals:
-    """While it is entered SIGTERM and SIGUSR1 ask the run to stop after the step that it is in. A second one changes nothing."""
+    """While it is entered SIGTERM and SIGUSR1 ask the run to stop where it can next. A second one changes nothing."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -84,10 +84,15 @@ class Signals:
     def _ask(self, *_: object) -> None:
         self.asked = True
 
-    def anywhere(self, engine: Engine, saving: Saving) -> tuple[bool, bool]:
-        """Whether any rank was asked, and whether any still writes. Collective."""
-        asked, busy = engine.sum(torch.tensor([float(self.asked), float(saving.busy)], device=engine.device)).tolist()
-        return bool(asked), bool(busy)
+    def anywhere(self, engine: Engine, busy: bool = False) -> tuple[bool, bool]:
+        """Whether any rank was asked, and whether any is busy. Collective."""
+        asked, working = engine.sum(torch.tensor([float(self.asked), float(busy)], device=engine.device)).tolist()
+        return bool(asked), bool(working)
+
+    def check(self, engine: Engine) -> None:
+        """Preempted if any rank was asked before the training began: there is nothing new to save. Collective."""
+        if self.anywhere(engine)[0]:
+            raise Preempted("stopped by a signal before the first step of this start; go on with --resume_from_checkpoint auto")
 
 
 class Saving:
@@ -126,8 +131,8 @@ def train(recipe: Recipe) -> None:
     """Trains what the recipe says and writes output_dir. Collective: every rank calls it. Preempted if a signal ended it early."""
     engine = make_engine(recipe)
     try:
-        with engine.guarded():
-            source = _train(recipe, engine)
+        with Signals() as signals, engine.guarded():
+            source = _train(recipe, engine, signals)
     except Preempted:
         engine.close()
         raise
@@ -138,11 +143,12 @@ def train(recipe: Recipe) -> None:
         tqdm.write(f"merged:  {export.merge(source, output / 'adapter', output / 'merged', backbone=backbone)}")
 
 
-def _train(recipe: Recipe, engine: Engine) -> Source:
+def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     """The run but for merging; where the model came from. Collective."""
     engine.at("reading the data")
     with engine.together():
         run = prepare(recipe, engine)
+    signals.check(engine)
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
     say(opening(recipe, engine, run))
@@ -156,6 +162,7 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
         engine.at(f"restoring {resumed.path}")
         checkpoint.restore(engine, run.model, adapters, resumed)
         done, skipped = resumed.step, resumed.skipped
+    signals.check(engine)
     if engine.main:
         clear(output, resumed is not None)
         save(recipe, output / "recipe.yaml")
@@ -182,7 +189,7 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
 
         saving = Saving(engine, metrics, say)
         seen, row = Seen(), 0  # row: steps left out since the last good one
-        with Signals() as signals, tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
+        with tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
             for step in range(done + 1, total + 1):
                 engine.at(f"step {step}")
                 rates = method.rates(adapters, step - 1, total, rate)
@@ -224,7 +231,7 @@ def _train(recipe: Recipe, engine: Engine) -> Source:
                     engine.at(f"the evaluation after step {step}")
                     say(f"step {step}: {evaluate(recipe, engine, run, model, step, metrics)}")
                     seen.began += time.perf_counter() - paused
-                stop, busy = signals.anywhere(engine, saving)
+                stop, busy = signals.anywhere(engine, saving.busy)
                 if not busy:
                     saving.finish()
                 if stop or (recipe.save_steps and (step % recipe.save_steps == 0 or step == total)):  # at the end too: exporting can fail

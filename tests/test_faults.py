@@ -82,6 +82,12 @@ def test_more_signals_than_one_save_the_same_checkpoint(place, whole, tmp_path):
     assert soak.result(tmp_path / "out") == whole
 
 
+def test_a_signal_while_the_model_is_loaded_stops_the_run_before_the_first_step(place, tmp_path):
+    life = live(arguments_of(place, tmp_path / "out", "deepspeed"), strike=Strike("loading the model", signal.SIGTERM, rank=1))
+    assert life.codes == [75, 75] and "stopped by a signal before the first step of this start" in life.said
+    assert not [phase for phase in life.phases[0] if phase.startswith("step")]
+
+
 def test_a_signal_while_a_checkpoint_is_written_waits_for_its_end(place, whole, tmp_path):
     arguments = arguments_of(place, tmp_path / "out", "deepspeed")
     life = live(arguments, strike=Strike("saving", signal.SIGTERM, rank=1, times=2))
