@@ -76,7 +76,7 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, pipe: Con
         pipe.send(phase)
         plain_at(engine, phase)
 
-    Engine.at = told  # type: ignore[method-assign]
+    Engine.at = told
     sys.argv = [str(ROOT / "launch" / "train.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -123,11 +123,11 @@ def _follow(pipes: list[Connection], processes: list[Any], strike: Strike | None
     open_pipes, struck = dict(zip(pipes, range(len(pipes)), strict=True)), False
     while len(open_pipes) == len(pipes) and time.monotonic() < deadline:
         for pipe in wait(list(open_pipes), max(0.0, deadline - time.monotonic())):
-            rank = open_pipes[pipe]  # type: ignore[index]
+            rank = open_pipes[pipe]
             try:
-                phases[rank].append(pipe.recv())  # type: ignore[union-attr]
+                phases[rank].append(pipe.recv())
             except (EOFError, OSError):
-                del open_pipes[pipe]  # type: ignore[arg-type]
+                del open_pipes[pipe]
                 continue
             if strike is not None and not struck and rank == strike.rank and phases[rank][-1].startswith(strike.phase):
                 if sum(phase.startswith(strike.phase) for phase in phases[rank]) == strike.count:

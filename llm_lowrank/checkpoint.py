@@ -3,7 +3,7 @@
     checkpoints/step-000100/   state.json                  steps done, recipe, base, sha256 of the other files; written last
                                trained-00000.safetensors   float32 masters, moments, bank; one parameter's are all in one file
                                frozen.safetensors          ledger and waiting pairs of every adapter, and W applied to a probe
-                               memory.safetensors          what the method remembers
+                               memory-00000.safetensors    what the method remembers; one adapter's is all in one file
                                random-00000.safetensors    a rank's random numbers
     checkpoints/LATEST         its name
 
@@ -120,17 +120,22 @@ def save(
         if engine.main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-    mine: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    memory: dict[str, Tensor] = {}
     for i, (name, p) in enumerate(own_parameters(model)):
         slot = engine.slot(p)
         if i % engine.world == engine.rank:
-            mine |= {name: slot.value} | {f"{name}#{k}": v for k, v in slot.moments.items()}
-    memory = {f"{a.name}#{key}": value for a in adapters for key, value in _whole_memory(a, engine).items()}
+            trained |= _copies({name: slot.value} | {f"{name}#{k}": v for k, v in slot.moments.items()})
+    for i, adapter in enumerate(adapters):
+        whole = _whole_memory(adapter, engine)
+        if i % engine.world == engine.rank:
+            memory |= _copies({f"{adapter.name}#{key}": value for key, value in whole.items()})
     probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(engine, a)) for a in adapters}
-    files = {f"trained-{engine.rank:05d}.safetensors": _copies(mine), f"random-{engine.rank:05d}.safetensors": _random_state()}
+    mine = {"trained": trained, "memory": memory, "random": _random_state()}
+    files = {f"{kind}-{engine.rank:05d}.safetensors": _some(tensors) for kind, tensors in mine.items()}
     if engine.main:
         frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
-        files |= {"memory.safetensors": _copies(memory), "frozen.safetensors": _copies(frozen | probes)}
+        files["frozen.safetensors"] = _copies(frozen | probes)
     state = {
         "format": FORMAT, "step": step, "skipped": skipped, "world": engine.world, "engine": type(engine).__name__, "base": base,
         "recipe": recipe, "data": data, "runs": {a.name: dict(a.runs) for a in adapters}, "taken": {a.name: a.taken for a in adapters},
@@ -140,8 +145,13 @@ def save(
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In host memory, where the training does not change them. A safetensors file holds something."""
-    return {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()} or {"#none": torch.zeros(1)}
+    """In host memory, where the training does not change them."""
+    return {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
+def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A safetensors file holds something."""
+    return tensors or {"#none": torch.zeros(1)}
 
 
 def _ledger(adapter: Adapter) -> dict[str, Tensor]:
@@ -231,8 +241,8 @@ class Checkpoint:
         return int(self.state["skipped"])
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """ValueError that names what is wrong with it."""
+    def open(cls, path: Path, checked: bool = False) -> Checkpoint:
+        """ValueError that names what is wrong with it. `checked`: another rank has read the files and compared their checksums."""
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             sums, form = state["files"], state["format"]
@@ -245,7 +255,7 @@ class Checkpoint:
             file = path / name
             if Path(name).name != name:
                 raise ValueError(f"{path / STATE} names {name}, which is not a file of this folder")
-            if not file.is_file() or file_sha256(file) != expected:
+            if not file.is_file() or not (checked or file_sha256(file) == expected):
                 raise ValueError(f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint")
             if not name.startswith("random-"):
                 files |= dict.fromkeys(stored_names(file), file)
@@ -324,7 +334,7 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
     at = f"{adapter.name}#"
     for name in checkpoint.names(at):
         key = name.removeprefix(at)
-        if checkpoint.files[name].name != "memory.safetensors":
+        if not checkpoint.files[name].name.startswith("memory-"):
             continue
         value, along = checkpoint.tensor(name).to(engine.device), adapter.runs.get(key)
         if along == "W":

@@ -148,6 +148,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     engine.at("reading the data")
     with engine.together():
         run = prepare(recipe, engine)
+    find_checkpoint(recipe, engine, run)
     signals.check(engine)
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
@@ -325,13 +326,23 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
-    run.resumed, run.notes = find_checkpoint(recipe, source, run.facts)
     if engine.main:
         writable(Path(recipe.output_dir))
     return run
 
 
-def find_checkpoint(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(recipe: Recipe, engine: Engine, run: Run) -> None:
+    """Sets run.resumed. Rank 0 reads all of it once, to compare checksums; the others open what it has found. Collective."""
+    with engine.together():
+        if engine.main:
+            run.resumed, run.notes = checked(recipe, run.source, run.facts)
+    path = engine.gather(None if run.resumed is None else str(run.resumed.path))[0]
+    with engine.together():
+        if isinstance(path, str) and not engine.main:
+            run.resumed = Checkpoint.open(Path(path), checked=True)
+
+
+def checked(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Checkpoint | None, list[str]]:
     """What resume_from_checkpoint names, checked against this run, and what is to be said about it."""
     asked = recipe.resume_from_checkpoint
     if asked == "none":

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_leads_out_of_its_folder_is_refused(written, tmp_path)
     folder = tmp_path / "step-000003"
     shutil.copytree(output / "checkpoints/step-000003", folder)
     state = json.loads((folder / "state.json").read_text())
-    name = "memory.safetensors"
+    name = "frozen.safetensors"
     (folder / name).rename(tmp_path / name)
     state["files"][f"../{name}"] = state["files"].pop(name)
     (folder / "state.json").write_text(json.dumps(state))
