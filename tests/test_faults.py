@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from benchmarks import soak
 from benchmarks.soak import Strike, arguments_of, live
 from llm_lowrank import train as loop
 from llm_lowrank.checkpoint import newest
+from llm_lowrank.engines import watch as watching
 from llm_lowrank.engines.watch import LOST, Watch
 from llm_lowrank.recipe import parse
 from llm_lowrank.train import train
@@ -166,6 +169,26 @@ def test_a_store_that_does_not_answer_is_said(monkeypatch):
     said = watch._verdict()
     watch.close()
     assert said is not None and "node-17, where the ranks meet, does not answer: the host or the link to it is down" in said
+
+
+def host_a_store(port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=True)
+    store.wait(["the end"], timedelta(seconds=100))
+
+
+def test_a_watch_does_not_wait_long_for_a_store_whose_host_is_gone(monkeypatch):
+    """What a soak found: rank 0 was killed while rank 1 opened its second connection."""
+    port = soak.free_port()
+    host = soak.FORK.Process(target=host_a_store, args=(port,))
+    host.start()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    host.kill()
+    host.join()
+    monkeypatch.setattr(watching, "ANSWER", 1.0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        watching.another(store)
+    assert time.monotonic() - began < 30 and store.timeout == timedelta(seconds=60)
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------------------

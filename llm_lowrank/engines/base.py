@@ -140,7 +140,11 @@ class Engine(ABC):
         if not dist.is_initialized() and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or self.always_a_group):
             for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
                 os.environ.setdefault(key, value)
-            self._join(datetime.timedelta(seconds=timeout + PATIENCE))
+            try:
+                self._join(datetime.timedelta(seconds=timeout + PATIENCE))
+            except dist.DistError as error:
+                who, where, reason = os.environ["RANK"], os.environ["MASTER_ADDR"], str(error).partition("\n")[0]
+                raise LostContact(f"rank {who} did not meet the others at {where}; did every node start? {reason}") from error
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.main = self.rank == 0
@@ -218,16 +222,18 @@ class Engine(ABC):
         if self.world == 1:
             yield
             return
-        self.watch = Watch(self.rank, self.world, self.timeout, dist.distributed_c10d._get_default_store())
         try:
+            self.watch = Watch(self.rank, self.world, self.timeout, dist.distributed_c10d._get_default_store())
             yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             reason = str(error).partition("\n")[0]
-            raise LostContact(f"rank {self.rank} lost contact with another rank in {self.watch.phase}: {reason}") from error
+            phase = self.watch.phase if self.watch else "the start"
+            raise LostContact(f"rank {self.rank} lost contact with another rank in {phase}: {reason}") from error
         finally:
-            self.watch.close()
+            if self.watch is not None:
+                self.watch.close()
 
     def at(self, phase: str) -> None:
         """The run has come to this phase; a run that stands still names it."""

@@ -41,8 +41,7 @@ class Watch:
         self.phase, self.calls, self.told = "start", 0, 0
         self.last = time.monotonic()
         self.over = threading.Event()
-        own = store.clone()  # type: ignore[attr-defined]  # a connection of its own: the first one may be waiting
-        self.store = dist.PrefixStore("llm_lowrank/watch", own)
+        self.store = dist.PrefixStore("llm_lowrank/watch", another(store))
         self.store.set_timeout(timedelta(seconds=self.interval))
         self.threads = [threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True) for work in (self._tell, self._judge)]
         for thread in self.threads:
@@ -117,6 +116,16 @@ class Watch:
         keys = [str(rank) for rank in range(self.world)]
         known = [key for key in keys if self.store.check([key])]
         return {int(key): Life(**json.loads(self.store.get(key))) for key in known}
+
+
+def another(store: dist.Store) -> dist.Store:
+    """A second connection to it, for the first one may be waiting. RuntimeError after a few times ANSWER if its host is gone."""
+    before = store.timeout  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=ANSWER))  # a new connection is tried for as long as the old one would wait
+    try:
+        return store.clone()  # type: ignore[attr-defined]
+    finally:
+        store.set_timeout(before)
 
 
 def within(seconds: float, ask: Callable[[], dict[int, Life]]) -> dict[int, Life] | None:
