@@ -105,3 +105,16 @@ def test_a_checkpoint_that_leads_out_of_its_folder_is_refused(written, tmp_path)
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=f"names ../{name}, which is not a file of this folder"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [("{place}/data.zip", "is not a .jsonl, .json, .parquet file"), ("../up/data", "no such file"), ("owner/../../data", "no such file")],
+)
+def test_archives_and_names_that_lead_elsewhere_are_no_datasets(place, tmp_path, dataset, message):
+    with zipfile.ZipFile(place / "data.zip", "w") as archive:
+        archive.writestr("../../outside.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    arguments = soak.arguments_of(place, tmp_path / "out", "plain", **{"data.dataset": dataset.format(place=place)})
+    with pytest.raises(ValueError, match=message):
+        train(parse(arguments))
+    assert not list(place.parents[1].rglob("outside.jsonl"))
