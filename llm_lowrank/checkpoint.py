@@ -37,7 +37,7 @@ from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
 from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.pairs import Block, Change, Pairs
 
-FORMAT = 1
+FORMAT = 2  # 1: without the steps that were left out; memory in one file
 FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"
 LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 

@@ -21,7 +21,7 @@ from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.command_line import RecipeError, help_text, read
 from llm_lowrank.data import Data
-from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.base import TIMEOUT, Optimization
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.loading import skeleton
@@ -157,7 +157,7 @@ class Recipe:
 
     on_nan: Literal["stop", "skip"] = "stop"
     """When a gradient is not finite: stop: end the run. skip: leave this step's update out and count it; ten in a row end the run."""
-    ddp_timeout: float = 1800.0
+    ddp_timeout: float = TIMEOUT
     """Seconds in which ranks wait for one that does not come, before the run ends and names it."""
 
     fsdp: Sharding = field(default_factory=Sharding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     found, damaged = checkpoint.newest(tmp_path)
     assert found is not None and found.path == first
     assert bool(damaged) == (damage != "no state") and all(str(second) in line for line in damaged), "an unfinished one is none"
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_read_without_what_it_calls_otherwise(tmp_path):
+    t = Trainee(METHODS["lora"], "plain", total=STEPS)
+    t.step(0)
+    folder = saved(t, str(tmp_path), 1)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["format"] == checkpoint.FORMAT
+    (folder / "state.json").write_text(json.dumps(state | {"format": 1}))
+    with pytest.raises(ValueError, match=f"{folder} has format 1, this version reads {checkpoint.FORMAT}"):
+        Checkpoint.open(folder)
 
 
 def test_only_the_last_ones_are_kept_and_a_save_that_fails_keeps_all(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from benchmarks.soak import Strike, arguments_of, live
 from llm_lowrank import train as loop
 from llm_lowrank.checkpoint import newest
 from llm_lowrank.engines import watch as watching
-from llm_lowrank.engines.watch import LOST, Watch
+from llm_lowrank.engines.watch import LOST, Life, Watch
 from llm_lowrank.recipe import parse
 from llm_lowrank.train import train
 from tests import ranks
@@ -159,6 +159,37 @@ def test_a_link_that_fails_between_ranks_that_wait_for_each_other_is_guessed(wat
     first, *others = verdicts(watches)
     assert first is not None and "all ranks answer and are at the same place: a link between two of them may be down" in first
     assert others == [None, None]
+
+
+def test_a_rank_that_is_heard_of_late_or_not_at_all_does_not_silence_the_judge(watches):
+    """What the others told is read twice; a rank may be in the second reading only, and all but this one may be gone."""
+    asked = watches[0]
+    told = {rank: Life("here", "step 3", 7, 1) for rank in range(3)}
+    readings = iter([{0: told[0]}, told])
+    asked._everyone = lambda: next(readings)
+    said = asked._verdict()
+    assert said is not None and "rank 0 on here, last heard of in step 3, does not answer" in said
+    readings = iter([told, told])  # its own word does not get through either
+    said = asked._verdict()
+    assert said is not None and "rank 1 on here" in said and "rank 2 on here" in said
+
+
+def test_a_rank_whose_word_did_not_get_through_once_tells_again(watches):
+    watch, store = watches[0], watches[0].store
+    failed = threading.Event()
+
+    class Failing:
+        def set(self, *_: object) -> None:
+            failed.set()
+            raise RuntimeError("timed out")
+
+    watch.store = Failing()
+    assert failed.wait(5)
+    before, watch.store = watch.told, store
+    deadline = time.monotonic() + 10
+    while watches[1]._everyone()[0].told <= before:
+        assert time.monotonic() < deadline, "it told nothing any more"
+        time.sleep(0.05)
 
 
 def test_a_store_that_does_not_answer_is_said(monkeypatch):

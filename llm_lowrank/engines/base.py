@@ -250,11 +250,6 @@ class Engine(ABC):
         if self.watch is not None:
             self.watch.beat()
 
-    def finite(self) -> bool:
-        """Whether every gradient is. Collective; only between the last backward and step."""
-        bad = torch.stack([self.gradient(p).isfinite().all().logical_not() for p in self.params]).any()
-        return not self.sum(bad.double())
-
     # ---- where every rank holds everything, unless an engine says otherwise
 
     def _rows(self, p: nn.Parameter) -> slice:
@@ -275,6 +270,11 @@ class Engine(ABC):
         return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self.sum)
 
     # ---- written once
+
+    def finite(self) -> bool:
+        """Whether every gradient is. Collective; only between the last backward and step."""
+        bad = torch.stack([self.gradient(p).isfinite().all().logical_not() for p in self.params]).any()
+        return not self.sum(bad.double())
 
     def _fill(self, model: nn.Module, read: Read) -> None:
         """Gives every parameter its values, one module at a time; a parameter of two modules is read once. Collective."""

@@ -74,8 +74,8 @@ class Watch:
             life = Life(socket.gethostname(), self.phase, self.calls, self.told)
             try:
                 self.store.set(str(self.rank), json.dumps(asdict(life)))
-            except RuntimeError:  # the store is gone: the judge will notice that nothing goes on, or the run is at its end
-                return
+            except RuntimeError:  # tried again: if the store stays away, the judge says so
+                pass
             if self.over.wait(self.interval):
                 return
 
@@ -98,11 +98,12 @@ class Watch:
         if first is None or second is None:
             meeting = os.environ.get("MASTER_ADDR", "the first host")
             return f"{here}; {meeting}, where the ranks meet, does not answer: the host or the link to it is down"
-        silent = [rank for rank, life in second.items() if life.told == first[rank].told]
+        silent = [rank for rank, life in second.items() if rank in first and life.told == first[rank].told]
         latest = max(life.calls for life in second.values())
         behind = [rank for rank, life in second.items() if life.calls < latest and rank not in silent]
         lost = [rank for rank in range(self.world) if rank not in second]
-        if self.rank not in behind and self.rank != min(rank for rank in second if rank not in (*silent, *behind)):
+        speaker = min((rank for rank in second if rank not in (*silent, *behind)), default=self.rank)
+        if self.rank not in (speaker, *behind):
             return None
         why = "does not answer: it is stopped, or its host or link is down"
         said = [f"rank {rank} {why}" for rank in lost]
