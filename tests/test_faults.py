@@ -33,21 +33,6 @@ from tests.tiny import Trainee
 PLACES = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    soak.place(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(place) -> tuple[bytes, list[tuple[int, float]]]:
-    """What a run on two ranks comes to that nothing happened to."""
-    life = live(arguments_of(place, place / "whole", "deepspeed"))
-    assert life.codes == [0, 0], life.said[-3000:]
-    return soak.result(place / "whole")
-
-
 # --- ranks that are lost ----------------------------------------------------------------------------------------------------------
 
 KILLED = [  # one after the other in one run
@@ -163,7 +148,7 @@ def test_a_link_that_fails_between_ranks_that_wait_for_each_other_is_guessed(wat
 
 def test_a_rank_that_is_heard_of_late_or_not_at_all_does_not_silence_the_judge(watches):
     """What the others told is read twice; a rank may be in the second reading only, and all but this one may be gone."""
-    asked = watches[0]
+    asked = watches[1]
     told = {rank: Life("here", "step 3", 7, 1) for rank in range(3)}
     readings = iter([{0: told[0]}, told])
     asked._everyone = lambda: next(readings)

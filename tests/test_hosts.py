@@ -86,21 +86,6 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
     made.remove()
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    soak.place(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(place) -> tuple[bytes, list[tuple[int, float]]]:
-    """What two ranks on one host come to."""
-    life = soak.live(soak.arguments_of(place, place / "whole", "deepspeed"))
-    assert life.codes == [0, 0], life.said[-3000:]
-    return soak.result(place / "whole")
-
-
 def launcher(kind: str, hosts: Hosts, i: int) -> list[str]:
     if kind == "torchrun":
         return [*TORCHRUN, f"--node_rank={i}", f"--master_addr={hosts.addresses[0]}"]

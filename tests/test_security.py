@@ -21,13 +21,6 @@ SECRETS = {"HF_TOKEN": "hf_not-to-be-told", "WANDB_API_KEY": "wandb-not-to-be-to
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    soak.place(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def written(place, tmp_path_factory) -> tuple[Path, str]:
     """All that a run writes, with every kind of output switched on, and what it says."""
     with pytest.MonkeyPatch.context() as patch:

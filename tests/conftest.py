@@ -1,0 +1,25 @@
+"""What several files of tests share: the small run of benchmarks/soak.py, made once in a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with a small model, its tokenizer and data."""
+    folder = tmp_path_factory.mktemp("place")
+    soak.place(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(place) -> tuple[bytes, list[tuple[int, float]]]:
+    """What a run on two ranks of one host comes to that nothing happened to: ZeRO-3."""
+    life = soak.live(soak.arguments_of(place, place / "whole", "deepspeed"))
+    assert life.codes == [0, 0], life.said[-3000:]
+    return soak.result(place / "whole")
