@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks import soak
 from benchmarks.soak import Strike, arguments_of, live
+from llm_lowrank import checkpoint
 from llm_lowrank import train as loop
 from llm_lowrank.checkpoint import newest
 from llm_lowrank.engines import watch as watching
@@ -68,6 +69,48 @@ def test_more_signals_than_one_save_the_same_checkpoint(place, whole, tmp_path):
         else:
             assert life.codes == [0, 0]  # nothing is saved without a signal, so none was sent
     assert soak.result(tmp_path / "out") == whole
+
+
+def test_a_rank_killed_inside_of_an_accumulation_window_goes_on_bitwise(place, tmp_path):
+    windows = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "max_steps": 8, "save_steps": 2}
+    whole = arguments_of(place, tmp_path / "whole", "plain", **windows)
+    assert live(whole).codes == [0, 0]
+    arguments = arguments_of(place, tmp_path / "out", "plain", **windows)
+    killed = live(arguments, strike=Strike("step", rank=1, count=4, delay=0.02))
+    assert killed.struck and killed.phases[1][-1] == "step 4" and not any(phase == "step 5" for phase in killed.phases[0])
+    assert live(arguments).codes == [0, 0]
+    assert soak.result(tmp_path / "out") == soak.result(tmp_path / "whole")
+
+
+def test_from_four_ranks_to_one_and_back(place, whole, tmp_path):
+    """ZeRO-3 on 4, FSDP2 on 2, one process, ZeRO-3 on 4: stopped by a signal each time, the same global batch."""
+    starts = [("deepspeed", 4, 1), ("fsdp", 2, 2), ("plain", 1, 4), ("deepspeed", 4, 1)]
+    for engine, world, batch in starts:
+        arguments = arguments_of(place, tmp_path / "out", engine, per_device_train_batch_size=batch, save_steps=0)
+        life = live(arguments, world, Strike("step", signal.SIGTERM, rank=world - 1, count=5))
+        assert life.codes == [75] * world, life.said[-3000:]
+    assert live(arguments, world).codes == [0] * world
+    losses, wanted = soak.result(tmp_path / "out")[1], whole[1]
+    assert [step for step, _ in losses] == [step for step, _ in wanted]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in wanted], rel=1e-4)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(place, tmp_path, monkeypatch):
+    real = checkpoint.write_safetensors
+
+    def slow(path: Path, tensors: dict) -> None:
+        time.sleep(0.3)
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", slow)
+    train(recipe_of(place, tmp_path / "out", save_steps=12))
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    order = [(record["kind"], record["step"]) for record in records if record["kind"] in ("train", "save")]
+    assert order.index(("save", 12)) > order.index(("train", 14))  # complete only after later steps
+    first = next(record for record in records if record["kind"] == "save")
+    assert first["beside"] > 1.0  # four files
+    state = json.loads((tmp_path / "out/checkpoints/step-000012/state.json").read_text())
+    assert state["versions"]["torch"] == torch.__version__ and set(state["versions"]) == set(checkpoint.LIBRARIES)
 
 
 def test_a_signal_while_the_model_is_loaded_stops_the_run_before_the_first_step(place, tmp_path):
