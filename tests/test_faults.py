@@ -290,13 +290,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(p
 # --- gradients that are not finite ------------------------------------------------------------------------------------------------
 
 
-def left_out(method: str, engine: str) -> bool:
-    """A good step, one whose loss is NaN, and a good one; whether the second left everything as it was."""
+def left_out(method: str, engine: str, broken: float) -> bool:
+    """A good step, one whose loss is NaN or infinite, and a good one; whether the second left everything as it was."""
     t = Trainee(METHODS[method], engine)
     t.step(0)
     before = t.values() | t.moments() | {f"{a.name}#{k}": v.clone() for a in t.adapters for k, v in a.memory.items()}
     backward = t.engine.backward
-    t.engine.backward = lambda loss: backward(loss * float("nan"))
+    t.engine.backward = lambda loss: backward(loss * broken)
     t.forward_backward(1)
     assert not t.engine.finite()
     t.method.discard(t.adapters)
@@ -314,10 +314,12 @@ def left_out(method: str, engine: str) -> bool:
     return same
 
 
-@pytest.mark.parametrize("method", ["srlora-weight", "losia-weight"])
+@pytest.mark.parametrize(
+    ("method", "broken"), [("srlora-weight", float("nan")), ("srlora-weight", float("inf")), ("losia-weight", float("nan"))]
+)
 @pytest.mark.parametrize(("engine", "world"), PLACES)
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, method):
-    assert all(ranks.run(world, left_out, method, engine))
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, method, broken):
+    assert all(ranks.run(world, left_out, method, engine, broken))
 
 
 @pytest.fixture

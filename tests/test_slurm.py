@@ -102,6 +102,10 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, place):  # noqa: F811
     output = place / "cancelled"
     job = submit(slurm, place, output.name, "torchrun", nodes=1, save_steps=2)
     first_checkpoint(slurm, job, output)
+    second = submit(slurm, place, output.name, "torchrun", nodes=1)  # of the same name, with a node free
+    until(lambda: slurm.job(second)["Reason"] == "Dependency", 20, lambda: str(slurm.job(second)))
+    assert (slurm.job(second)["JobState"], slurm.job(job)["JobState"]) == ("PENDING", "RUNNING")
+    slurm("scancel", second)
     slurm("scancel", job)
     done = reached(slurm, job, output.with_suffix(".log"), "PENDING", *ENDED)
     assert (done["JobState"], done["Restarts"]) == ("CANCELLED", "0")
