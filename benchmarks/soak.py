@@ -81,15 +81,18 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, pipe: Con
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Of this host, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
 
 
 def live(arguments: list[str], world: int = 2, strike: Strike | None = None, grace: float = ENDS) -> Life:
     """Starts the ranks, sends the signal, and waits for the end; `grace` seconds after the first end for the others, as a launcher."""
-    began, port = time.monotonic(), free_port()
+    began, (port,) = time.monotonic(), free_ports(1)
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log")

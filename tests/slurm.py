@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
+
+from benchmarks.soak import free_ports
+from tests.debian import need
 
 ROOT = Path(__file__).parents[1]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # of a user whose virtual environment is active
@@ -70,26 +70,10 @@ def until(condition: Callable[[], object], seconds: float, what: Callable[[], st
         time.sleep(0.1)
 
 
-def need() -> None:
-    """SLURM and munge are there, or the test is skipped. As root they are installed from the packages of a Debian."""
-    if all(shutil.which(program, path=PATH) for program in PROGRAMS):
-        return
-    if os.geteuid() or not shutil.which("apt-get"):
-        pytest.skip("SLURM is not installed; on Debian: apt-get install slurm-wlm munge")
-    environment, packages = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, ("slurm-wlm", "munge")
-    for command in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
-        try:
-            done = subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=90)
-        except subprocess.TimeoutExpired:
-            pytest.skip("apt-get did not install SLURM in time")
-        if done.returncode:
-            pytest.skip(f"apt-get could not install SLURM: {done.stderr[-300:]}")
-
-
 @contextmanager
 def cluster(folder: Path, **environment: str) -> Iterator[Slurm]:
     """SLURM with its state, keys and logs in `folder`. When it is left, nothing of it runs any more."""
-    need()
+    need(PROGRAMS, ("slurm-wlm", "munge"), PATH)
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
@@ -160,14 +144,6 @@ def processes(folder: Path) -> list[psutil.Process]:
 
 def said(folder: Path) -> str:
     return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in sorted(folder.glob("*.out")))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Quiet(Watch):
 
 @pytest.fixture
 def watches() -> Iterator[list[Watch]]:
-    store = dist.TCPStore("127.0.0.1", soak.free_port(), is_master=True)
+    store = dist.TCPStore("127.0.0.1", soak.free_ports(1)[0], is_master=True)
     three = [Quiet(rank, 3, 1.6, store) for rank in range(3)]
     yield three
     for watch in three:
@@ -222,7 +222,7 @@ def test_a_rank_whose_word_did_not_get_through_once_tells_again(watches):
 
 def test_a_store_that_does_not_answer_is_said(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node-17")
-    store = dist.TCPStore("127.0.0.1", soak.free_port(), is_master=True)
+    store = dist.TCPStore("127.0.0.1", soak.free_ports(1)[0], is_master=True)
     watch = Quiet(0, 1, 1.6, store)
     watch._everyone = lambda: (_ for _ in ()).throw(RuntimeError("gone"))
     said = watch._verdict()
@@ -237,7 +237,7 @@ def host_a_store(port: int) -> None:
 
 def test_a_watch_does_not_wait_long_for_a_store_whose_host_is_gone(monkeypatch):
     """What a soak found: rank 0 was killed while rank 1 opened its second connection."""
-    port = soak.free_port()
+    port = soak.free_ports(1)[0]
     host = soak.FORK.Process(target=host_a_store, args=(port,))
     host.start()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))

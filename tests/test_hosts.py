@@ -6,7 +6,6 @@ Needs root, for the namespaces; what belongs to them goes with them.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import soak
-from tests.test_launch import ROOT
+from tests.debian import need
+from tests.test_launch import DEEPSPEED, ENVIRONMENT, ROOT
 
 PORT = 29771
 BOUND = 90.0  # seconds after the cut in which everything has ended; ddp_timeout is 8 of them
@@ -50,10 +50,7 @@ class Hosts:
 
     def start(self, i: int, command: list[str]) -> subprocess.Popen[str]:
         """On host i, in a process group of its own; what it says goes to a file."""
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-            "GLOO_SOCKET_IFNAME": f"link{i}",
-        }  # fmt: skip
+        environment = os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"link{i}"}
         named = f'mount --bind {self.folder}/hosts /etc/hosts && hostname {self.names[i]} && exec "$@"'
         isolated = ["ip", "netns", "exec", self.names[i], "unshare", "--uts", "--mount", "sh", "-c", named, "sh"]
         with self.log(i).open("w") as log:
@@ -74,10 +71,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[Hosts]:
-    if shutil.which("ip") is None and os.geteuid() == 0:
-        subprocess.run(["apt-get", "install", "-qq", "-y", "iproute2"], capture_output=True, timeout=200)
-    if shutil.which("ip") is None:
-        pytest.skip("two hosts need network namespaces: `ip` of iproute2 is not installed")
+    need(["ip"], ["iproute2"])
     try:
         made = Hosts(tmp_path_factory.mktemp("hosts"))
     except OSError as error:
@@ -91,7 +85,7 @@ def launcher(kind: str, hosts: Hosts, i: int) -> list[str]:
         return [*TORCHRUN, f"--node_rank={i}", f"--master_addr={hosts.addresses[0]}"]
     (hosts.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in hosts.names))
     place = ["--hostfile", str(hosts.folder / "hostfile"), "--no_ssh", "--node_rank", str(i)]
-    return [str(Path(sys.executable).with_name("deepspeed")), *place, "--master_addr", hosts.addresses[0], "--master_port", str(PORT)]
+    return [DEEPSPEED[0], *place, "--master_addr", hosts.addresses[0], "--master_port", str(PORT)]
 
 
 def start(kind: str, hosts: Hosts, arguments: list[str]) -> list[subprocess.Popen[str]]:

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}  # of a launched run
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PORT = 29731 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # two files of tests may launch at a time
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(PORT))
@@ -53,10 +54,10 @@ def recipe(place: Path, **changes: object) -> list[str]:
 
 
 def launch(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
+        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
 
 
 def records(output: Path, kind: str) -> list[dict]:
@@ -166,8 +167,7 @@ def test_an_adapter_trained_over_nf4_loads_on_the_unquantized_and_on_a_quantized
 def test_the_other_merge_can_be_made_later(coded_run, place, tmp_path):
     for base in ("original", "dequantized"):
         command = [sys.executable, str(ROOT / "launch/merge.py"), "--checkpoint", str(coded_run), "--output", str(tmp_path / base)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, "--merge_base", base], cwd=ROOT, capture_output=True, text=True, env=environment)
+        done = subprocess.run([*command, "--merge_base", base], cwd=ROOT, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
         assert done.returncode == 0, done.stderr
     (in_run,), (later,) = ([*folder.glob("*.safetensors")] for folder in (coded_run / "merged", tmp_path / "dequantized"))
     assert in_run.read_bytes() == later.read_bytes()

@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import live
 from llm_lowrank.recipe import Recipe, occupied
-from tests.test_launch import PYTHON, ROOT, TORCHRUN, launch, place, recipe, records  # noqa: F401 - place is a fixture
+from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, launch, place, recipe, records  # noqa: F401 - place is a fixture
 
 STEPS = 60
 RUN = {"max_steps": STEPS, "engine": "plain", "learning_rate": 1e-3, "report_to": "none", "save_merged": False}
 
 
 def start(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
-        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
 

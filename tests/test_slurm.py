@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.soak import live
 from tests.slurm import Slurm, cluster, processes, until
-from tests.test_launch import ROOT, place, recipe  # noqa: F401 - place is a fixture
+from tests.test_launch import ENVIRONMENT, ROOT, place, recipe  # noqa: F401 - place is a fixture
 from tests.test_resume import RUN, losses
 
 pytestmark = pytest.mark.timeout(600)  # a job that is requeued starts torch eight times
@@ -25,8 +25,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    with cluster(tmp_path_factory.mktemp("slurm"), GLOO_SOCKET_IFNAME="lo", **environment) as started:
+    with cluster(tmp_path_factory.mktemp("slurm"), GLOO_SOCKET_IFNAME="lo", **ENVIRONMENT) as started:
         yield started
 
 
