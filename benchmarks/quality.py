@@ -27,10 +27,8 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,6 +51,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.evaluation.record import origin
 from llm_lowrank.files import write_json, write_text
 from llm_lowrank.method import ALL_LINEAR, Method, attach, output_layer, targets
 from llm_lowrank.methods.dora import DoRA
@@ -387,16 +386,6 @@ def run_real(real: Real, spec: Spec) -> Result:
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------------------
-
-
-def origin() -> dict[str, str]:
-    """What a figure was made with."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return {
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
 
 def fill_(module: Adapter | Shared) -> None:
     """Gives a module that is not on the meta device its starting values."""
+    if all(p.is_meta for p in module.parameters(recurse=False)):
+        return  # and draws no values, which takes seconds for a large model
     for name, value in module.initial().items():
         p = getattr(module, name)
         if not p.is_meta:

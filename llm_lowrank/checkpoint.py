@@ -111,7 +111,7 @@ class Writing:
 
 def save(
     engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, skipped: int, recipe: dict[str, Any],
-    base: str, data: dict[str, int], keep: int,
+    base: str, data: dict[str, int | str], keep: int,
 ) -> Writing:  # fmt: skip
     """Begins checkpoints/step-...: what comes back has copies of everything, and is to be finished. Collective."""
     folder = output / FOLDER / f"step-{step:06d}"

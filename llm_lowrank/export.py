@@ -39,6 +39,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ALL = "untruncated.safetensors"  # beside WEIGHTS when these had to be cut down: pairs of every module, scaling 1
 BACKBONE = "backbone.safetensors"
+TEMPLATE = "chat_template.jinja"  # beside CONFIG when the run was given one; transformers' name for it
 PREFIX = "base_model.model."
 
 
@@ -377,6 +378,8 @@ def merge(
             size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
         _copy_the_rest(source, aside, dtype)
+        if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the model was trained with it, not with the base's
+            shutil.copyfile(template, aside / TEMPLATE)
         sync(aside)
         os.replace(aside, output)  # over an empty folder too
         sync(output.parent)

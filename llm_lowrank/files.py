@@ -31,6 +31,11 @@ DTYPES = {  # dtype names in a safetensors header
 }
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept between runs."""
+    return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to. Leaving the block syncs it and renames it to `path`; an exception removes it."""

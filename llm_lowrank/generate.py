@@ -1,4 +1,4 @@
-"""Answers in words: greedy batched generation, and how many of the held-out questions a model answers right."""
+"""Answers in words: batched generation, greedy or drawn, and how many of the held-out questions a model answers right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .data import Question, pad_id
 
@@ -32,11 +32,17 @@ def answer(
     batch_size: int,
     synced: bool,
     progress: bool = False,
+    temperature: float = 0.0,
+    stops: Sequence[str] = (),
 ) -> list[str]:
-    """The most likely answer to each question. Collective when synced (parameters sharded over the ranks: no rank may stop
-    before the others), and then every rank must bring equally many questions.
+    """The most likely answer to each question, or one drawn at a temperature above 0; cut before the first of `stops` in it. Blanks around
+    an answer stay. Collective when synced (parameters sharded over the ranks: no rank may stop before the others), and then every rank must
+    bring equally many questions.
     """
     filler = pad_id(tokenizer)
+    # all tokens are drawn from: transformers' own default keeps the 50 most likely ones
+    drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     answers: list[str] = []
     with _evaluating(model):
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
@@ -49,17 +55,16 @@ def answer(
                 input_ids=torch.tensor(input_ids, device=model.device),  # (batch, longest)
                 attention_mask=torch.tensor(attention_mask, device=model.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **(drawing if temperature else greedy),
+                stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, longest, stops)] if stops else []),
                 use_cache=True,  # the model's own setting is often off for training
                 eos_token_id=_ends(model, tokenizer),
                 pad_token_id=filler,
                 synced_gpus=synced,
             )
-            answers += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+            new = output[:, longest:].tolist()
+            answers += [_cut(_continuation(tokenizer, *both), stops) for both in zip(prompts, new, strict=True)]
+    return answers
 
 
 def accuracy(
@@ -79,7 +84,8 @@ def accuracy(
     assert questions, "no questions"
     mine = list(questions[rank::world])
     filled = mine + [questions[0]] * (ceil(len(questions) / world) - len(mine))
-    answers = answer(model, tokenizer, filled, max_new_tokens, batch_size, synced, progress=rank == 0)
+    found = answer(model, tokenizer, filled, max_new_tokens, batch_size, synced, progress=rank == 0)
+    answers = [text.strip() for text in found]
     samples = [(q.text, text, q.answer, q.score(text)) for q, text in zip(mine, answers, strict=False)]
     exact = sum(text == expected.strip() for _, text, expected, _ in samples)
     local = torch.tensor([exact, sum(sample[3] for sample in samples), len(mine)], dtype=torch.float64, device=model.device)
@@ -92,6 +98,27 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     known = model.generation_config.eos_token_id
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
+
+
+class _Stops(StoppingCriteria):
+    """An answer is done once it holds one of the texts. The prompt is not looked at: it may end with the beginning of one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stops: Sequence[str]) -> None:
+        self.tokenizer, self.start, self.stops = tokenizer, start, stops
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
+    """The text behind the prompt's. Decoded alone, sentencepiece tokens would lose a blank at their beginning: of code, its indentation."""
+    before, through = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
+    return through[len(before) :] if through.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
 @contextmanager

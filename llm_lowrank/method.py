@@ -80,10 +80,15 @@ class Method(draccus.ChoiceRegistry):
         """The learning rate of 0-based `step` for every group of the optimizer. rate(step) is the recipe's."""
         return [rate(step)]
 
+    @property
+    def tells_samples_apart(self) -> bool:
+        """Whether samples of one row would have to be told apart in the forward: then they cannot be packed."""
+        return False
+
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         """Before the forward of every micro-batch: the 0-based step and the number of each sample in it. Local.
 
-        A sample has the same number on whichever rank and in whichever micro-batch it is.
+        A sample has the same number on whichever rank and in whichever micro-batch it is. Packed ones: the first of each row.
         """
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:

@@ -16,6 +16,7 @@ import draccus
 import torch
 import yaml
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec, make
@@ -28,7 +29,10 @@ from llm_lowrank.loading import skeleton
 from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.srlora import SRLoRA
 
-__all__ = ["Recipe", "RecipeError", "adapted", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save", "validate"]
+__all__ = [
+    "Recipe", "RecipeError", "adapted", "attention", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save",
+    "validate",
+]  # fmt: skip
 
 ROOT = Path(__file__).parents[1]  # holds ds_configs/ in a checkout
 
@@ -63,6 +67,8 @@ SYNONYMS = {  # other libraries' names -> ours
     **dict.fromkeys(("clip", "grad_clip", "gradient_clipping", "max_norm"), "max_grad_norm"),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "seq_len", "sequence_len", "model_max_length"), "data.max_length"),
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_path", "data_path", "train_file"), "data.dataset"),
+    **dict.fromkeys(("sample_packing", "neat_packing", "pack"), "data.packing"),
+    **dict.fromkeys(("template", "chat_template_path"), "data.chat_template"),
     **dict.fromkeys(("val_set_size", "test_size", "eval_size"), "data.held_out"),
     **dict.fromkeys(("bf16", "torch_dtype", "precision"), "dtype bfloat16"),
     **dict.fromkeys(("fp16", "half"), "dtype bfloat16 (float16 training is not offered)"),
@@ -106,8 +112,8 @@ class Recipe:
     """Of the frozen backbone and of the forward pass; the adapters are trained in float32 in any case."""
     gradient_checkpointing: bool = False
     """Keep one activation per decoder layer and compute the rest again in backward: less memory, slower steps."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """The attention kernel that transformers uses."""
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 where flash-attn is installed, otherwise sdpa."""
 
     per_device_train_batch_size: int = 8
     """Samples per forward pass and rank."""
@@ -144,7 +150,7 @@ class Recipe:
     logging_steps: int = 10
     """Report loss, learning rate and tokens/s every so many steps."""
     eval_steps: int = 0
-    """Loss on the held-out examples every so many steps; 0: only before and after training."""
+    """Loss on the held-out examples and answers to held-out questions every so many steps; 0: only before and after training."""
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Who hears the numbers; metrics.jsonl is written in any case."""
 
@@ -207,8 +213,27 @@ def codec(recipe: Recipe) -> Codec:
 
 def adapted(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
     """The model of a checkpoint's config with its adapters, without any weights."""
-    model = skeleton(folder, getattr(torch, recipe.dtype), recipe.attn_implementation)
+    model = skeleton(folder, getattr(torch, recipe.dtype), attention(recipe)[0])
     return model, attach(model, recipe.method, codec(recipe), recipe.seed)
+
+
+def attention(recipe: Recipe) -> tuple[str, str]:
+    """The attention that this run will use on this machine, and why."""
+    if recipe.attn_implementation != "auto":
+        return recipe.attn_implementation, "as attn_implementation says"
+    if lacking := _flash_lacks(recipe):
+        return "sdpa", f"for flash_attention_2 needs {' and '.join(lacking)}"
+    return "flash_attention_2", "for flash-attn is installed"
+
+
+def _flash_lacks(recipe: Recipe) -> list[str]:
+    """What is missing for flash_attention_2 here."""
+    lacking = [] if recipe.dtype == "bfloat16" else ["dtype: bfloat16"]
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        lacking.append("a CUDA device of capability 8.0 or more")
+    elif not is_flash_attn_2_available():
+        lacking.append("flash-attn")
+    return lacking
 
 
 def deepspeed_config(recipe: Recipe) -> Path:
@@ -255,6 +280,13 @@ def validate(recipe: Recipe) -> None:
         errors.append("merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one")
     if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
         errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
+    if recipe.attn_implementation == "flash_attention_2" and (lacking := _flash_lacks(recipe)):
+        install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
+        errors.append(f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa")
+    if recipe.data.packing and recipe.method.tells_samples_apart:
+        errors.append("data.packing: true puts several samples into a row, where method.mask: sample cannot tell them apart; use token")
+    if recipe.data.streaming and recipe.max_steps < 1:
+        errors.append("data.streaming: how long the data is cannot be known; set max_steps")
     if recipe.optim == "lion" and recipe.adam_epsilon != Recipe.adam_epsilon:
         errors.append("adam_epsilon is of AdamW, optim: lion has none; remove it")
     if recipe.engine != "fsdp" and recipe.fsdp != Sharding():

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_lowrank.files import DTYPES, raw_bytes, stored_names
+from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names
 from llm_lowrank.prequantized import Nf4Weight, check_config, collect
 
 DEMO = "smollm2-135m-instruct"
@@ -141,10 +140,6 @@ class Source:
         if name not in self.tensors:
             raise ValueError(f"{self.path} holds no tensor named {name}")
         return self.tensors[name]
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
 
 
 def _local(name: str) -> Path | None:

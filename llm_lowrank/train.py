@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import datasets
 import draccus
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,14 +23,17 @@ from tqdm import tqdm
 from llm_lowrank import checkpoint, export, loading
 from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.checkpoint import Checkpoint
-from llm_lowrank.data import IGNORE, Batches, Corpus, MicroBatch, load, pad_id
+from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, StreamBatches, load, pad_id, training_batches, with_template
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.exchange import Exchanged, measured
+from llm_lowrank.files import write_text
 from llm_lowrank.generate import accuracy
+from llm_lowrank.loss import loss_layer, summed
 from llm_lowrank.metrics import Metrics
-from llm_lowrank.recipe import Recipe, adapted, check_same_run, deepspeed_config, optimization, save
+from llm_lowrank.packing import check_apart, flat
+from llm_lowrank.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, save
 from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
@@ -48,17 +50,18 @@ class Run:
     corpus: Corpus
     model: transformers.PreTrainedModel
     adapters: list[Adapter]
-    batches: Batches
+    batches: Batches | StreamBatches
     total_steps: int
     recompositions: tuple[int, ...]
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     resumed: Checkpoint | None = None  # of this run, to go on from
+    loss_layer: nn.Module | None = None  # in which the loss can be made; None: from whole logits
     notes: list[str] = field(default_factory=list)  # what a user should know before it starts
 
     @property
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int | str]:
         """Of the data; a run that goes on must have the same."""
-        return {"global_batch": self.batches.global_batch, "examples": len(self.corpus.train), "total_steps": self.total_steps}
+        return {"global_batch": self.batches.global_batch, "total_steps": self.total_steps, "data": self.corpus.fingerprint}
 
 
 class Preempted(Exception):
@@ -164,6 +167,12 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         checkpoint.restore(engine, run.model, adapters, resumed)
         done, skipped = resumed.step, resumed.skipped
     signals.check(engine)
+    engine.at("looking at the model")
+    if recipe.data.packing:
+        check_apart(engine, run.model, model)
+    run.loss_layer, reason = loss_layer(engine, run.model, model)
+    if reason:
+        say(f"the loss is made from whole logits: {reason}")
     if engine.main:
         clear(output, resumed is not None)
         save(recipe, output / "recipe.yaml")
@@ -182,7 +191,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         before = None
         if resumed is None:
             engine.at("the evaluation before training")
-            before = evaluate(recipe, engine, run, model, 0, metrics, questions=True)
+            before = evaluate(recipe, engine, run, model, 0, metrics)
             say(f"before training: {before}")
 
         def rate(step: int) -> float:
@@ -196,7 +205,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                 rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
                     method.batch(adapters, step - 1, micro.samples)
-                    loss = summed_loss(model, micro, engine.device) / micro.tokens
+                    loss = summed_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
                     engine.backward(loss)
                     seen.add(loss, micro)
                 if good := recipe.on_nan == "stop" or engine.finite():
@@ -242,13 +251,17 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                     raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
 
         saving.finish()
+        if recipe.data.streaming and run.corpus.dropped:
+            say(f"left out of the stream: {run.corpus.dropped}")
         engine.at("the evaluation after training")
-        after = evaluate(recipe, engine, run, model, total, metrics, questions=True)
+        after = evaluate(recipe, engine, run, model, total, metrics)
         for question, answer, expected, score in after.samples[:SAMPLES]:
             say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
         say(f"before training: {before}\nafter training:  {after}" if before is not None else f"after training:  {after}")
         engine.at("the export")
         saved = export.save_adapter(engine, adapters, method, output / "adapter", run.source.name)
+        if recipe.data.chat_template and engine.main:
+            write_text(output / "adapter" / export.TEMPLATE, str(run.tokenizer.chat_template))
         say(f"adapter: {saved}")
         if recipe.codec != "dense":
             say(merged_gaps(recipe, engine, run, model, metrics))
@@ -257,9 +270,9 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
 
 def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metrics: Metrics) -> str:
     """What either merge would do to the answers, so that a user can choose; keeps what the second one needs. Collective."""
-    examples = run.corpus.held_out if len(run.corpus.held_out) else run.corpus.train
-    micro = next(iter(Batches(examples, recipe.per_device_eval_batch_size, 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)))
-    inputs = {"input_ids": micro.input_ids.to(engine.device), "attention_mask": micro.attention_mask.to(engine.device)}
+    examples = run.corpus.some(recipe.per_device_eval_batch_size)
+    (micro,) = Batches(examples, len(examples), 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)
+    inputs = micro.inputs(engine.device)
     bases: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
     with engine.together():
         if engine.main:
@@ -313,9 +326,10 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         transformers.utils.logging.disable_progress_bar()
     source = Source.open(recipe.model_name_or_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    tokenizer = with_template(tokenizer, recipe.data.chat_template)
     corpus = load(recipe.data, tokenizer, recipe.seed)
-    batches = Batches(
-        corpus.train, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, engine.rank, engine.world, recipe.seed,
+    batches = training_batches(
+        corpus, recipe.data, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, engine.rank, engine.world, recipe.seed,
         pad_id(tokenizer), recipe.num_train_epochs,
     )  # fmt: skip
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
@@ -342,7 +356,7 @@ def find_checkpoint(recipe: Recipe, engine: Engine, run: Run) -> None:
             run.resumed = Checkpoint.open(Path(path), checked=True)
 
 
-def checked(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Checkpoint | None, list[str]]:
+def checked(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tuple[Checkpoint | None, list[str]]:
     """What resume_from_checkpoint names, checked against this run, and what is to be said about it."""
     asked = recipe.resume_from_checkpoint
     if asked == "none":
@@ -360,7 +374,10 @@ def checked(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Chec
     check_same_run(recipe, found.state["recipe"], found.path)
     if found.state["base"] != source.fingerprint:
         raise ValueError(f"{found.path} was written over another model than the one that is in {source.path} now")
-    if found.state["data"] != facts:
+    if found.state["data"] | {"data": ""} == facts | {"data": ""}:
+        if found.state["data"] != facts:
+            raise ValueError(f"{found.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since then")
+    else:
         raise ValueError(
             f"{found.path} was written by a run with {found.state['data']}, now it is {facts}; set per_device_train_batch_size and "
             "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same data"
@@ -371,10 +388,13 @@ def checked(recipe: Recipe, source: Source, facts: dict[str, int]) -> tuple[Chec
 def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     """What is about to be trained, and where exchanges will go."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    padding = run.tokenizer.convert_ids_to_tokens(pad_id(run.tokenizer))
     lines = [
         f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable parameters",
         f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; {run.total_steps} steps of "
-        f"{run.batches.global_batch} samples from {len(run.corpus.train)} ({len(run.corpus.held_out)} held out)",
+        f"{run.batches.global_batch} {amount(run)} ({len(run.corpus.held_out)} held out)",
+        f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
+        "attention: " + ", ".join(attention(recipe)),
     ]
     lines += run.notes
     if run.unused:
@@ -392,16 +412,30 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     return "\n".join(lines)
 
 
+def amount(run: Run) -> str:
+    """What the samples of a batch are, and how many there are."""
+    if isinstance(run.batches, StreamBatches):
+        return "samples from a stream"
+    examples = len(run.batches.examples)
+    if run.batches.packs is None:
+        return f"samples from {examples}"
+    full = run.batches.lengths.sum() / (run.batches.rows * run.batches.pack)
+    return f"rows from {run.batches.rows}, into which {examples} examples are packed ({full:.1%} full)"
+
+
 def stored(recipe: Recipe) -> str:
     """How the frozen weights are stored."""
     return recipe.dtype if recipe.codec == "dense" else f"{recipe.codec} computed in {recipe.dtype}"
 
 
-def summed_loss(model: nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:
-    """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean."""
-    labels = batch.labels.to(device)
-    logits = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+def summed_loss(
+    model: nn.Module, batch: MicroBatch, device: torch.device, layer: nn.Module | None = None, flat: bool = False
+) -> Tensor:
+    """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean.
+
+    layer: see loss.py. flat: see packing.py.
+    """
+    return summed(model, batch.inputs(device, flat), batch.targets(flat), layer)
 
 
 class Seen:
@@ -418,7 +452,7 @@ class Seen:
     def add(self, loss: Tensor, micro: MicroBatch) -> None:
         """A micro-batch."""
         self.now = self.now + loss.detach()
-        self.tokens += int(micro.attention_mask.sum())
+        self.tokens += micro.real
 
     def step(self, good: bool) -> None:
         """The step is done; the loss of one that was left out does not count."""
@@ -457,25 +491,34 @@ class Evaluation:
         return loss if self.exact_match is None else f"{loss}, exact match {self.exact_match:.1%} of {self.count} held-out questions"
 
 
-def evaluate(
-    recipe: Recipe, engine: Engine, run: Run, model: nn.Module, step: int, metrics: Metrics, questions: bool = False
-) -> Evaluation:
-    """Loss on the held-out examples and, if asked and the data has them, answers to the held-out questions. Collective."""
-    held_out = run.corpus.held_out
-    if not len(held_out):
-        return Evaluation(None)
-    batches = Batches(held_out, recipe.per_device_eval_batch_size, 1, engine.rank, engine.world, 0, pad_id(run.tokenizer), 1)
+def held_out_loss(
+    engine: Engine, model: nn.Module, examples: Sequence[Example], batch_size: int, filler: int, layer: nn.Module | None = None
+) -> float:
+    """Mean over the trained tokens of the examples. layer: see loss.py. Collective."""
+    batches = Batches(examples, batch_size, 1, engine.rank, engine.world, 0, filler, 1)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     model.eval()
     with torch.no_grad():
         for t in tqdm(range(batches.total_steps), desc="evaluate", unit="batch", leave=False, disable=not engine.main):
             for micro in batches.step(t):
-                total += summed_loss(model, micro, engine.device)
-    found = Evaluation(float(engine.sum(total)) / int(batches.trained.sum()))
-    if questions and run.corpus.questions:
-        longest = max(held_out[i].trained for i in range(len(held_out)))
+                total += summed_loss(model, micro, engine.device, layer)
+    return float(engine.sum(total)) / int(batches.trained.sum())
+
+
+def answer_room(examples: Sequence[Example]) -> int:
+    """Tokens that an answer may have: none that the data gives has more."""
+    return max(example.trained for example in examples) + 4
+
+
+def evaluate(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluation:
+    """Loss on the held-out examples and, if the data has them, answers to the held-out questions. Collective."""
+    held_out = run.corpus.held_out
+    if not len(held_out):
+        return Evaluation(None)
+    found = Evaluation(held_out_loss(engine, model, held_out, recipe.per_device_eval_batch_size, pad_id(run.tokenizer), run.loss_layer))
+    if run.corpus.questions:
         report = accuracy(
-            run.model, run.tokenizer, run.corpus.questions, engine.rank, engine.world, engine.sum, longest + 4,
+            run.model, run.tokenizer, run.corpus.questions, engine.rank, engine.world, engine.sum, answer_room(held_out),
             recipe.per_device_eval_batch_size, synced=engine.shards_parameters and engine.world > 1,
         )  # fmt: skip
         found = Evaluation(found.loss, report.exact_match, report.count, tuple(report.samples))

@@ -58,6 +58,8 @@ def byte_tokenizer(chat_template: str | None = None, merge: tuple[str, str] | No
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.mktemp("tokens")
+    monkeypatch.setattr("llm_lowrank.data.corpus.cache_dir", lambda: folder)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -110,6 +112,16 @@ def test_messages_train_every_assistant_turn(template):
     ids, trained = encode_messages(tokenizer, CHAT)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert trained_text(tokenizer, ids, trained) == "four<|end|>six<|end|>"
+
+
+def test_an_answer_that_begins_with_what_a_token_would_take_the_template_s_end_into():
+    tokenizer = byte_tokenizer(CHATML, merge=("Ċ", "Ġ"))  # the bytes of a line end and a blank, one token together
+    messages = [{"role": "user", "content": "a\n b"}, {"role": "assistant", "content": " c\n d"}, *CHAT]
+    ids, trained = encode_messages(tokenizer, messages)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert trained_text(tokenizer, ids, trained) == " c\n d<|end|>four<|end|>six<|end|>"
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids[: len(asked)] == asked and trained[len(asked)] and not any(trained[: len(asked)])  # as it is seen when answering
 
 
 def test_template_without_prefixes_is_refused():
@@ -211,12 +223,12 @@ def test_held_out_is_chosen_by_the_seed(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "  "}], "row 1 .*remove the row"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], "row 1 .*prompt is NoneType, not text"),
-        ([{"messages": CHAT}, {"messages": CHAT[:1]}], "row 1 .*no assistant message has any text"),
-        ([{"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant"}]}], "row 1 .*message 1: content is NoneType"),
-        ([{"question": "a", "answer": "b"}], "columns question, answer; wanted: messages or prompt and completion"),
-        ([{**pairs(1)[0], "messages": CHAT}], "both formats; set data.format"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "  "}], "row 1 .*the answer is empty"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], "row 1 .*prompt is missing"),
+        ([{"messages": CHAT}, {"messages": CHAT[:1]}], "row 1 .*the answer is empty"),
+        ([{"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant"}]}], "row 1 .*message 1: content is missing"),
+        ([{"question": "a", "answer": "b"}], r"columns question, answer; wanted: messages \(messages\).*data.columns"),
+        ([{**pairs(1)[0], "messages": CHAT}], "formats messages and prompt_completion; set data.format"),
     ],
 )
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -226,7 +238,7 @@ def test_bad_rows_are_refused(tmp_path, template, rows, message):
 
 
 def test_empty_plain_completion_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="row 0 .*completion is empty"):
+    with pytest.raises(ValueError, match="row 0 .*the answer is empty"):
         load(Data(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]), held_out=0), byte_tokenizer(), 0)
 
 
@@ -239,7 +251,7 @@ def test_template_errors_name_the_row(tmp_path):
 
 def test_wanted_format_is_the_one_refused(tmp_path):
     name = write_jsonl(tmp_path / "a.jsonl", pairs(2))
-    with pytest.raises(ValueError, match="columns prompt, completion; wanted: messages. Rename"):
+    with pytest.raises(ValueError, match=r"columns prompt, completion; wanted: messages \(messages\)"):
         load(Data(name, format="messages"), byte_tokenizer(), 0)
 
 

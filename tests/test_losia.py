@@ -453,6 +453,13 @@ def test_a_bank_that_would_overflow_is_refused_before_the_run():
     with pytest.raises(ValueError, match=r"moves 5 times in 20 steps.*room for 2.*period to 4 or more, or method.max_live_blocks to 5"):
         t.method.schedule(20, t.adapters)
     assert replace(t.method, period=4).schedule(20, t.adapters) == (4, 8, 12, 16)
+    for steps in (37, 100, 101, 105):  # what the refusal names is the least that is taken
+        with pytest.raises(ValueError) as refused:
+            t.method.schedule(steps, t.adapters)
+        period = int(str(refused.value).partition("method.period to ")[2].partition(" ")[0])
+        assert replace(t.method, period=period).schedule(steps, t.adapters)
+        with pytest.raises(ValueError, match="raise method.period"):
+            replace(t.method, period=period - 1).schedule(steps, t.adapters)
 
 
 @pytest.mark.parametrize("codec", [CODECS["nf4"], CODECS["int8"]], ids=["nf4", "int8"])

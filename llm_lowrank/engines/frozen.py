@@ -17,6 +17,7 @@ class FrozenLinear(nn.Module):
     A linear on the meta device gives parts without values, to be filled by an engine.
     """
 
+    rowwise = True  # whether what becomes of a row of x is the same wherever it stands and whatever stands beside it
     borrows: tuple[nn.Module, ...] = ()  # modules whose parameters the forward reads too; a tuple, so that they are not registered here
 
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:

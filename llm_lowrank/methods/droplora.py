@@ -36,6 +36,7 @@ class DropAdapter(PairAdapter):
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, *settings: Any, p: float, mask: Mask) -> None:
         super().__init__(name, linear, codec, *settings)
         self.p, self.mask = p, mask
+        self.rowwise = mask not in ("token", "sample")
         self.step, self.samples = -1, [0]  # of the forward to come
 
     def products(self, x: Tensor) -> list[Product]:
@@ -107,6 +108,10 @@ class DropLoRA(LoRA):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         if self.use_dora:
             measure(adapters, engine)
+
+    @property
+    def tells_samples_apart(self) -> bool:
+        return self.mask == "sample"
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         for adapter in adapters:

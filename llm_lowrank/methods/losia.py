@@ -299,7 +299,7 @@ class LoSiA(Method):
             if live and moves > live:
                 raise ValueError(
                     f"every layer moves {moves} times in {total_steps} steps, and the bank has room for {live} blocks; raise method.period "
-                    f"to {-(-total_steps // (count * (live + 1)))} or more, or method.max_live_blocks to {moves}"
+                    f"to {(total_steps - 1) // (count * live + 1) + 1} or more, or method.max_live_blocks to {moves}"
                 )
         return tuple(range(self.period, total_steps, self.period))
 

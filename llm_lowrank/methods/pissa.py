@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llm_lowrank.adapter import Adapter, PairAdapter, paired
 from llm_lowrank.engines.base import Engine
+from llm_lowrank.files import cache_dir
 from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.pairs import Pairs
-from llm_lowrank.source import cache_dir
 from llm_lowrank.spectrum import Triplets, cached_triplets
 
 

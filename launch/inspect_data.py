@@ -1,0 +1,99 @@
+"""Look at the data before training on it: examples with what is trained in colour, lengths, what is cut, dropped and padded.
+
+`python launch/inspect_data.py [--examples 3] [--color auto] [--config_path recipe.yaml] [--name value ...]`, as for launch/train.py
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+WIDTH = 50  # characters of the longest bar
+BARS = 12
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="All other settings are those of launch/train.py.")
+    parser.add_argument("--examples", type=int, default=3, help="how many to print")
+    parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
+    options, rest = parser.parse_known_args(arguments)
+    colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+
+    from transformers import AutoTokenizer
+
+    from llm_lowrank.data import Stream, load, with_template
+    from llm_lowrank.dry_run import model_folder
+    from llm_lowrank.recipe import parse
+
+    try:
+        recipe = parse(rest)
+        folder = model_folder(recipe.model_name_or_path)
+        tokenizer = with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), recipe.data.chat_template)
+        corpus = load(recipe.data, tokenizer, recipe.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for example in corpus.some(options.examples):
+        print(painted(tokenizer, example.input_ids, example.labels, colored), end="\n\n")
+    print(f"{recipe.data.dataset}, prompts: {', '.join(corpus.styles)}; {'green' if colored else '[brackets]'}: trained")
+    longest = recipe.data.max_length
+    print(f"held out {len(corpus.held_out)}, dropped {sum(corpus.dropped.values())}, cut to {longest} tokens {corpus.truncated}")
+    for reason, count in corpus.dropped.items():
+        print(f"  dropped {count}: {reason}")
+    if isinstance(corpus.train, Stream):
+        print("a stream: its lengths are not known")
+        return 0
+    lengths, trained = corpus.train.lengths, corpus.train.trained
+    print(f"to train on {len(lengths)}: {lengths.sum():,} tokens, {trained.sum():,} of them trained ({trained.sum() / lengths.sum():.1%})")
+    print(histogram(lengths))
+    print(padding(lengths, recipe))
+    return 0
+
+
+def painted(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool) -> str:
+    """The text of an example, run by run of tokens that are trained or not."""
+    from llm_lowrank.data import IGNORE
+
+    text, start = "", 0
+    marks = [label != IGNORE for label in labels]
+    while start < len(ids):
+        end = next((at for at in range(start, len(ids)) if marks[at] != marks[start]), len(ids))
+        run = tokenizer.decode(ids[start:end])
+        before, after = (GREEN, PLAIN) if marks[start] else (DIM, PLAIN)
+        text += f"{before}{run}{after}" if colored else f"[{run}]" if marks[start] else run
+        start = end
+    return text
+
+
+def histogram(lengths: np.ndarray) -> str:
+    counts, edges = np.histogram(lengths, bins=min(BARS, int(lengths.max() - lengths.min()) + 1))
+    rows = [f"{round(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}" for k, count in enumerate(counts)]
+    low, middle, high = np.percentile(lengths, [5, 50, 95])
+    return "\n".join([f"{'tokens':>8} {'examples':>8}", *rows, f"5 % below {low:.0f}, half below {middle:.0f}, 95 % below {high:.0f}"])
+
+
+def padding(lengths: np.ndarray, recipe) -> str:
+    """How much of a batch would be padding: as it comes, grouped by length, packed."""
+    from llm_lowrank.data import best_fit
+
+    size = recipe.per_device_train_batch_size
+    mixed, grouped = np.random.default_rng(recipe.seed).permutation(lengths), np.sort(lengths)
+
+    def wasted(order: np.ndarray) -> float:
+        computed = sum(size * order[at : at + size].max() for at in range(0, len(order), size))
+        return 1 - order.sum() / computed
+
+    rows = best_fit(lengths.tolist(), recipe.data.max_length)
+    full = lengths.sum() / (len(rows) * recipe.data.max_length)
+    return (
+        f"padding in batches of {size}: {wasted(mixed):.1%}; with data.group_by_length about {wasted(grouped):.1%}; "
+        f"with data.packing {1 - full:.1%}, {len(rows)} rows of {recipe.data.max_length}, {len(lengths) / len(rows):.1f} examples in each"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""From examples to batches of tokens. One law: the global batch of a step does not depend on the hardware.
+
+A row of a batch is one example, or with packing as many as fit. The examples of a row are kept apart by their positions, which start again
+at 0: transformers makes the attention of every kernel end there when it gets `position_ids` and no mask.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from llm_lowrank.data.corpus import Corpus, Encoded
+from llm_lowrank.data.encoding import IGNORE
+from llm_lowrank.data.rows import Example
+from llm_lowrank.data.settings import Data
+from llm_lowrank.data.streaming import Stream
+
+
+class MicroBatch(NamedTuple):
+    input_ids: Tensor  # (per_device, longest), padded on the right
+    attention_mask: Tensor | None  # (per_device, longest); None when packed: position_ids says it all
+    position_ids: Tensor | None  # (per_device, longest), from 0 for every example; None when not packed
+    labels: Tensor  # (per_device, longest)
+    tokens: int  # trained tokens of the whole global batch: all ranks, all micro-batches
+    real: int  # tokens in it that are no padding
+    samples: tuple[int, ...]  # the first example of each row in it; fewer than per_device when the epoch ran out
+
+    def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Tensor]:
+        """What the model is called with. `flat`: packed rows in one, as flash-attn's variable-length path wants them."""
+        if self.position_ids is None:
+            assert self.attention_mask is not None
+            return {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.to(device)}
+        shape = (1, -1) if flat else self.input_ids.shape
+        return {"input_ids": self.input_ids.reshape(shape).to(device), "position_ids": self.position_ids.reshape(shape).to(device)}
+
+    def targets(self, flat: bool = False) -> Tensor:
+        """The labels, in the shape of the inputs, on the host."""
+        return self.labels.reshape(1, -1) if flat and self.position_ids is not None else self.labels
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in rows whose lengths add up to `capacity` at most: the longest first, each into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        assert 0 < length <= capacity, (index, length, capacity)
+        at = bisect_left(spaces, (length, -1))
+        if at < len(spaces):
+            room, row = spaces.pop(at)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            insort(spaces, (room - length, row))
+    return rows
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class Batches:
+    """This rank's micro-batches of any optimizer step, computed from the step's number alone.
+
+        global batch of step t = permutation(seed, t div S)[(t mod S) G : (t mod S + 1) G],
+        G = per_device * accumulation * world,  S = ceil(rows / G) steps in an epoch
+
+    dealt out to the ranks in turn. The last batch of an epoch is filled up with empty rows (one token, no label), so all
+    ranks run the same number of forwards and no sample comes twice in an epoch. Divide the summed loss by `tokens`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        per_device: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        seed: int,
+        pad_id: int,
+        epochs: float,  # only total_steps depends on it: step() goes on for ever
+        pack: int = 0,  # tokens in a row of several examples; 0: an example a row
+        grouped: bool = False,  # a batch of examples of about the same length
+    ) -> None:
+        if not len(examples):
+            raise ValueError("there are no examples to make batches of")
+        assert 0 <= rank < world
+        self.examples, self.per_device, self.accumulation, self.rank, self.world = examples, per_device, accumulation, rank, world
+        self.seed, self.pad_id, self.pack, self.grouped = seed, pad_id, pack, grouped
+        if isinstance(examples, Encoded):
+            trained, self.lengths = examples.trained, examples.lengths
+        else:
+            trained = np.array([example.trained for example in examples])
+            self.lengths = np.array([len(example.input_ids) for example in examples])
+        self.packs = best_fit(self.lengths.tolist(), pack) if pack else None
+        self.rows = len(self.packs) if self.packs else len(examples)
+        self.trained = np.array([trained[row].sum() for row in self.packs]) if self.packs else trained
+        self.global_batch = per_device * accumulation * world
+        self.steps_per_epoch = ceil(self.rows / self.global_batch)
+        self.total_steps = ceil(epochs * self.steps_per_epoch)
+
+    def step(self, t: int) -> list[MicroBatch]:
+        epoch, position = divmod(t, self.steps_per_epoch)
+        batch = self._order(epoch)[position * self.global_batch : (position + 1) * self.global_batch]
+        tokens = int(self.trained[batch].sum())
+        share = batch[self.rank :: self.world].tolist()
+        parts = [share[k * self.per_device : (k + 1) * self.per_device] for k in range(self.accumulation)]
+        return [self._collate(part, tokens) for part in parts]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.grouped:
+            return _permutation(self.rows, self.seed, epoch)
+        drawn = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, epoch]).integers(2**62)))
+        return np.array(get_length_grouped_indices(self.lengths.tolist(), self.global_batch, generator=drawn))
+
+    def _collate(self, part: list[int], tokens: int) -> MicroBatch:
+        members = [self.packs[row] if self.packs else [row] for row in part]
+        rows = [[self.examples[index] for index in row] for row in members]
+        samples = tuple(row[0] for row in members)
+        return collate(rows, self.per_device, self.pad_id, tokens, samples, self.packs is not None)
+
+
+class StreamBatches:
+    """Batches over a stream: the global batch of step t is its examples t G .. (t + 1) G - 1."""
+
+    def __init__(self, stream: Stream, per_device: int, accumulation: int, rank: int, world: int, pad_id: int) -> None:
+        self.stream, self.per_device, self.accumulation, self.rank, self.world = stream, per_device, accumulation, rank, world
+        self.pad_id = pad_id
+        self.global_batch = per_device * accumulation * world
+        self.next = 0
+        self.examples = stream.examples()
+
+    @property
+    def total_steps(self) -> int:
+        raise ValueError("data.streaming: how long the data is cannot be known; set max_steps")
+
+    def step(self, t: int) -> list[MicroBatch]:
+        if t != self.next:
+            self.examples = islice(self.stream.examples(), t * self.global_batch, None)
+        self.next = t + 1
+        batch = list(islice(self.examples, self.global_batch))
+        tokens = sum(example.trained for example in batch)
+        numbers = range(t * self.global_batch, (t + 1) * self.global_batch)[self.rank :: self.world]
+        share = batch[self.rank :: self.world]
+        parts = [range(k * self.per_device, (k + 1) * self.per_device) for k in range(self.accumulation)]
+        return [self._collate([share[i] for i in part], tokens, tuple(numbers[i] for i in part)) for part in parts]
+
+    def _collate(self, examples: list[Example], tokens: int, samples: tuple[int, ...]) -> MicroBatch:
+        return collate([[example] for example in examples], self.per_device, self.pad_id, tokens, samples, False)
+
+
+def training_batches(
+    corpus: Corpus, settings: Data, per_device: int, accumulation: int, rank: int, world: int, seed: int, pad_id: int, epochs: float
+) -> Batches | StreamBatches:
+    """The batches that a run is trained on."""
+    if isinstance(corpus.train, Stream):
+        return StreamBatches(corpus.train, per_device, accumulation, rank, world, pad_id)
+    pack = settings.max_length if settings.packing else 0
+    return Batches(corpus.train, per_device, accumulation, rank, world, seed, pad_id, epochs, pack, settings.group_by_length)
+
+
+def collate(
+    rows: Sequence[Sequence[Example]], per_device: int, pad_id: int, tokens: int, samples: tuple[int, ...], packed: bool
+) -> MicroBatch:
+    """Rows of examples as tensors, filled up to `per_device` rows."""
+    # The one token of an empty row is attended to: a row that attends to nothing would be NaN.
+    empty = [Example([pad_id], [IGNORE])]
+    filled = [*rows, *[empty] * (per_device - len(rows))]
+    longest = max(sum(len(example.input_ids) for example in row) for row in filled)
+    input_ids = torch.full((per_device, longest), pad_id)
+    labels = torch.full((per_device, longest), IGNORE)
+    attention_mask = torch.zeros(per_device, longest, dtype=torch.int64)
+    position_ids = torch.zeros(per_device, longest, dtype=torch.int64)
+    for number, row in enumerate(filled):
+        start = 0
+        for example in row:
+            end = start + len(example.input_ids)
+            input_ids[number, start:end] = torch.tensor(example.input_ids)
+            labels[number, start:end] = torch.tensor(example.labels)
+            if packed:
+                labels[number, start] = IGNORE  # what stands before it is another example
+            attention_mask[number, start:end] = 1
+            position_ids[number, start:end] = torch.arange(end - start)
+            start = end
+        position_ids[number, start:] = torch.arange(longest - start)  # the padding is an example of its own
+    real = sum(len(example.input_ids) for row in rows for example in row)
+    return MicroBatch(
+        input_ids, None if packed else attention_mask, position_ids if packed else None, labels, tokens, real, samples
+    )

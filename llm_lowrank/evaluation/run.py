@@ -1,0 +1,145 @@
+"""From what the command line says to the record of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.evaluation import harness, record
+from llm_lowrank.evaluation.human_eval import HUMAN_EVAL, HumanEval
+from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is_reasoning_gym
+from llm_lowrank.evaluation.subject import Subject, Use
+from llm_lowrank.evaluation.task import Found, Task
+from llm_lowrank.train import writable
+
+SAMPLES = 5  # answers that are printed
+Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    checkpoint: str
+    tasks: tuple[str, ...] = ()  # empty: held_out
+    output: str | None = None
+    use: Use | None = None
+    model_name_or_path: str | None = None
+    dtype: str = "auto"
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    limit: int | None = None
+    seed: int = 0
+    prompt_style: str = "auto"
+    size: int = 100
+    task_settings: dict[str, Any] = field(default_factory=dict)
+    samples: int = 1
+    pass_at: tuple[int, ...] = (1,)
+    temperature: float = 0.0
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    include_path: str | None = None
+    allow_code_execution: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "size": 1, "samples": 1, "num_fewshot": 0, "seed": 0, "temperature": 0}
+        for name, value in least.items():
+            if (given := getattr(self, name)) is not None and not value <= given < float("inf"):
+                raise ValueError(f"--{name} {given}: must be at least {value}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"--tasks {','.join(self.tasks)}: names a task twice")
+        if not all(self.tasks):
+            raise ValueError(f"--tasks {','.join(self.tasks)}: has an empty name")
+        kinds = {kind_of(task) for task in self.tasks or (HELD_OUT,)}
+        defaults = {known.name: known.default if known.default_factory is MISSING else known.default_factory() for known in fields(self)}
+        for name, users in USERS.items():
+            if getattr(self, name) != defaults[name] and not kinds & set(users):
+                raise ValueError(f"--{name} is for {' and '.join(users)} tasks; none of these is asked for, leave it out")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"--samples {self.samples}: greedy programs are all the same; give a --temperature above 0, such as 0.8")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples:
+                raise ValueError(f"--pass_at {k}: must be between 1 and --samples, which is {self.samples}")
+        if HUMAN_EVAL in self.tasks and not self.allow_code_execution:
+            raise ValueError(
+                f"{HUMAN_EVAL} runs programs that the model writes, on this machine; --allow_code_execution lets it. They have no network, "
+                "limited time and memory, but may read and write the files that you may: see docs/evaluation.md"
+            )
+
+
+USERS: dict[str, tuple[Kind, ...]] = {  # options that only some kinds of tasks read
+    **dict.fromkeys(("size", "task_settings"), ("reasoning-gym",)),
+    **dict.fromkeys(("samples", "pass_at", "temperature"), ("human-eval",)),
+    **dict.fromkeys(("num_fewshot", "apply_chat_template", "include_path"), ("lm-eval",)),
+    **dict.fromkeys(("max_new_tokens", "prompt_style"), ("reasoning-gym", "human-eval")),
+    "limit": ("held_out", "human-eval", "lm-eval"),
+    "allow_code_execution": ("human-eval", "lm-eval"),
+}
+
+
+def kind_of(task: str) -> Kind:
+    if task in (HELD_OUT, HUMAN_EVAL):
+        return task  # type: ignore[return-value]
+    return "reasoning-gym" if is_reasoning_gym(task) else "lm-eval"
+
+
+def evaluate(settings: Settings) -> Path:
+    """Evaluates, prints, and writes the record. ValueError or OSError, before the weights are read, if it cannot be done as asked."""
+    subject = Subject.find(settings.checkpoint, settings.use, settings.model_name_or_path)
+    names = settings.tasks or (HELD_OUT,)
+    if HELD_OUT in names and subject.output is None:
+        raise ValueError(f"{HELD_OUT} needs the output_dir of a run, and {settings.checkpoint} has no recipe.yaml; choose other --tasks")
+    path = record.place(settings.output, subject.output, names)
+    writable(path.parent)
+    tasks = prepare(settings, subject, names, subject.tokenizer())
+    device = Plain().device
+    model = subject.load(settings.dtype, device)
+    file = record.Record(path, asdict(settings), subject.describe(), subject.settings(), device)
+    for task in tasks:
+        print(f"{task.name} ...", flush=True)
+        torch.manual_seed(settings.seed)
+        found = task.run(model)
+        for line in [*samples(found), *(f"written: {written}" for written in file.add(task.name, found))]:
+            print(line, flush=True)
+    print(file.table())
+    return path
+
+
+def prepare(settings: Settings, subject: Subject, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+    """The tasks in the order in which they were asked for."""
+    data = subject.settings().get("data", {})  # a run's model is asked in the way that it was trained
+    style = data.get("prompt_style", "auto") if settings.prompt_style == "auto" else settings.prompt_style
+    system = data.get("system", "")
+    s = settings
+    found: dict[str, Task] = {}
+    for name in names:
+        if name == HELD_OUT:
+            assert subject.output is not None
+            found[name] = HeldOut.of(subject.output, tokenizer, s.limit, s.batch_size)
+        elif name == HUMAN_EVAL:
+            options = (s.limit, s.samples, s.pass_at, s.temperature, s.max_new_tokens, s.batch_size)
+            found[name] = HumanEval.of(tokenizer, style, system, *options)
+        elif is_reasoning_gym(name):
+            found[name] = ReasoningGym.of(
+                name, tokenizer, s.task_settings, style, system, s.size, s.seed, s.max_new_tokens, s.batch_size
+            )  # fmt: skip
+    if others := [name for name in names if name not in found]:
+        of_harness = harness.prepare(
+            others, tokenizer, s.include_path, s.allow_code_execution, s.limit, s.num_fewshot, s.apply_chat_template, s.batch_size, s.seed
+        )  # fmt: skip
+        found |= {task.name: task for task in of_harness}
+    return [found[name] for name in names]
+
+
+def samples(found: Found) -> list[str]:
+    """Some answers, to look at."""
+    return [
+        f"  {row['question']!r}\n    answered {row['answer']!r}, expected {row['expected']!r}, score {row['score']:g}"
+        if "question" in row
+        else f"  {row['task_id']}: {row['status']} {row['message'].rpartition(chr(10))[2]}".rstrip()
+        for row in found.answers[:SAMPLES]
+    ]

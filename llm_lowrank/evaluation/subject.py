@@ -1,0 +1,125 @@
+"""What is evaluated: the model or the adapter that a user names, found and checked before it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_lowrank.data import with_template
+from llm_lowrank.export import ALL, CONFIG, TEMPLATE, WEIGHTS
+from llm_lowrank.files import file_sha256
+from llm_lowrank.source import Source
+
+Use = Literal["merged", "adapter", "base"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    given: str
+    source: Source  # the weights, or those under the adapter
+    adapter: Path | None = None  # a PEFT folder; None: there is none, or it is merged
+    output: Path | None = None  # of the run that made it, with recipe.yaml
+    use: Use | None = None  # of a run
+
+    @classmethod
+    def find(cls, checkpoint: str, use: Use | None, base: str | None) -> Subject:
+        """checkpoint: output_dir of a run, a PEFT folder, or whatever Source.open takes. base: in the place of the one an adapter names."""
+        folder = Path(checkpoint).expanduser()
+        there: list[Use] = [name for name, file in _OF_A_RUN.items() if (folder / file).is_file()]
+        if there or (folder / "recipe.yaml").is_file():
+            return cls._of_run(checkpoint, folder.resolve(), there, use, base)
+        if use is not None:
+            raise ValueError(f"--use {use} is for the output_dir of a run; {checkpoint} is none, leave it out")
+        if (folder / CONFIG).is_file():
+            return cls(checkpoint, Source.open(base or _named_base(folder)), _checked(folder.resolve()))
+        if base:
+            raise ValueError(f"--model_name_or_path is the model under an adapter; {checkpoint} is none, leave it out")
+        return cls(checkpoint, Source.open(checkpoint))
+
+    @classmethod
+    def _of_run(cls, given: str, folder: Path, there: list[Use], use: Use | None, base: str | None) -> Subject:
+        if use is None and not there:
+            raise ValueError(f"{folder} holds neither merged/ nor adapter/: the run is not finished; --use base takes the model before it")
+        use = use or there[0]
+        if use != "base" and use not in there:
+            raise ValueError(f"{folder} has no {use}/; it has {' and '.join(f'{name}/' for name in there) or 'no result yet'}")
+        output = folder if (folder / "recipe.yaml").is_file() else None
+        if use == "merged":
+            return cls(given, Source.open(folder / "merged"), None, output, use)
+        if base is None:
+            base = _named_base(folder / "adapter") if "adapter" in there else _settings(folder)["model_name_or_path"]
+        return cls(given, Source.open(base), _checked(folder / "adapter") if use == "adapter" else None, output, use)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's folder may."""
+        tokenizer = AutoTokenizer.from_pretrained(self.source.path, trust_remote_code=False)
+        if self.use == "merged":
+            return tokenizer
+        folder = self.adapter or (self.output / "adapter" if self.output else None)
+        if folder is not None and (folder / TEMPLATE).is_file():
+            return with_template(tokenizer, str(folder / TEMPLATE))
+        return with_template(tokenizer, self.settings().get("data", {}).get("chat_template", ""))
+
+    def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.source.path, dtype=kind, device_map={"": device}, trust_remote_code=False, use_safetensors=True
+        )
+        if self.adapter is not None:
+            from peft import PeftModel
+
+            # the base model, with PEFT's layers in it: whoever is given it sees an ordinary model
+            model = PeftModel.from_pretrained(model, str(self.adapter)).get_base_model()
+        return model.eval()
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: which weights, so that another one under the same name can be told apart."""
+        found: dict[str, Any] = {"given": self.given, "model": self.source.name, "fingerprint": self.source.fingerprint}
+        if self.use is not None:
+            found["use"] = self.use
+        if self.adapter is not None:
+            found |= {"adapter": str(self.adapter), "adapter_sha256": file_sha256(self.adapter / WEIGHTS)}
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Of the run that made it."""
+        return _settings(self.output) if self.output else {}
+
+
+_OF_A_RUN: dict[Use, str] = {"merged": "merged/config.json", "adapter": f"adapter/{CONFIG}"}  # in the order in which they are taken
+
+
+def _settings(output: Path) -> dict[str, Any]:
+    file = output / "recipe.yaml"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not (isinstance(found, dict) and isinstance(found.get("data"), dict) and isinstance(found.get("model_name_or_path"), str)):
+        raise ValueError(f"{file} is not the recipe of a run; give the output_dir of one")
+    return found
+
+
+def _named_base(adapter: Path) -> str:
+    base = json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
+    return base
+
+
+def _checked(adapter: Path) -> Path:
+    """PEFT would read pickled weights where there are no others."""
+    if not (adapter / WEIGHTS).is_file():
+        raise ValueError(f"{adapter} has no {WEIGHTS}; pickled weights are not read, save it again with PEFT")
+    if (adapter / ALL).is_file():
+        raise ValueError(f"{adapter / WEIGHTS} was cut down and PEFT would leave out the rest; merge it (launch/merge.py) and give that")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('an adapter is loaded by peft, which is not installed: pip install "llm-lowrank[eval]"')
+    return adapter

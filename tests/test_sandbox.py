@@ -1,0 +1,188 @@
+"""The sandbox: only a program that reaches its end has passed, and what it tries on the way there is refused or ended.
+
+Where something is refused the program itself says so by passing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_lowrank import sandbox
+from llm_lowrank.sandbox import Outcome, run, run_all
+
+REFUSED = """
+def refused(attempt):
+    try:
+        attempt()
+    except PermissionError:
+        return
+    raise AssertionError(f"{attempt} was not refused")
+"""
+
+ENDINGS = {
+    "right": ("def f(x):\n    return x + 1\nassert f(1) == 2", "passed", ""),
+    "prints and threads": ("import threading\nt = threading.Thread(target=print, args=('hello',))\nt.start()\nt.join()", "passed", ""),
+    "asyncio": ("import asyncio\nasync def f():\n    return 1\nassert asyncio.run(f()) == 1", "passed", ""),
+    "looks itself up": ("import dataclasses, sys\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\n"
+                        "assert sys.modules[A.__module__].A is A and __name__ == '__main__'", "passed", ""),
+    "a thread that never ends": ("import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()", "passed", ""),
+    "wrong": ("assert 1 + 1 == 3, 'no'", "failed", "AssertionError: no$"),
+    "no Python": ("def f(:", "failed", "SyntaxError"),
+    "sys.exit before the checks": ("import sys\nsys.exit(0)\nassert False", "failed", "SystemExit: 0$"),
+    "os._exit before the checks": ("import os\nos._exit(0)\nassert False", "failed", "exit code 0 before its end"),
+    "says that it is ready": ("import os\nfor fd in map(int, os.listdir('/proc/self/fd')):\n    try:\n        os.write(fd, b'ready\\n')\n"
+                              "    except OSError:\n        pass\nos._exit(0)", "failed", ""),
+    "reads": ("input()", "failed", "EOFError"),
+    "crashes": ("import ctypes\nctypes.string_at(0)", "failed", "killed by SIGSEGV"),
+    "memory": ("x = []\nwhile True:\n    x.append(bytearray(2**24))", "failed", "MemoryError"),
+    "floods": ("while True:\n    print('x' * 10000)", "failed", "File too large"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_only_a_program_that_reaches_its_end_has_passed(case):
+    code, status, message = ENDINGS[case]
+    found = run(code)
+    assert found.status == status and re.search(message, found.message), found
+    assert len(found.message) <= sandbox.SHOWN and found.passed == (status == "passed")
+
+
+@pytest.mark.parametrize("code", ["while True:\n    pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(100)"])
+def test_an_endless_program_is_killed(tmp_path, code):
+    began = time.monotonic()
+    found = run(f"import os, signal, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{code}", timeout=1.5)
+    assert found == Outcome("timed out", "killed after 1.5 s") and time.monotonic() - began < 10
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+def test_it_starts_nothing_and_signals_nobody():
+    """So there is no child that could outlive it."""
+    ways = ["os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])",
+            "subprocess.Popen(['/bin/true'], start_new_session=True)", "multiprocessing.Process(target=print).start()",
+            "os.kill(os.getppid(), 0)", "os.kill(1, 0)"]  # fmt: skip
+    attempts = [f"refused(lambda: {way})" for way in ways]
+    code = "\n".join(["import multiprocessing, os, signal, subprocess", REFUSED, *attempts, "assert os.system('true') != 0"])
+    assert run(code) == Outcome("passed")
+    assert run("import os\nos.kill(os.getpid(), 15)") == Outcome("failed", "killed by SIGTERM")  # itself it may
+
+
+KNOCK = """
+import socket
+def knock():
+    with socket.create_connection(("127.0.0.1", {port}), timeout=5):
+        pass
+def knock_local():
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect({path!r})
+"""
+
+
+def test_it_has_no_network(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(tmp_path / "local"))
+        local.listen()
+        knock = KNOCK.format(port=server.getsockname()[1], path=str(tmp_path / "local"))
+        assert run(f"{knock}{REFUSED}refused(knock)\nrefused(knock_local)") == Outcome("passed")
+        for listening in (server, local):
+            listening.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                listening.accept()
+        subprocess.run([sys.executable, "-c", f"{knock}\nknock()\nknock_local()"], check=True, timeout=60)
+        for listening in (server, local):
+            listening.accept()[0].close()
+
+
+def test_other_ways_to_the_network_are_closed():
+    calls = ["socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+             "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"]  # fmt: skip
+    numbers = [425] + ([41 | 0x40000000] if platform.machine() == "x86_64" else [])  # io_uring_setup; socket by its x32 number
+    raw = f"""
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {numbers}:
+    assert libc.syscall(number, 2, 1, 0) == -1 and ctypes.get_errno() == {errno.EPERM}
+"""
+    assert run("\n".join(["import ctypes, socket", REFUSED, *(f"refused(lambda: {call})" for call in calls), raw])) == Outcome("passed")
+
+
+def test_big_files_are_refused(tmp_path):
+    file = tmp_path / "big"
+    found = run(f"f = open({str(file)!r}, 'wb', buffering=0)\nwhile True:\n    f.write(b'0' * 2**16)")
+    assert found.status == "failed" and "File too large" in found.message and file.stat().st_size == sandbox.FILE
+
+
+def test_it_sees_no_environment_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = f"import os, sys\nopen({str(tmp_path / 'cwd')!r}, 'w').write(os.getcwd())\nopen('left', 'w').close()\n"
+    assert run(code + f"assert 'A_SECRET' not in os.environ and {str(tmp_path)!r} not in sys.path and sys.argv == ['program.py']").passed
+    assert not Path((tmp_path / "cwd").read_text()).exists()
+
+
+def test_where_it_cannot_be_held_back_nothing_is_run(tmp_path, monkeypatch):
+    other = (sandbox.PROGRAM.read_text()).replace('"x86_64": NEW', '"vax": NEW').replace('"aarch64": NEW', '"pdp11": NEW')
+    (tmp_path / "sandbox.py").write_text(other)
+    monkeypatch.setattr(sandbox, "PROGRAM", tmp_path / "sandbox.py")
+    with pytest.raises(OSError, match=f"was not run: .*written for vax and pdp11, not for {platform.machine()}"):
+        run(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_several_run_at_once_and_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    meet = "import os, time\nopen({mine!r}, 'w').close()\nwhile not os.path.exists({other!r}):\n    time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    found = run_all([meet.format(mine=a, other=b), meet.format(mine=b, other=a), "assert False", "pass"])
+    assert [outcome.passed for outcome in found] == [True, True, False, True]
+
+
+# The filter, read as the kernel reads it: also for the machine that this one is not.
+
+
+def answer(instructions: bytes, arch: int, number: int, *arguments: int) -> int:
+    data = struct.pack("=IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    lines, at, held = [struct.unpack_from("=HBBI", instructions, 8 * k) for k in range(len(instructions) // 8)], 0, 0
+    while True:
+        code, yes, no, value = lines[at]
+        at += 1
+        if code == 0x06:
+            return value
+        if code == 0x20:
+            (held,) = struct.unpack_from("=I", data, value)
+        elif code == 0x54:
+            held &= value
+        else:
+            at += yes if {0x15: held == value, 0x35: held >= value, 0x45: bool(held & value)}[code] else no
+
+
+EPERM, ENOSYS = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS))
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_refuses_what_it_names(machine):
+    numbers, arch, pid = sandbox.NUMBERS[machine], sandbox.ARCH[machine], 4711
+    instructions = sandbox.filter_of(machine, pid)
+    for name, number in numbers.items():
+        expected = ENOSYS if name == "clone3" else EPERM
+        assert answer(instructions, arch, number) == expected, name
+        assert answer(instructions, arch ^ 1, number) == sandbox.KILL
+    allowed = set(range(450)) - set(numbers.values())
+    assert all(answer(instructions, arch, number) == sandbox.ALLOW for number in allowed)
+    assert answer(instructions, arch, numbers["clone"], 0x3D0F00) == sandbox.ALLOW  # the C library's flags of a thread
+    assert answer(instructions, arch, numbers["clone"], 0x4111) == EPERM  # and of vfork
+    for name in ("kill", "tgkill"):
+        assert answer(instructions, arch, numbers[name], pid, 9) == sandbox.ALLOW
+        assert answer(instructions, arch, numbers[name], pid + 1, 9) == EPERM
+    assert answer(instructions, arch, numbers["socketpair"], 1, 1 | 0x80000) == sandbox.ALLOW  # SOCK_STREAM | SOCK_CLOEXEC
+    assert answer(instructions, arch, numbers["socketpair"], 1, 2) == EPERM
+    assert (answer(instructions, arch, 0x40000000 | 41) == EPERM) == (machine == "x86_64")
