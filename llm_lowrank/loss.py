@@ -12,7 +12,7 @@ them in blocks of at most BLOCK logits, which are dropped at once. What the mode
 
 It is still one call of the layer's module by the model's own forward, so that the hooks of ZeRO-3 and FSDP2 gather its weight as always, on
 every rank, trained positions or not; within the call only the layer's own forward is used, so that it may be coded or adapted in any way
-that takes rows one by one. A fused kernel (Liger's) takes the bare weight of a plain linear instead, as one tensor, and runs on a GPU only.
+that takes rows one by one. A fused kernel (Liger's) takes the bare weight of a plain linear instead, as one tensor, and needs Triton.
 torch.nn.functional.linear_cross_entropy takes a bare weight too, returns the sum in bfloat16 for a bfloat16 x, and on CPUs makes a
 float32 copy of the weight for it.
 

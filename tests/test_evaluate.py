@@ -292,7 +292,9 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
     with pytest.raises(ValueError, match="no task is named 'held-out'; close to it: held_out"):
         made("held-out")
     (tasks / "mine.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["colours", {"task": "humaneval_instruct"}]}))
-    for name in ("humaneval", "humaneval_plus", "mine"):
+    sneaky = yaml.safe_load((tasks / "colours.yaml").read_text()) | {"task": "sneaky", "tag": "sneaks", "unsafe_code": True}
+    (tasks / "sneaky.yaml").write_text(yaml.safe_dump(sneaky))
+    for name in ("humaneval", "humaneval_plus", "mine", "sneaks"):
         with pytest.raises(ValueError, match=f"{name}: lm-eval runs the programs .* give --allow_code_execution"):
             made(name)
     settings = (tasks / "colours.yaml").read_text().replace("task: colours", "task: missing")
@@ -302,7 +304,8 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
     with pytest.raises(ValueError, match="no chat template"):
         made("colours", apply_chat_template=True)
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"  # also for a task that does not say that it runs code
-    made("colours", allow_code_execution=True)
+    (of_tag,) = made("sneaks", allow_code_execution=True)
+    assert [task.task_name for task in of_tag.tasks] == ["sneaky"]
     assert os.environ.pop("HF_ALLOW_CODE_EVAL") == "1"
 
 

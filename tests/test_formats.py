@@ -235,6 +235,11 @@ WILD = {  # rows with the columns that the publishers give
 }  # fmt: skip
 
 
+def test_a_preset_that_is_misspelt_gets_a_hint():
+    with pytest.raises(ValueError, match="cannot read metamathqq, .*did you mean 'metamathqa'"):
+        loaded("metamathqq")
+
+
 def test_every_preset_is_an_answer_to_settings():
     assert set(PRESETS) == set(WILD) == set(Data.__dataclass_fields__["preset"].type.__args__) - {"none"}
     assert all(preset.format in FORMATS and preset.style in FRAMES for preset in PRESETS.values())

@@ -89,8 +89,6 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         raise ValueError(f"data.dataset: {name} is not a {', '.join(FILE_KINDS)} file; convert it to one of them")
     elif path.suffix in FILE_KINDS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"data.dataset: no such file or folder: {name}")
-    elif "/" not in name:
-        raise ValueError(f"data.dataset: {name} is no file, preset or hub name (owner/name){hint(name, [*PRESETS, STDLIB_CODE])}")
     else:
         arguments = {"path": name}
     if streaming:
@@ -102,7 +100,8 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = next(filter(None, map(_broken_line, _files(path))), "")
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"data.dataset: cannot read {name}, split {split!r}: {where or reason}") from error
+        meant = hint(name, [*PRESETS, STDLIB_CODE]) if not path.exists() else ""
+        raise ValueError(f"data.dataset: cannot read {name}, split {split!r}: {where or reason}{meant}") from error
 
 
 def _check_text(name: str, rows: Any, column: str) -> None:
