@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -392,6 +395,31 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     assert fingerprint() != first and len(made) == 5
     write_jsonl(path, rows)
     assert fingerprint() == first and len(made) == 5
+
+
+def test_one_process_of_a_node_makes_the_tokens_while_the_others_wait(tmp_path, monkeypatch):
+    from llm_lowrank.data import corpus as module
+
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{k}", "completion": "c"} for k in range(6)])
+    made, begun, go_on = [], threading.Event(), threading.Event()
+    real = module._mapped
+
+    def slow(part, options, at):
+        made.append(part.name)
+        begun.set()
+        assert go_on.wait(60)
+        return real(part, options, at)
+
+    monkeypatch.setattr(module, "_mapped", slow)
+    with ThreadPoolExecutor(2) as ranks:  # a lock of a file keeps two who opened it apart, in one process as in two
+        first = ranks.submit(loaded, path)
+        assert begun.wait(60)
+        second = ranks.submit(loaded, path)
+        time.sleep(0.3)
+        assert not second.done() and len(made) == 1
+        go_on.set()
+        fingerprints = {rank.result(60)[1].fingerprint for rank in (first, second)}
+    assert len(fingerprints) == len(made) == 1
 
 
 def test_a_cache_that_was_cut_off_is_made_again(tmp_path, monkeypatch):

@@ -168,12 +168,12 @@ def test_answers_are_drawn_as_the_model_says(model, tokenizer):
 
 
 def test_blanks_at_the_beginning_of_an_answer_stay():
-    """sentencepiece: a token of a word carries the blank before it, and decoding drops the first one."""
+    """sentencepiece: a token carries the blanks before its word, and decoding drops those of the first one."""
     words = ["\u2581def", "\u2581\u2581\u2581", "\u2581return", "<unk>"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert fast.decode([1, 2]) == "   return"[1:].replace("  return", " return") or fast.decode([1, 2]).count(" ") < 4
+    assert fast.decode([1, 2]) == " return"
     assert _continuation(fast, [0], [1, 2]) == "    return"
 
 

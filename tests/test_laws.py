@@ -89,8 +89,8 @@ def takes_pairs(method: str) -> bool:
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
-    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's: those run with -m wide."""
-    wide = [cell[0] == "lora" and cell[1:3] not in FEWER for cell in cells]
+    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, and nf4's for int8's: those run with -m wide."""
+    wide = [(cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER for cell in cells]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
     return pytest.mark.parametrize("cell", marked, ids=["-".join(map(str, cell)) for cell in cells])
 
