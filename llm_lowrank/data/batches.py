@@ -5,6 +5,7 @@ at 0: transformers makes the attention of every kernel end there when it gets `p
 """
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
@@ -48,19 +49,25 @@ class MicroBatch(NamedTuple):
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices in rows whose lengths add up to `capacity` at most: the longest first, each into the fullest row that has room for it."""
     rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (room left, row), sorted
+    with_room: dict[int, list[int]] = defaultdict(list)  # room left -> rows
+    rooms: list[int] = []  # those that any row has, sorted
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
         assert 0 < length <= capacity, (index, length, capacity)
-        at = bisect_left(spaces, (length, -1))
-        if at < len(spaces):
-            room, row = spaces.pop(at)
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at]
         else:
             room, row = capacity, len(rows)
             rows.append([])
         rows[row].append(index)
-        if room > length:
-            insort(spaces, (room - length, row))
+        if left := room - length:
+            if not with_room[left]:
+                insort(rooms, left)
+            with_room[left].append(row)
     return rows
 
 
@@ -105,6 +112,7 @@ class Batches:
         self.packs = best_fit(self.lengths.tolist(), pack) if pack else None
         self.rows = len(self.packs) if self.packs else len(examples)
         self.trained = np.array([trained[row].sum() for row in self.packs]) if self.packs else trained
+        self.ordered: tuple[int, np.ndarray] | None = None  # of an epoch, grouped by length
         self.global_batch = per_device * accumulation * world
         self.steps_per_epoch = ceil(self.rows / self.global_batch)
         self.total_steps = ceil(epochs * self.steps_per_epoch)
@@ -120,8 +128,11 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray:
         if not self.grouped:
             return _permutation(self.rows, self.seed, epoch)
-        drawn = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, epoch]).integers(2**62)))
-        return np.array(get_length_grouped_indices(self.lengths.tolist(), self.global_batch, generator=drawn))
+        if self.ordered is None or self.ordered[0] != epoch:
+            drawn = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, epoch]).integers(2**62)))
+            indices = get_length_grouped_indices(self.lengths.tolist(), self.global_batch, generator=drawn)
+            self.ordered = epoch, np.array(indices)
+        return self.ordered[1]
 
     def _collate(self, part: list[int], tokens: int) -> MicroBatch:
         members = [self.packs[row] if self.packs else [row] for row in part]
