@@ -43,10 +43,12 @@ def answer(
     # all tokens are drawn from: transformers' own default keeps the 50 most likely ones
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    answers: list[str] = []
+    order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))  # little padding; the longest show first
+    answers = [""] * len(questions)
     with _evaluating(model):
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
-            prompts = [question.prompt_ids for question in questions[start : start + batch_size]]
+            batch = order[start : start + batch_size]
+            prompts = [questions[index].prompt_ids for index in batch]
             longest = max(len(prompt) for prompt in prompts)
             missing = [longest - len(prompt) for prompt in prompts]  # on the left, so that all answers start at one position
             input_ids = [[filler] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
@@ -63,7 +65,8 @@ def answer(
                 synced_gpus=synced,
             )
             new = output[:, longest:].tolist()
-            answers += [_cut(_continuation(tokenizer, *both), stops) for both in zip(prompts, new, strict=True)]
+            for index, prompt, tokens in zip(batch, prompts, new, strict=True):
+                answers[index] = _cut(_continuation(tokenizer, prompt, tokens), stops)
     return answers
 
 
