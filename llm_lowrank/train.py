@@ -23,7 +23,7 @@ from tqdm import tqdm
 from llm_lowrank import checkpoint, export, loading
 from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.checkpoint import Checkpoint
-from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, StreamBatches, load, pad_id, training_batches, with_template
+from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, Stream, StreamBatches, load, pad_id, training_batches, with_template
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
@@ -251,8 +251,9 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                     raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
 
         saving.finish()
-        if recipe.data.streaming and run.corpus.dropped:
-            say(f"left out of the stream: {run.corpus.dropped}")
+        if isinstance(run.corpus.train, Stream):
+            cut, dropped = run.corpus.train.truncated, dict(run.corpus.dropped)
+            say(f"of the stream, as far as it was read: {cut} examples truncated, dropped {dropped or 'none'}")
         engine.at("the evaluation after training")
         after = evaluate(recipe, engine, run, model, total, metrics)
         for question, answer, expected, score in after.samples[:SAMPLES]:
@@ -374,12 +375,13 @@ def checked(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tupl
     check_same_run(recipe, found.state["recipe"], found.path)
     if found.state["base"] != source.fingerprint:
         raise ValueError(f"{found.path} was written over another model than the one that is in {source.path} now")
-    if found.state["data"] | {"data": ""} == facts | {"data": ""}:
-        if found.state["data"] != facts:
-            raise ValueError(f"{found.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since then")
-    else:
+    saved = found.state["data"]
+    other = {name for name in facts.keys() | saved.keys() if facts.get(name) != saved.get(name)}
+    if other == {"data"}:
+        raise ValueError(f"{found.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since then")
+    if other:
         raise ValueError(
-            f"{found.path} was written by a run with {found.state['data']}, now it is {facts}; set per_device_train_batch_size and "
+            f"{found.path} was written by a run with {saved}, now it is {facts}; set per_device_train_batch_size and "
             "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same data"
         )
     return found, [*notes, f"going on from {found.path}: {found.step} of {facts['total_steps']} steps are done"]

@@ -86,6 +86,22 @@ def test_plain_text_is_trained_whole(tmp_path):
     assert answers(tokenizer, corpus.train) == texts(tokenizer, corpus.train)
 
 
+@pytest.mark.parametrize("setting", [{"system": "be kind"}, {"prompt_style": "alpaca"}, {"train_on": "last"}])
+def test_settings_of_conversations_are_refused_beside_plain_text_not_ignored(tmp_path, setting):
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "one"}] * 3)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=f"data.{next(iter(setting))} is for questions and answers and .* is plain text"):
+            loaded(path, streaming=streaming, **setting)
+
+
+def test_settings_that_another_one_would_ignore_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="data.prompt_style: alpaca would ignore data.chat_template"):
+        Data("a.jsonl", prompt_style="alpaca", chat_template="mine.jinja")
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([WILD["alpaca"]]))
+    with pytest.raises(ValueError, match="data.preset is for local copies and alpaca names its own"):
+        loaded("alpaca", preset="metamathqa")
+
+
 def test_a_system_prompt_goes_where_none_is(tmp_path):
     path = write_jsonl(tmp_path / "share.jsonl", SHAREGPT)
     tokenizer, corpus = loaded(path, system="be kind")

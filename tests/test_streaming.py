@@ -56,6 +56,15 @@ def test_the_global_batch_does_not_depend_on_the_hardware(path, split, t):
     assert {micro.tokens for micro in micros} == {int((whole.labels != IGNORE).sum())}
 
 
+def test_what_is_cut_and_what_is_left_out_before_training_begins_counts_too(tmp_path):
+    rows = [{"prompt": "q0", "completion": ""}, *({"prompt": f"q{k}", "completion": "long" * k} for k in range(1, 20))]
+    data = stream(write_jsonl(tmp_path / "a.jsonl", rows), max_length=60)
+    assert data.dropped == {"the answer is empty": 1} and len(data.held_out) == 5
+    list(islice(data.examples(), 14))
+    lengths = [len("<s>user\nq1<e>\n<s>assistant\n<e>\n") - 4 * 2 + len(row["prompt"]) - 2 + len(row["completion"]) for row in rows[1:]]
+    assert data.truncated == sum(length > 60 for length in lengths) > 5
+
+
 def test_a_corpus_of_a_stream(path):
     settings = Data(path, streaming=True, held_out=5, bad_rows="drop")
     corpus = load(settings, byte_tokenizer(CHATML), 3)

@@ -26,7 +26,7 @@ from llm_lowrank.data import encoding, formats, rows
 from llm_lowrank.data.encoding import encode_prompt, style_of
 from llm_lowrank.data.rows import Example, encode_row, row_options
 from llm_lowrank.data.settings import Data
-from llm_lowrank.data.sources import Part, check, read
+from llm_lowrank.data.sources import Part, check, check_read, read
 from llm_lowrank.data.streaming import Stream
 from llm_lowrank.files import cache_dir, sync, write_json
 
@@ -101,13 +101,15 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
     for part in parts:
         if not len(part.rows):
             raise ValueError(f"{part.name} is empty: it has no row to train on")
+    check_read(settings, parts)
     styles = [style_of(tokenizer, settings.prompt_style, part.style) for part in parts]
     tables = [encoded(part, settings, tokenizer, style) for part, style in zip(parts, styles, strict=True)]
-    dropped = _unusable(settings, parts, [table["problem"][:] for table, _ in tables])
+    problems = [table["problem"][:] for table, _ in tables]
+    dropped = _unusable(settings, parts, problems)
 
     everything = datasets.concatenate_datasets([table for table, _ in tables]) if len(tables) > 1 else tables[0][0]
     numbers = everything.select_columns(["trained", "truncated"]).with_format("numpy")
-    good = np.array([not text for text in everything["problem"][:]])
+    good = np.array([not text for texts in problems for text in texts])
     usable, cut = good & (numbers["trained"][:] > 0), numbers["truncated"][:]
     keys = everything["key"][:]
     train, held_out = _split(keys, usable, settings.held_out, seed, grouped=any(part.group for part in parts))
@@ -175,7 +177,7 @@ def _digest(table: datasets.Dataset) -> str:
 @cache
 def _rules() -> list[str]:
     """What else decides the tokens: the code that makes them."""
-    files = [*(Path(module.__file__ or "") for module in (encoding, formats, rows))]
+    files = (Path(module.__file__ or "") for module in (encoding, formats, rows))
     return [transformers.__version__, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
 

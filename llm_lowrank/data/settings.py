@@ -53,6 +53,8 @@ class Data:
             raise ValueError(f"data.weights={self.weights}: must be above 0; leave a dataset out of data.dataset instead")
         if self.packing and self.group_by_length:
             raise ValueError("data.group_by_length: packed rows are all of one length; remove it or data.packing")
+        if self.chat_template and self.prompt_style not in ("auto", "chat"):
+            raise ValueError(f"data.prompt_style: {self.prompt_style} would ignore data.chat_template; remove one of them")
         if not all(self.names):
             raise ValueError(f"data.dataset: {self.dataset!r} has an empty name")
         if self.streaming:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,16 @@ def check(settings: Data) -> None:
         for name in names:
             if not any(used) and getattr(settings, name) != getattr(plain, name):
                 raise ValueError(f"data.{name} is for {kind} only and {settings.dataset} would ignore it; remove it")
+
+
+def check_read(settings: Data, parts: Sequence[Part]) -> None:
+    """ValueError for a setting that the formats and names, once they are known, would ignore."""
+    if all(part.format == "text" for part in parts):
+        for name in ("system", "prompt_style", "train_on", "chat_template"):
+            if getattr(settings, name) != getattr(Data, name):
+                raise ValueError(f"data.{name} is for questions and answers and {settings.dataset} is plain text; remove it")
+    if settings.preset != "none" and all(part.name in PRESETS for part in parts):
+        raise ValueError(f"data.preset is for local copies and {settings.dataset} names its own; remove it")
 
 
 def hint(word: str, known: Any) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_lowrank.data.encoding import style_of
 from llm_lowrank.data.rows import Example, encode_row, row_options
 from llm_lowrank.data.settings import Data
-from llm_lowrank.data.sources import read
+from llm_lowrank.data.sources import check_read, read
 
 BUFFER = 10_000  # rows that are shuffled at a time
 ENOUGH = 1000  # rows in a row that cannot be used: then it is not this one row
@@ -26,9 +26,11 @@ class Stream:
     def __init__(self, settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.part = read(settings.names[0], settings, seed)
+        check_read(settings, [self.part])
         self.style = style_of(tokenizer, settings.prompt_style, self.part.style)
         self.options = row_options(self.part, settings, tokenizer, self.style)
-        self.dropped: Counter[str] = Counter()  # in the epochs read so far
+        self.dropped: Counter[str] = Counter()  # of what was read so far
+        self.truncated = 0  # examples cut to max_length, of what was read so far
         self.held_out: list[Example] = []
         self.held_keys: set[str] = set()
         self.skipped = 0  # rows at the beginning that training never sees
@@ -41,7 +43,6 @@ class Stream:
                 self.held_out.append(_example(encoded))
         if len(self.held_out) < settings.held_out:
             raise ValueError(f"{self.part.name}: data.held_out={settings.held_out} is more than the distinct examples in the stream")
-        self.dropped.clear()
 
     def examples(self) -> Iterator[Example]:
         """For ever, in another order each epoch."""
@@ -70,6 +71,7 @@ class Stream:
                 )
             if not reason:
                 in_a_row = 0
+                self.truncated += encoded["truncated"]
                 yield {**encoded, "number": number}
                 continue
             self.dropped[reason] += 1
