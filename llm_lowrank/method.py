@@ -81,9 +81,9 @@ class Method(draccus.ChoiceRegistry):
         return [rate(step)]
 
     @property
-    def tells_samples_apart(self) -> bool:
-        """Whether samples of one row would have to be told apart in the forward: then they cannot be packed."""
-        return False
+    def tells_samples_apart(self) -> str:
+        """The setting that would have to tell samples of one row apart in the forward: with it they cannot be packed. Empty: none."""
+        return ""
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         """Before the forward of every micro-batch: the 0-based step and the number of each sample in it. Local.

@@ -283,8 +283,8 @@ def validate(recipe: Recipe) -> None:
     if recipe.attn_implementation == "flash_attention_2" and (lacking := _flash_lacks(recipe)):
         install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
         errors.append(f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa")
-    if recipe.data.packing and recipe.method.tells_samples_apart:
-        errors.append("data.packing: true puts several samples into a row, where method.mask: sample cannot tell them apart; use token")
+    if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
+        errors.append(f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one of them")
     if recipe.data.streaming and recipe.max_steps < 1:
         errors.append("data.streaming: how long the data is cannot be known; set max_steps")
     if recipe.optim == "lion" and recipe.adam_epsilon != Recipe.adam_epsilon:

@@ -9,7 +9,7 @@ write them while the others wait. Their own digest goes into the run's checkpoin
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
@@ -237,15 +237,20 @@ def _weighted(train: list[int], sizes: Sequence[int], weights: Sequence[float], 
     return taken
 
 
+def questions_of(part: Part, rows: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, system: str) -> list[Question]:
+    """Rows whose answers can be scored, as questions."""
+    asked = [(part.rows[row]["prompt"], *part.answers[row]) for row in rows]
+    return [Question(encode_prompt(tokenizer, text, style, system), text, score, answer) for text, answer, score in asked]
+
+
 def _questions(
     parts: Sequence[Part], styles: Sequence[str], held_out: Sequence[int], settings: Data, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
     """The held-out examples whose answers can be scored."""
-    found, start = [], 0
+    found: list[Question] = []
+    start = 0
     for part, style in zip(parts, styles, strict=True):
-        for index in held_out:
-            if part.answers and start <= index < start + len(part.rows):
-                text, (answer, score) = part.rows[index - start]["prompt"], part.answers[index - start]
-                found.append(Question(encode_prompt(tokenizer, text, style, settings.system), text, score, answer))
+        mine = [index - start for index in held_out if part.answers and start <= index < start + len(part.rows)]
+        found += questions_of(part, mine, tokenizer, style, settings.system)
         start += len(part.rows)
     return found

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data.formats import TEXT, Turn
@@ -210,14 +209,6 @@ def _cut_at_answers(
 
 def _piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
-def problem(error: Exception) -> str:
-    """Why a row cannot be used, in one line."""
-    return " ".join(str(error).split())
-
-
-UNUSABLE = (ValueError, TemplateError)  # what encoding a row may raise
 
 
 def _whole(turn: Turn) -> str:

@@ -4,9 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llm_lowrank.data.encoding import IGNORE, UNUSABLE, encode, problem
+from llm_lowrank.data.encoding import IGNORE, encode
 from llm_lowrank.data.formats import Turn, read
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import Part
@@ -35,8 +36,9 @@ def encode_row(
         ids, trained = encode(tokenizer, turns, style, train_on)
         if not any(trained[1:]):
             raise ValueError("the example has no completion token to train on; check the chat template or remove the row")
-    except UNUSABLE as error:
-        return {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "problem": problem(error), "key": ""}
+    except (ValueError, TemplateError) as error:
+        why = " ".join(str(error).split())
+        return {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "problem": why, "key": ""}
     asked = str(row[group]) if group else "\0".join(f"{turn.content}\0{turn.context}" for turn in turns[:-1] or turns)
     ids, trained, truncated = ids[:max_length], trained[:max_length], len(ids) > max_length
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.data import Data, Example, Question, encode_prompt, load, pad_id
+from llm_lowrank.data import Data, Example, Question, load, pad_id
+from llm_lowrank.data.corpus import questions_of
 from llm_lowrank.data.sources import REASONING_GYM, read
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.task import Found, Metrics
@@ -68,10 +69,7 @@ class ReasoningGym:
         max_new_tokens: int, batch_size: int,
     ) -> ReasoningGym:  # fmt: skip
         part = read(name, Data(dataset=name, size=size, held_out=0, task=settings), random.Random(f"evaluation {seed}").getrandbits(31))
-        questions = [
-            Question(encode_prompt(tokenizer, text, style, system), text, score, answer)
-            for text, (answer, score) in zip(part.rows["prompt"][:], part.answers, strict=True)
-        ]
+        questions = questions_of(part, range(len(part.rows)), tokenizer, style, system)
         return cls(name, tokenizer, questions, max_new_tokens, batch_size)
 
     def run(self, model: PreTrainedModel) -> Found:

@@ -110,8 +110,8 @@ class DropLoRA(LoRA):
             measure(adapters, engine)
 
     @property
-    def tells_samples_apart(self) -> bool:
-        return self.mask == "sample"
+    def tells_samples_apart(self) -> str:
+        return "method.mask: sample" if self.mask == "sample" else ""
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         for adapter in adapters:
