@@ -19,7 +19,7 @@ from llm_lowrank.engines.plain import Plain
 from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.packing import check_apart
-from llm_lowrank.train import summed_loss
+from llm_lowrank.train import Seen, summed_loss
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -146,6 +146,16 @@ def test_flat_rows_are_the_same_examples_in_one_row():
     assert inputs["input_ids"].shape == inputs["position_ids"].shape == labels.shape == (1, micro.input_ids.numel())
     at = inputs["position_ids"][0] == 0
     assert (labels[0][at] == IGNORE).all()  # nothing is predicted from the example, or the row, before
+
+
+def test_tokens_per_second_count_no_padding():
+    data = examples(9)
+    for pack in (0, 20):
+        seen, batches = Seen(), Batches(data, 4, 1, 0, 1, 0, 0, 1, pack)  # the last batch is filled up
+        for t in range(batches.total_steps):
+            for micro in batches.step(t):
+                seen.add(torch.tensor(1.0), micro)
+        assert seen.tokens == sum(len(example.input_ids) for example in data)
 
 
 # Batches of about one length.
