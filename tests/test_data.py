@@ -18,11 +18,13 @@ from llm_lowrank.data import (
     Batches,
     Data,
     Example,
+    Turn,
+    encode,
     encode_messages,
-    encode_pair,
     encode_prompt,
     load,
     pad_id,
+    style_of,
 )
 
 CHATML = (
@@ -69,6 +71,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 
 def pairs(count: int) -> list[dict]:
     return [{"prompt": f"question {k}", "completion": f"answer {k}"} for k in range(count)]
+
+
+def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+    return encode(tokenizer, [Turn("user", prompt), Turn("assistant", completion)], style_of(tokenizer))
 
 
 def trained_text(tokenizer, ids, trained) -> str:

@@ -14,21 +14,20 @@ from llm_lowrank.data.batches import Batches, MicroBatch, StreamBatches, best_fi
 from llm_lowrank.data.corpus import Corpus, Encoded, Question, load
 from llm_lowrank.data.encoding import (
     IGNORE,
+    encode,
     encode_messages,
-    encode_pair,
     encode_prompt,
-    encode_text,
     pad_id,
     style_of,
     with_template,
 )
-from llm_lowrank.data.formats import FORMATS, PRESETS
+from llm_lowrank.data.formats import FORMATS, PRESETS, Turn
 from llm_lowrank.data.rows import Example
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.streaming import Stream
 
 __all__ = [
     "FORMATS", "IGNORE", "PRESETS", "Batches", "Corpus", "Data", "Encoded", "Example", "MicroBatch", "Question", "Stream", "StreamBatches",
-    "best_fit", "collate", "encode_messages", "encode_pair", "encode_prompt", "encode_text", "load", "pad_id", "style_of",
+    "Turn", "best_fit", "collate", "encode", "encode_messages", "encode_prompt", "load", "pad_id", "style_of",
     "training_batches", "with_template",
 ]  # fmt: skip

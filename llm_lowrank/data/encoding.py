@@ -119,14 +119,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str = 
     return _plain(tokenizer, FRAMES[style].prompt(prompt, system=system))
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, style: str = "auto") -> tuple[list[int], list[bool]]:
-    """A user turn and an assistant turn; without a chat template prompt + completion + eos."""
-    style = style_of(tokenizer, style)
-    if style == CHAT:
-        return encode_messages(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
-    return _framed(tokenizer, FRAMES[style].prompt(prompt), completion)
-
-
 def _framed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
     """prompt + completion + eos."""
     if not completion.strip():
