@@ -23,17 +23,14 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
-    from transformers import AutoTokenizer
-
-    from llm_lowrank.data import Stream, load, with_template
+    from llm_lowrank.data import Stream
     from llm_lowrank.dry_run import model_folder
-    from llm_lowrank.recipe import parse
+    from llm_lowrank.recipe import parse, read_data
 
     try:
         recipe = parse(rest)
         folder = model_folder(recipe.model_name_or_path)
-        tokenizer = with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), recipe.data.chat_template)
-        corpus = load(recipe.data, tokenizer, recipe.seed)
+        tokenizer, corpus, _ = read_data(recipe, folder, 0, 1)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer
 
 from llm_lowrank.adapter import Adapter
-from llm_lowrank.data import load, pad_id, training_batches, with_template
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
 from llm_lowrank.method import Method
-from llm_lowrank.recipe import Recipe, adapted, attention, deepspeed_config, dump, occupied, optimization
+from llm_lowrank.recipe import Recipe, adapted, attention, deepspeed_config, dump, occupied, optimization, read_data
 from llm_lowrank.source import DEMO, Source
 
 GIB = 2**30
@@ -127,12 +125,7 @@ def total_steps(recipe: Recipe, folder: str, world: int) -> int:
     """max_steps, or what num_train_epochs of the data take: then the data is loaded and tokenized."""
     if recipe.max_steps > 0:
         return recipe.max_steps
-    tokenizer = with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), recipe.data.chat_template)
-    corpus = load(recipe.data, tokenizer, recipe.seed)
-    return training_batches(
-        corpus, recipe.data, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, 0, world, recipe.seed,
-        pad_id(tokenizer), recipe.num_train_epochs,
-    ).total_steps  # fmt: skip
+    return read_data(recipe, folder, 0, world)[2].total_steps
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------------

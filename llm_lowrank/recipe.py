@@ -15,13 +15,13 @@ from typing import Any, Literal
 import draccus
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapter import Adapter
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.command_line import RecipeError, help_text, read
-from llm_lowrank.data import Data
+from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load, pad_id, tokenizer_of, training_batches
 from llm_lowrank.engines.base import TIMEOUT, Optimization
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
@@ -30,8 +30,8 @@ from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.srlora import SRLoRA
 
 __all__ = [
-    "Recipe", "RecipeError", "adapted", "attention", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse", "save",
-    "validate",
+    "Recipe", "RecipeError", "adapted", "attention", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse",
+    "read_data", "save", "validate",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[1]  # holds ds_configs/ in a checkout
@@ -234,6 +234,17 @@ def _flash_lacks(recipe: Recipe) -> list[str]:
     elif not is_flash_attn_2_available():
         lacking.append("flash-attn")
     return lacking
+
+
+def read_data(recipe: Recipe, folder: str | Path, rank: int, world: int) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
+    """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it."""
+    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
+    corpus = load(recipe.data, tokenizer, recipe.seed)
+    batches = training_batches(
+        corpus, recipe.data, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, rank, world, recipe.seed,
+        pad_id(tokenizer), recipe.num_train_epochs,
+    )  # fmt: skip
+    return tokenizer, corpus, batches
 
 
 def deepspeed_config(recipe: Recipe) -> Path:

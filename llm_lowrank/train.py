@@ -23,7 +23,7 @@ from tqdm import tqdm
 from llm_lowrank import checkpoint, export, loading
 from llm_lowrank.adapter import Adapter, PairAdapter
 from llm_lowrank.checkpoint import Checkpoint
-from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, Stream, StreamBatches, load, pad_id, training_batches, with_template
+from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, Stream, StreamBatches, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
@@ -33,7 +33,7 @@ from llm_lowrank.generate import accuracy
 from llm_lowrank.loss import loss_layer, summed
 from llm_lowrank.metrics import Metrics
 from llm_lowrank.packing import check_apart, flat
-from llm_lowrank.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, save
+from llm_lowrank.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, read_data, save
 from llm_lowrank.schedule import learning_rate
 from llm_lowrank.source import Source
 
@@ -326,13 +326,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     source = Source.open(recipe.model_name_or_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
-    tokenizer = with_template(tokenizer, recipe.data.chat_template)
-    corpus = load(recipe.data, tokenizer, recipe.seed)
-    batches = training_batches(
-        corpus, recipe.data, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, engine.rank, engine.world, recipe.seed,
-        pad_id(tokenizer), recipe.num_train_epochs,
-    )  # fmt: skip
+    tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     model, adapters = adapted(recipe, source.path)
     recompositions = recipe.method.schedule(total, adapters)

@@ -19,6 +19,7 @@ from llm_lowrank.data.encoding import (
     encode_prompt,
     pad_id,
     style_of,
+    tokenizer_of,
     with_template,
 )
 from llm_lowrank.data.formats import FORMATS, PRESETS, Turn
@@ -29,5 +30,5 @@ from llm_lowrank.data.streaming import Stream
 __all__ = [
     "FORMATS", "IGNORE", "PRESETS", "Batches", "Corpus", "Data", "Encoded", "Example", "MicroBatch", "Question", "Stream", "StreamBatches",
     "Turn", "best_fit", "collate", "encode", "encode_messages", "encode_prompt", "load", "pad_id", "style_of",
-    "training_batches", "with_template",
+    "tokenizer_of", "training_batches", "with_template",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_lowrank.data.formats import TEXT, Turn
 
@@ -64,6 +64,11 @@ def style_of(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto", without_t
             f"or choose from {', '.join(FRAMES)}"
         )
     return wanted
+
+
+def tokenizer_of(folder: str | Path, chat_template: str = "") -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer, with the chat template of a file if one is given."""
+    return with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chat_template)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.data import with_template
+from llm_lowrank.data import tokenizer_of
 from llm_lowrank.export import ALL, CONFIG, TEMPLATE, WEIGHTS
 from llm_lowrank.files import file_sha256
 from llm_lowrank.source import Source
@@ -59,13 +59,12 @@ class Subject:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's folder may."""
-        tokenizer = AutoTokenizer.from_pretrained(self.source.path, trust_remote_code=False)
         if self.use == "merged":
-            return tokenizer
+            return tokenizer_of(self.source.path)
         folder = self.adapter or (self.output / "adapter" if self.output else None)
         if folder is not None and (folder / TEMPLATE).is_file():
-            return with_template(tokenizer, str(folder / TEMPLATE))
-        return with_template(tokenizer, self.settings().get("data", {}).get("chat_template", ""))
+            return tokenizer_of(self.source.path, str(folder / TEMPLATE))
+        return tokenizer_of(self.source.path, self.settings().get("data", {}).get("chat_template", ""))
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
