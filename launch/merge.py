@@ -16,8 +16,8 @@ from llm_lowrank.source import Source
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, type=Path, help="output_dir of a run, or a PEFT LoRA folder")
-    parser.add_argument("--output", required=True, type=Path, help="new folder for the merged Hugging Face checkpoint")
+    parser.add_argument("--checkpoint", required=True, type=folder, help="output_dir of a run, or a PEFT LoRA folder")
+    parser.add_argument("--output", required=True, type=folder, help="new folder for the merged Hugging Face checkpoint")
     parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base")
     parser.add_argument(
@@ -36,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def folder(name: str) -> Path:
+    return Path(name).expanduser()
 
 
 def find_adapter(checkpoint: Path) -> Path:

@@ -173,6 +173,11 @@ class Recipe:
     data: Data = field(default_factory=_demo_data)
     """What it is trained on."""
 
+    @property
+    def output(self) -> Path:
+        """output_dir, where a shell has left a ~ in it as well."""
+        return Path(self.output_dir).expanduser()
+
 
 def parse(argv: Sequence[str]) -> Recipe:
     """The recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
@@ -340,7 +345,7 @@ def _path_errors(recipe: Recipe) -> list[str]:
 
 def occupied(recipe: Recipe) -> str | None:
     """Why output_dir cannot be written to."""
-    output = Path(recipe.output_dir).expanduser()
+    output = recipe.output
     if output.exists() and not output.is_dir():
         return f"output_dir: {output} is a file"
     if not output.is_dir() or not any(output.iterdir()) or recipe.overwrite_output_dir:
@@ -357,11 +362,11 @@ def occupied(recipe: Recipe) -> str | None:
     )
 
 
-# What may be otherwise when a run goes on: where and how it computes, not what.
+# What may be otherwise when a run goes on: where and how it computes, not what. on_nan: a run that stopped goes on with the other one.
 FREE = set(
     "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing attn_implementation "
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps report_to save_steps "
-    "save_total_limit resume_from_checkpoint ddp_timeout".split()
+    "save_total_limit resume_from_checkpoint on_nan ddp_timeout".split()
 )
 
 

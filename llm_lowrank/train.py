@@ -141,7 +141,7 @@ def train(recipe: Recipe) -> None:
         raise
     engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and engine.main:
-        output = Path(recipe.output_dir)
+        output = recipe.output
         backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
         tqdm.write(f"merged:  {export.merge(source, output / 'adapter', output / 'merged', backbone=backbone)}")
 
@@ -156,7 +156,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     method, adapters, total = recipe.method, run.adapters, run.total_steps
     say = tqdm.write if engine.main else _silent
     say(opening(recipe, engine, run))
-    resumed, output = run.resumed, Path(recipe.output_dir)
+    resumed, output = run.resumed, recipe.output
     engine.at("loading the model")
     model, loaded = loading.load(engine, run.model, adapters, method, run.source, optimization(recipe), resumed)
     say(str(loaded))
@@ -277,7 +277,7 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
     bases: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
     with engine.together():
         if engine.main:
-            output = Path(recipe.output_dir)
+            output = recipe.output
             export.Backbone.save(output / export.BACKBONE, run.model)
             lora = export.Lora.open(output / "adapter")
             bases["original"] = export.Merging(run.source, lora)
@@ -336,7 +336,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     model.train()
     run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
     if engine.main:
-        writable(Path(recipe.output_dir))
+        writable(recipe.output)
     return run
 
 
@@ -357,13 +357,13 @@ def checked(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tupl
     if asked == "none":
         return None, []
     if asked == "auto":
-        found, damaged = checkpoint.newest(Path(recipe.output_dir))
+        found, damaged = checkpoint.newest(recipe.output)
         notes = [f"NOT used: {line}" for line in damaged]
         if found is None and damaged:
             damaged.append("resume_from_checkpoint: no checkpoint is whole; move them away to start from the beginning")
             raise ValueError("\n".join(damaged))
         if found is None:
-            return None, [f"no checkpoint in {recipe.output_dir}: starting from the beginning"]
+            return None, [f"no checkpoint in {recipe.output}: starting from the beginning"]
     else:
         found, notes = Checkpoint.open(Path(asked).expanduser()), []
     check_same_run(recipe, found.state["recipe"], found.path)

@@ -370,3 +370,6 @@ def test_gradients_that_stay_broken_end_the_run(place, tmp_path, broken_steps, p
         train(recipe_of(place, tmp_path / "out", on_nan=policy, save_steps=1))
     kept, damaged = newest(tmp_path / "out")
     assert kept is not None and kept.step - kept.skipped == min(steps) - 1 and not damaged
+    if policy == "stop":  # and goes on as the message says
+        train(parse(arguments_of(place, tmp_path / "out", "plain", on_nan="skip")))
+        assert [step for step, _ in soak.result(tmp_path / "out")[1]] == list(range(1, soak.STEPS + 1))

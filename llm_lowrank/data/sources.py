@@ -196,19 +196,19 @@ def _generate(dataset: str, settings: Data, seed: int) -> tuple[list[dict[str, A
         raise ValueError(f"data.held_out={settings.held_out} must be smaller than data.size={settings.size}, for both come from it")
     name = dataset.removeprefix(REASONING_GYM)
     if name not in DATASETS:
-        raise ValueError(f"data.dataset: reasoning-gym has no task {name!r}{hint(name, DATASETS)}")
+        raise ValueError(f"reasoning-gym has no task {name!r}{hint(name, DATASETS)}")
     known = {setting.name for setting in fields(DATASETS[name][1])} - {"seed", "size"}
     for key in settings.task.keys() - known:
-        raise ValueError(f"data.task: {name} has no setting {key!r}{hint(key, known)}; it has {', '.join(sorted(known)) or 'none'}")
+        raise ValueError(f"{dataset} has no setting {key!r}{hint(key, known)}; it has {', '.join(sorted(known)) or 'none'}")
     # Entry i is drawn with seed + i: without spreading the seeds, neighbouring ones would give nearly the same entries.
     spread = random.Random(f"{REASONING_GYM}{seed}").getrandbits(31)
     try:
         task = reasoning_gym.create_dataset(name, size=settings.size, seed=spread, **settings.task)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"data.task: {name} refuses {settings.task}: {error}") from error
+        raise ValueError(f"{dataset} refuses the settings {settings.task}: {error}") from error
     entries = [task[index] for index in datasets.utils.tqdm(range(settings.size), desc=f"generate {name}")]
     if any(not isinstance(entry["answer"], str) for entry in entries):
-        raise ValueError(f"data.dataset: the reasoning-gym task {name} has no reference answers to train on; choose another task")
+        raise ValueError(f"{dataset} has no reference answers; choose another task")
 
     def score(answer: str, entry: dict[str, Any]) -> float:
         try:
