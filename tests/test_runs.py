@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.soak import live
 from llm_lowrank.method import Method
 from llm_lowrank.recipe import parse
 from llm_lowrank.train import train
-from tests.test_launch import DEEPSPEED, launch, place, recipe, records  # noqa: F401 - place is a fixture
+from tests.test_launch import place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 PAIRS = {"method.rank": 4}
 RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 steps
@@ -56,12 +57,11 @@ def test_every_registered_method_has_a_run():
     assert set(RUNS) == {name for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")}
 
 
-def test_losia_over_nf4_under_the_deepspeed_launcher(place, tmp_path):  # noqa: F811
+def test_losia_over_nf4_on_zero3(place, tmp_path):  # noqa: F811
     changes = {"codec": "nf4", "per_device_train_batch_size": 4, "report_to": "none", "method.max_live_blocks": 1}
-    refused = launch(DEEPSPEED, settings(place, "losia", tmp_path / "out", **{**changes, "method.period": 1}))
-    assert refused.returncode != 0 and "every layer moves 3 times in 6 steps, and the bank has room for 1 blocks" in refused.stderr
-    done = launch(DEEPSPEED, settings(place, "losia", tmp_path / "out", **changes))
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    refused = live(settings(place, "losia", tmp_path / "out", **{**changes, "method.period": 1}))
+    assert refused.codes == [2, 2] and "every layer moves 3 times in 6 steps, and the bank has room for 1 blocks" in refused.said
+    said = succeed(2, settings(place, "losia", tmp_path / "out", **changes))
     before, after = (r["loss"] for r in records(tmp_path / "out", "eval"))
     assert after < before and [(e["step"], e["into"]) for e in records(tmp_path / "out", "exchange")] == [(2, "bank"), (4, "bank")]
-    assert "entries of 7 modules, frozen ones into the bank" in done.stdout
+    assert "entries of 7 modules, frozen ones into the bank" in said
