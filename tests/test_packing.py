@@ -73,7 +73,7 @@ def test_packed_losses_and_gradients_are_those_of_the_same_examples_unpacked(att
         model.zero_grad()
         loss = summed_loss(model, micro, CPU) / micro.tokens
         loss.backward()
-        return float(loss), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     (apart, wanted), (packed, found) = gradients(0), gradients(24)
     assert packed == pytest.approx(apart, rel=rounding)
