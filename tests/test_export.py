@@ -26,7 +26,6 @@ from llm_lowrank.pairs import Pairs
 from llm_lowrank.source import INDEX, SINGLE, Source
 from tests.tiny import batch, llama
 
-LAUNCHER = Path(__file__).parents[1] / "launch" / "merge.py"
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -375,20 +374,18 @@ def test_output_is_there_whole_or_not_at_all(tmp_path, base, monkeypatch):
         merge(Source.open(base), adapter, tmp_path / "merged")
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])}
-    return subprocess.run([sys.executable, LAUNCHER, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment)
-
-
 def test_launcher_merges_a_run_and_refuses_with_one_line(tmp_path, base, capsys):
     run = tmp_path / "run"
     run.mkdir()
     write_adapter(run / "adapter", peft_config(base_model_name_or_path=str(base)))
-    done = launch("--checkpoint", run, "--output", tmp_path / "merged", "--dtype", "float32")
+    arguments = ["--checkpoint", str(run), "--output", str(tmp_path / "merged")]
+    command = [sys.executable, launcher.__file__, *arguments, "--dtype", "float32"]
+    environment = os.environ | {"PYTHONPATH": str(Path(launcher.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0 and "1 modules merged, rounding error at most" in done.stdout, done.stderr
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, through_peft(base, run / "adapter"), rtol=0, atol=1e-5)
 
-    assert launcher.main(["--checkpoint", str(run), "--output", str(tmp_path / "merged")]) == 2
+    assert launcher.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.strip().splitlines()[-1].startswith("error: ") and "not an empty folder" in said
