@@ -3,7 +3,7 @@
 A random LLaMA, small but for its vocabulary (tied, as in LLaMA 3.2), under LoRA on the linears of its decoder layers; forward + backward of
 one sequence. Three cases: every position trained; one of four, as where a completion follows a prompt; every position, with LoRA on the
 output layer too (untied), whose blocks are computed twice. In each whole logits (`whole`: what transformers' own loss does) and blocks
-(`blocks`: llm_lowrank/loss.py).
+(`blocks`: llm_lowrank/models/loss.py).
 
 Every figure comes from a fresh process, which makes a short step first, so that all code is there. Peak is VmHWM over what was resident
 before the step (benchmarks/memory.py says how it is read), seconds are CPU time of one thread. Arms take turns, their order turned from
@@ -24,11 +24,11 @@ from memory import from_here, resident
 from step_time import cpu_name
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE
-from llm_lowrank.loss import BLOCK, summed
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.models.loss import BLOCK, summed
 
 CASES = {"all": 1, "quarter": 4, "adapted": 1}  # one position of so many is trained
 ARMS = ("whole", "blocks")

@@ -40,15 +40,15 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.files import stream_safetensors
-from llm_lowrank.loading import bind, load, skeleton
-from llm_lowrank.method import attach
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.source import SINGLE, Source
+from llm_lowrank.models.loading import bind, load, skeleton
+from llm_lowrank.models.source import SINGLE, Source
 
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
 LOADING, RECOMPOSITION = 128e6, 64e6

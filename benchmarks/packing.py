@@ -21,13 +21,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_lowrank.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import Batches, Data, load, pad_id
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.source import DEMO, Source
-from llm_lowrank.train import summed_loss
+from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.run.train import summed_loss
 
 LENGTH, EXAMPLES = 512, 8
 

@@ -45,15 +45,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llm_lowrank import loading
-from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.adapters.adapter import Adapter, generator
+from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, output_layer, targets
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.record import origin
 from llm_lowrank.files import write_json, write_text
-from llm_lowrank.method import ALL_LINEAR, Method, attach, output_layer, targets
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.lora import LoRA
@@ -62,10 +61,11 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.recipe import Recipe, adapted
-from llm_lowrank.schedule import learning_rate
-from llm_lowrank.source import DEMO, Source
-from llm_lowrank.train import summed_loss, train
+from llm_lowrank.models import loading
+from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.numerics.schedule import learning_rate
+from llm_lowrank.run.recipe import Recipe, adapted
+from llm_lowrank.run.train import summed_loss, train
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "quality.md"

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import HfDeepSpeedConfig
 
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Engine, Optimization, adamw, trainables
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.engines.zero import Zero, resolve
-from llm_lowrank.loading import bind, load, skeleton
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.source import Source
+from llm_lowrank.models.loading import bind, load, skeleton
+from llm_lowrank.models.source import Source
 
 ARMS = ("ours", "peft")
 OPTIMIZATION = Optimization(max_grad_norm=1.0)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 FORK = mp.get_context("forkserver")
-FORK.set_forkserver_preload(["deepspeed", "datasets", "bitsandbytes", "llm_lowrank.train"])
+FORK.set_forkserver_preload(["deepspeed", "datasets", "bitsandbytes", "llm_lowrank.run.train"])
 ENDS = 90.0  # seconds after which a rank that is still there hangs
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.method import Method, attach
 
 VOCABULARY = 512                                    # small, so that the linears dominate
 

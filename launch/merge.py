@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llm_lowrank.export import BACKBONE, CONFIG, Backbone, merge
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import BACKBONE, CONFIG, Backbone, merge
+from llm_lowrank.models.source import Source
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,19 +19,19 @@ GRACE = 3.0  # seconds in which one rank says why, before a launcher ends it bec
 def main(argv: list[str]) -> int:
     from llm_lowrank.engines.base import LostContact, RankError
     from llm_lowrank.engines.watch import LOST
-    from llm_lowrank.recipe import parse, validate
+    from llm_lowrank.run.recipe import parse, validate
 
     try:
         recipe = parse(argv)
         validate(recipe)
         if recipe.dry_run:
-            from llm_lowrank.dry_run import describe
+            from llm_lowrank.run.dry_run import describe
 
             print(describe(recipe, WORLD)) if RANK == 0 else None
             return 0
     except (ValueError, OSError) as error:  # every rank finds the same mistake: rank 0 tells
         return refuse(str(error)) if RANK == 0 else leave()
-    from llm_lowrank.train import Preempted, train
+    from llm_lowrank.run.train import Preempted, train
 
     try:
         train(recipe)

@@ -6,6 +6,7 @@ A run may be killed at any moment (time limit, preemption, full disk). What carr
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,17 @@ DTYPES = {  # dtype names in a safetensors header
 def cache_dir() -> Path:
     """Where what can be made again is kept between runs."""
     return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
+
+
+def check_writable(output: Path) -> None:
+    """Raise OSError if nothing can be written to output_dir. Leaves nothing behind: the run may still be refused."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise OSError(f"output_dir: {output} cannot be written to: {error.strerror}") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_lowrank.adapter import PairAdapter, fill_
+from llm_lowrank.adapters.adapter import PairAdapter, fill_
 from llm_lowrank.codecs import Dense
 
 M, N, R, K = 7, 10, 3, 2

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.export import BACKBONE, Backbone, Lora, Merging, gaps, merge, save_adapter
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import BACKBONE, Backbone, Lora, Merging, gaps, merge, save_adapter
+from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 

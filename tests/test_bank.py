@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import Batches, Data, load, pad_id
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.loading import bind, skeleton
-from llm_lowrank.loading import load as load_model
-from llm_lowrank.method import attach
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.source import DEMO, Source
-from llm_lowrank.train import summed_loss
+from llm_lowrank.models.loading import bind, skeleton
+from llm_lowrank.models.loading import load as load_model
+from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.run.train import summed_loss
 from tests import ranks
 
 # Shallow, middle and deep, attention and MLP; a part of the model, so that the test is short.

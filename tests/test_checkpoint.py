@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_lowrank import checkpoint
-from llm_lowrank.checkpoint import Checkpoint
 from llm_lowrank.methods.losia import LoSiA
+from llm_lowrank.models import checkpoint
+from llm_lowrank.models.checkpoint import Checkpoint
 from tests import ranks
 from tests.ranks import caught
 from tests.test_laws import FEWER, METHODS, MODULES, refused

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llm_lowrank.codecs import Dense
-from llm_lowrank.export import merge, save_adapter
 from llm_lowrank.methods.dora import DirectionAdapter, DoRA
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 

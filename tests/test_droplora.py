@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm_lowrank.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Dense
-from llm_lowrank.method import Method
 from llm_lowrank.methods.droplora import DropAdapter, DropDirectionAdapter, DropLoRA, mixed
 from llm_lowrank.methods.lora import LoRA
 from tests import ranks

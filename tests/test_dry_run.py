@@ -9,15 +9,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
-from llm_lowrank import dry_run
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import Data
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.recipe import Recipe
+from llm_lowrank.run import dry_run
+from llm_lowrank.run.recipe import Recipe
 from tests import ranks, tiny
 
 METHOD = SRLoRA(rank=4, target_rank=8, svd_cache="")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, RankError, Slot
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
 from tests.tiny import Trainee, engine
 

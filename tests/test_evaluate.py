@@ -26,8 +26,8 @@ from llm_lowrank.evaluation.questions import ReasoningGym
 from llm_lowrank.evaluation.run import prepare
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.evaluation.task import Found
-from llm_lowrank.recipe import parse
-from llm_lowrank.train import train
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 from tests.test_data import CHATML, byte_tokenizer
 from tests.test_launch import place, recipe, records  # noqa: F401 - place is a fixture
 
@@ -139,7 +139,7 @@ def test_reasoning_gym_asks_the_same_questions_again_and_none_of_training():
 def test_reasoning_gym_scores_with_the_task(monkeypatch):
     task = gym(0)
     said = [q.answer if k % 2 else f"It is {q.answer}." for k, q in enumerate(task.questions)]
-    monkeypatch.setattr("llm_lowrank.generate.answer", lambda *_, **__: [f" {text}\n" for text in said])
+    monkeypatch.setattr("llm_lowrank.models.generate.answer", lambda *_, **__: [f" {text}\n" for text in said])
     found = task.run(Device())
     scores = [q.score(text) for q, text in zip(task.questions, said, strict=True)]
     assert 0 < sum(scores) < 8 and found.results[SUMS] == {"exact_match": 0.5, "mean_score": pytest.approx(sum(scores) / 8), "n": 8}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.adapters.adapter import Adapter, generator
+from llm_lowrank.adapters.exchange import PROBES, Exchanged, compress_bank_, exchange_, measured
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines import base
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.exchange import PROBES, Exchanged, compress_bank_, exchange_, measured
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
 from tests.tiny import Trainee
 

@@ -15,15 +15,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from launch import merge as launcher
-from llm_lowrank import export, files
+from llm_lowrank import files
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.export import CONFIG, WEIGHTS, Lora, Update, add_rounded, delta, merge, save_adapter
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.pairs import Pairs
-from llm_lowrank.source import INDEX, SINGLE, Source
+from llm_lowrank.models import export
+from llm_lowrank.models.export import CONFIG, WEIGHTS, Lora, Update, add_rounded, delta, merge, save_adapter
+from llm_lowrank.models.source import INDEX, SINGLE, Source
+from llm_lowrank.numerics.pairs import Pairs
 from tests.tiny import batch, llama
 
 UP = "model.layers.0.mlp.up_proj"

@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from benchmarks import soak
 from benchmarks.soak import Strike, arguments_of, live
-from llm_lowrank import checkpoint
-from llm_lowrank import train as loop
-from llm_lowrank.checkpoint import newest
 from llm_lowrank.engines import watch as watching
 from llm_lowrank.engines.watch import LOST, Life, Watch
-from llm_lowrank.recipe import parse
-from llm_lowrank.train import train
+from llm_lowrank.models import checkpoint
+from llm_lowrank.models.checkpoint import newest
+from llm_lowrank.run import train as loop
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 from tests import ranks
 from tests.test_laws import METHODS
 from tests.tiny import Trainee

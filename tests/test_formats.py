@@ -13,8 +13,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from llm_lowrank import stdlib_code
-from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load
+from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load, stdlib_code
 from llm_lowrank.data.encoding import FRAMES
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 
@@ -451,7 +450,7 @@ def test_a_cache_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
 
 
 def test_real_tokenizer_through_the_formats(tmp_path):
-    from llm_lowrank.source import DEMO, Source
+    from llm_lowrank.models.source import DEMO, Source
 
     tokenizer = AutoTokenizer.from_pretrained(Source.open(DEMO).path)
     path = write_jsonl(tmp_path / "a.jsonl", ALPACA)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llm_lowrank.functional import Product, adapter_linear, frozen_linear
+from llm_lowrank.numerics.functional import Product, adapter_linear, frozen_linear
 
 M, N, R, K, SCALE = 12, 10, 3, 4, 0.7           # out, in, pairs, bank pairs, s
 

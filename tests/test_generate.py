@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_lowrank.data import Question
-from llm_lowrank.generate import _continuation, accuracy, answer
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.models.generate import _continuation, accuracy, answer
 from tests import ranks, tiny
 
 WORDS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["</s>"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_lowrank.importance import pair_sums, update_
+from llm_lowrank.numerics.importance import pair_sums, update_
 
 
 def naive(steps: list[tuple[np.ndarray, np.ndarray]], beta1: float, beta2: float) -> tuple[np.ndarray, np.ndarray]:

@@ -21,13 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.export import merge, save_adapter
-from llm_lowrank.method import Method
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.pairs import Change, Pairs
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Change, Pairs
 from tests import ranks
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 

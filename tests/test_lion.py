@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.recipe import optimization, parse
+from llm_lowrank.run.recipe import optimization, parse
 from tests import ranks
 from tests.tiny import Trainee
 

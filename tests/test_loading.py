@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from llm_lowrank import loading
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense, Nf4
 from llm_lowrank.engines.base import Optimization
-from llm_lowrank.loading import bind, blocks, changed, load, skeleton
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.pairs import Pairs
-from llm_lowrank.source import Source
+from llm_lowrank.models import loading
+from llm_lowrank.models.loading import bind, blocks, changed, load, skeleton
+from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
 from tests.test_prequantized import save_quantized
 from tests.tiny import CODECS, Checkpoint, Trainee, batch, config, engine, llama

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.export import merge, save_adapter
-from llm_lowrank.method import attach
 from llm_lowrank.methods.losia import LoSiA, Subnet, localize, top
-from llm_lowrank.pairs import Block
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Block
 from tests import ranks
 from tests.ranks import caught
 from tests.tiny import CODECS, Trainee, batch, llama

@@ -14,20 +14,20 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks import soak
-from llm_lowrank import loss
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense, Nf4
 from llm_lowrank.data import IGNORE
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.loss import loss_layer, summed
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.rasa import RaSA
-from llm_lowrank.recipe import parse
-from llm_lowrank.train import train
+from llm_lowrank.models import loss
+from llm_lowrank.models.loss import loss_layer, summed
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 from tests import ranks
 from tests.tiny import VOCABULARY, Trainee, batch, llama
 
@@ -358,7 +358,7 @@ def test_a_run_trains_and_evaluates_by_blocks_where_the_model_allows_it_and_says
     run(place, tmp_path / "scaled", model_name_or_path=tmp_path / "granite")
     assert "the loss is made from whole logits: GraniteForCausalLM changes logits after its output layer" in capsys.readouterr().out
 
-    monkeypatch.setattr("llm_lowrank.train.loss_layer", lambda *_: (None, ""))
+    monkeypatch.setattr("llm_lowrank.run.train.loss_layer", lambda *_: (None, ""))
     whole = run(place, tmp_path / "whole")
     assert len(whole) >= 7 and [row[:2] for row in by_blocks] == [row[:2] for row in whole]
     assert [row[2] for row in by_blocks] == pytest.approx([row[2] for row in whole], rel=1e-5)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import llm_lowrank.methods
-from llm_lowrank.adapter import Adapter, generator
+from llm_lowrank.adapters.adapter import Adapter, generator
+from llm_lowrank.adapters.method import Method, attach, targets
 from llm_lowrank.codecs import Dense
-from llm_lowrank.method import Method, attach, targets
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.srlora import SRLoRA

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llm_lowrank.metrics import Metrics
-from llm_lowrank.recipe import Recipe, RecipeError, validate
+from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.recipe import Recipe, RecipeError, validate
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llm_lowrank.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Example, best_fit
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.packing import check_apart
-from llm_lowrank.train import Seen, summed_loss
+from llm_lowrank.models.packing import check_apart
+from llm_lowrank.run.train import Seen, summed_loss
 from tests import tiny
 
 CPU = torch.device("cpu")

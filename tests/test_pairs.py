@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llm_lowrank.adapter import paired
+from llm_lowrank.adapters.adapter import paired
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.export import merge, save_adapter
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.recipe import RecipeError, dump, parse
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
+from llm_lowrank.run.recipe import RecipeError, dump, parse
 from tests.tiny import Trainee, batch, llama
 
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]

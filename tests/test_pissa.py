@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_lowrank import spectrum
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.engines.base import Optimization
-from llm_lowrank.loading import bind, load
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.models.loading import bind, load
+from llm_lowrank.numerics import spectrum
 from tests import ranks
 from tests.tiny import CODECS, Checkpoint, Trainee, llama, skeleton
 from tests.tiny import engine as make_engine

@@ -7,7 +7,7 @@ from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from llm_lowrank.source import INDEX, SINGLE, Source
+from llm_lowrank.models.source import INDEX, SINGLE, Source
 from tests.tiny import batch, llama
 
 DOWN = "model.layers.1.mlp.down_proj.weight"  # (128, 192)

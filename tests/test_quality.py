@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from llm_lowrank.adapter import generator
+from llm_lowrank.adapters.adapter import generator
 
 TINY = ["--steps", "8", "--pretrain-steps", "24", "--methods", "lora", "losia", "--rates", "1e-2", "--tuning-seeds", "9", "--seeds", "0"]
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.export import merge, save_adapter
-from llm_lowrank.method import attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.rasa import Pool, RaSA, RaSALayer
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 

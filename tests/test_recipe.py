@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm_lowrank import command_line
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import Data
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.recipe import (
+from llm_lowrank.run import command_line
+from llm_lowrank.run.recipe import (
     HEADINGS,
     IDENTITY,
     SYNONYMS,
@@ -280,7 +280,7 @@ FLASH, CUDA = "flash_attention_2", "a CUDA device of capability 8.0 or more"
 def test_auto_attention_is_flash_attention_where_nothing_is_missing(monkeypatch, tmp_path, dtype, capability, installed, lacking):
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr("llm_lowrank.recipe.is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr("llm_lowrank.run.recipe.is_flash_attn_2_available", lambda: installed)
     argv = ["--output_dir", str(tmp_path), "--dtype", dtype]
     kernel, why = attention(parse(argv))
     assert kernel == ("sdpa" if lacking else FLASH) and all(text in why for text in lacking)

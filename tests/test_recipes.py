@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from draccus import encode
 
-from llm_lowrank import dry_run
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import PRESETS
 from llm_lowrank.data.sources import REASONING_GYM, check
-from llm_lowrank.method import Method
-from llm_lowrank.recipe import FREE, Recipe, parse, validate
+from llm_lowrank.run import dry_run
+from llm_lowrank.run.recipe import FREE, Recipe, parse, validate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from llm_lowrank.adapter import generator
+from llm_lowrank.adapters.adapter import generator
+from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.codecs import Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged
-from llm_lowrank.export import merge, save_adapter
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.relora import ReLoRA
-from llm_lowrank.metrics import Metrics
-from llm_lowrank.pairs import Change, Pairs
-from llm_lowrank.schedule import learning_rate
-from llm_lowrank.source import Source
-from llm_lowrank.train import log_exchange
+from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Change, Pairs
+from llm_lowrank.numerics.schedule import learning_rate
+from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.train import log_exchange
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.soak import live
-from llm_lowrank.recipe import Recipe, occupied
+from llm_lowrank.run.recipe import Recipe, occupied
 from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 STEPS = 60

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.soak import live
-from llm_lowrank.method import Method
-from llm_lowrank.recipe import parse
-from llm_lowrank.train import train
+from llm_lowrank.adapters.method import Method
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 from tests.test_launch import place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 PAIRS = {"method.rank": 4}

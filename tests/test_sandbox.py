@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_lowrank import sandbox
-from llm_lowrank.sandbox import Outcome, run, run_all
+from llm_lowrank.evaluation import sandbox
+from llm_lowrank.evaluation.sandbox import Outcome, run, run_all
 
 REFUSED = """
 def refused(attempt):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.schedule import learning_rate, switches
+from llm_lowrank.numerics.schedule import learning_rate, switches
 
 SHAPES = ("cosine", "linear", "constant")
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import soak
-from llm_lowrank.checkpoint import Checkpoint
-from llm_lowrank.recipe import parse
-from llm_lowrank.source import Source
-from llm_lowrank.train import train
+from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.source import Source
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 
 SECRETS = {"HF_TOKEN": "hf_not-to-be-told", "WANDB_API_KEY": "wandb-not-to-be-told", "AWS_SECRET_ACCESS_KEY": "aws-not-to-be-told"}
 

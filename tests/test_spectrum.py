@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_lowrank import spectrum
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.spectrum import OVERSAMPLE, Matrix, Triplets, cached_triplets, top_triplets
+from llm_lowrank.numerics import spectrum
+from llm_lowrank.numerics.spectrum import OVERSAMPLE, Matrix, Triplets, cached_triplets, top_triplets
 from tests import ranks
 from tests.tiny import DTYPES, Trainee
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm_lowrank.adapters.exchange import Exchanged, measured
 from llm_lowrank.codecs import Int8, Nf4
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, measured
-from llm_lowrank.export import save_adapter
-from llm_lowrank.loading import Loaded
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.loading import Loaded
 from tests import ranks
 from tests.tiny import Trainee
 

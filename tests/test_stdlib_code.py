@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_lowrank import stdlib_code
-from llm_lowrank.stdlib_code import Pair, collect, pairs
+from llm_lowrank.data import stdlib_code
+from llm_lowrank.data.stdlib_code import Pair, collect, pairs
 
 DOC = '"""Says a little something."""'
 

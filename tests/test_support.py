@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_lowrank import support
+from llm_lowrank.run import support
 
 PAGE = Path(__file__).parents[1] / "docs/support.md"
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text(encoding="utf-8") == support.table(), "run: python -m llm_lowrank.support docs/support.md"
+    assert PAGE.read_text(encoding="utf-8") == support.table(), "run: python -m llm_lowrank.run.support docs/support.md"
 
 
 def test_it_says_no_where_a_weight_cannot_be_written_and_yes_elsewhere():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llm_lowrank.recipe import RecipeError, parse, validate
-from llm_lowrank.train import train
+from llm_lowrank.run.recipe import RecipeError, parse, validate
+from llm_lowrank.run.train import train
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer, write_jsonl
 from tests.test_launch import place, recipe, records  # noqa: F401 - place is a fixture

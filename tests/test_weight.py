@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.pairs import Block, Pairs
+from llm_lowrank.numerics.pairs import Block, Pairs
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

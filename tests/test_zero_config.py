@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.frozen import persistent_size
 from llm_lowrank.engines.zero import KNOBS, REFUSALS, Zero, resolve
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA
 from tests import tiny

@@ -7,14 +7,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_lowrank import checkpoint
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP, Sharding
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.loading import bind, load
-from llm_lowrank.method import Method, attach
+from llm_lowrank.models import checkpoint
+from llm_lowrank.models.loading import bind, load
 
 VOCABULARY = 67
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "int8": torch.float32}  # computed in

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from llm_lowrank import stdlib_code
+from llm_lowrank.data import stdlib_code
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
 from llm_lowrank.data.settings import Data
 

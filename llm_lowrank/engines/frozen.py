@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llm_lowrank.codecs import Codec, empty_parts
-from llm_lowrank.functional import frozen_linear
+from llm_lowrank.numerics.functional import frozen_linear
 
 
 class FrozenLinear(nn.Module):

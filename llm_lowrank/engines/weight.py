@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_lowrank.codecs import Codec
-from llm_lowrank.pairs import Change
+from llm_lowrank.numerics.pairs import Change
 
 
 def _alone(t: Tensor) -> Tensor:

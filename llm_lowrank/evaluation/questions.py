@@ -15,10 +15,10 @@ from llm_lowrank.data.corpus import questions_of
 from llm_lowrank.data.sources import REASONING_GYM, read
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.task import Found, Metrics
-from llm_lowrank.generate import accuracy
-from llm_lowrank.loss import loss_layer
-from llm_lowrank.recipe import parse
-from llm_lowrank.train import answer_room, held_out_loss
+from llm_lowrank.models.generate import accuracy
+from llm_lowrank.models.loss import loss_layer
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import answer_room, held_out_loss
 
 HELD_OUT = "held_out"
 

@@ -16,7 +16,7 @@ from llm_lowrank.evaluation.human_eval import HUMAN_EVAL, HumanEval
 from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is_reasoning_gym
 from llm_lowrank.evaluation.subject import Subject, Use
 from llm_lowrank.evaluation.task import Found, Task
-from llm_lowrank.train import writable
+from llm_lowrank.files import check_writable
 
 SAMPLES = 5  # answers that are printed
 Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
@@ -94,7 +94,7 @@ def evaluate(settings: Settings) -> Path:
     if HELD_OUT in names and subject.output is None:
         raise ValueError(f"{HELD_OUT} needs the output_dir of a run, and {settings.checkpoint} has no recipe.yaml; choose other --tasks")
     path = record.place(settings.output, subject.output, names)
-    writable(path.parent)
+    check_writable(path.parent)
     tasks = prepare(settings, subject, names, subject.tokenizer())
     device = Plain().device
     model = subject.load(settings.dtype, device)

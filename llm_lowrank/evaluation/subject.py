@@ -13,9 +13,9 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_lowrank.data import tokenizer_of
-from llm_lowrank.export import ALL, CONFIG, TEMPLATE, WEIGHTS
 from llm_lowrank.files import file_sha256
-from llm_lowrank.source import Source
+from llm_lowrank.models.export import ALL, CONFIG, TEMPLATE, WEIGHTS
+from llm_lowrank.models.source import Source
 
 Use = Literal["merged", "adapter", "base"]
 

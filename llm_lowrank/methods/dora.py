@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, Whole
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Whole
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 
 
 class DirectionAdapter(PairAdapter):

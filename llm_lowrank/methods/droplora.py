@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, digest, generator
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, digest, generator
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.functional import Product
-from llm_lowrank.method import Method
 from llm_lowrank.methods.dora import DirectionAdapter, measure
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.numerics.functional import Product
 
 Mask = Literal["token", "sample", "step", "model"]
 

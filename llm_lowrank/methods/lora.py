@@ -6,17 +6,14 @@ With use_rslora s = alpha / sqrt(rank), so that the learning does not slow down 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter
+from llm_lowrank.adapters.method import Method, matching
 from llm_lowrank.codecs import Codec
-from llm_lowrank.method import Method
-
-T = TypeVar("T")
 
 
 @Method.register_subclass("lora")
@@ -114,8 +111,3 @@ class LoRA(Method):
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": alphas,
         }
-
-
-def matching(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llm_lowrank import importance
-from llm_lowrank.adapter import Adapter, Whole, generator
+from llm_lowrank.adapters.adapter import Adapter, Whole, generator
+from llm_lowrank.adapters.exchange import Exchanged, Into, checked_drift, into_weight_, needs_bank, probe
+from llm_lowrank.adapters.method import Method, output_layer, targets
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.exchange import Exchanged, Into, checked_drift, into_weight_, needs_bank, probe
-from llm_lowrank.functional import Decode, base_linear, compute_dtype, flat_rows
-from llm_lowrank.method import Method, output_layer, targets
-from llm_lowrank.pairs import Block, Pairs
+from llm_lowrank.numerics import importance
+from llm_lowrank.numerics.functional import Decode, base_linear, compute_dtype, flat_rows
+from llm_lowrank.numerics.pairs import Block, Pairs
 
 Importance = Literal["mix", "first", "second"]
 Record = Callable[[Tensor | None, Tensor], None]

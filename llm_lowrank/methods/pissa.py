@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.files import cache_dir
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
-from llm_lowrank.spectrum import Triplets, cached_triplets
+from llm_lowrank.numerics.pairs import Pairs
+from llm_lowrank.numerics.spectrum import Triplets, cached_triplets
 
 
 @Method.register_subclass("pissa")

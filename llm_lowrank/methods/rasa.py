@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, Shared, Whole, fill_, generator, uniform_rows
+from llm_lowrank.adapters.adapter import Adapter, Shared, Whole, fill_, generator, uniform_rows
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
-from llm_lowrank.functional import Product, adapter_linear
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.functional import Product, adapter_linear
+from llm_lowrank.numerics.pairs import Pairs
 
 Kind = tuple[str, int, int]  # name without the layer's number, m, n
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, generator, paired, uniform_rows
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, generator, paired, uniform_rows
+from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
-from llm_lowrank.method import Method
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 
 
 @Method.register_subclass("relora")

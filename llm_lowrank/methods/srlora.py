@@ -19,15 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank import importance
-from llm_lowrank.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.exchange import Exchanged, Into, exchange_, needs_bank
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.exchange import Exchanged, Into, exchange_, needs_bank
-from llm_lowrank.method import Method
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.pairs import Pairs
-from llm_lowrank.schedule import switches
+from llm_lowrank.numerics import importance
+from llm_lowrank.numerics.pairs import Pairs
+from llm_lowrank.numerics.schedule import switches
 
 
 @Method.register_subclass("srlora")

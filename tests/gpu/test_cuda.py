@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llm_lowrank.codecs import Int8, Nf4
-from llm_lowrank.functional import Product, adapter_linear
+from llm_lowrank.numerics.functional import Product, adapter_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).parents[2]

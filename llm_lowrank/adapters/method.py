@@ -7,24 +7,26 @@ happen; what it remembers lives on the adapters.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import draccus
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm_lowrank.adapter import Adapter, fill_
+from llm_lowrank.adapters.adapter import Adapter, fill_
 from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 
 if TYPE_CHECKING:
+    from llm_lowrank.adapters.exchange import Exchanged
     from llm_lowrank.engines.base import Engine
-    from llm_lowrank.exchange import Exchanged
 
 ALL_LINEAR = "all-linear"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,3 +157,8 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
             adapters.append(layer)
     method.attached(model, adapters)
     return adapters
+
+
+def matching(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

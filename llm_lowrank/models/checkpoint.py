@@ -31,11 +31,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llm_lowrank.adapter import Adapter, PairAdapter, Shared
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
+from llm_lowrank.adapters.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
 from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
-from llm_lowrank.pairs import Block, Change, Pairs
+from llm_lowrank.numerics.pairs import Block, Change, Pairs
 
 FORMAT = 2  # 1: without the steps that were left out; memory in one file
 FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names
-from llm_lowrank.prequantized import Nf4Weight, check_config, collect
+from llm_lowrank.models.prequantized import Nf4Weight, check_config, collect
 
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"

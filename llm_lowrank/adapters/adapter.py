@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.functional import Product, adapter_linear
-from llm_lowrank.pairs import Change, Pairs
+from llm_lowrank.numerics.functional import Product, adapter_linear
+from llm_lowrank.numerics.pairs import Change, Pairs
 
 Whole = Callable[[nn.Parameter], Tensor]  # a copy of a parameter that may be sharded; collective
 

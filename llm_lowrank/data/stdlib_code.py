@@ -5,7 +5,7 @@
 
 prompt + completion is the function as one would type it at the left margin. It is parsed again and compared with what stands in the file,
 so nothing is changed on the way; what cannot be moved to the margin unchanged is left out. What the corpus holds depends on the version
-of Python. `python -m llm_lowrank.stdlib_code` prints what was taken, and what was left out for which reason.
+of Python. `python -m llm_lowrank.data.stdlib_code` prints what was taken, and what was left out for which reason.
 """
 
 import ast

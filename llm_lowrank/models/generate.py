@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .data import Question, pad_id
+from llm_lowrank.data import Question, pad_id
 
 
 @dataclass(frozen=True)

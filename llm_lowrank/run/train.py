@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,22 +19,22 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_lowrank import checkpoint, export, loading
-from llm_lowrank.adapter import Adapter, PairAdapter
-from llm_lowrank.checkpoint import Checkpoint
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter
+from llm_lowrank.adapters.exchange import Exchanged, measured
 from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, Stream, StreamBatches, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.exchange import Exchanged, measured
-from llm_lowrank.files import write_text
-from llm_lowrank.generate import accuracy
-from llm_lowrank.loss import loss_layer, summed
-from llm_lowrank.metrics import Metrics
-from llm_lowrank.packing import check_apart, flat
-from llm_lowrank.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, read_data, save
-from llm_lowrank.schedule import learning_rate
-from llm_lowrank.source import Source
+from llm_lowrank.files import check_writable, write_text
+from llm_lowrank.models import checkpoint, export, loading
+from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.generate import accuracy
+from llm_lowrank.models.loss import loss_layer, summed
+from llm_lowrank.models.packing import check_apart, flat
+from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.schedule import learning_rate
+from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, read_data, save
 
 SAMPLES = 5  # answers printed after training
 LEFT_OUT = 10  # steps in a row without a finite gradient, after which it is not bad luck
@@ -291,17 +290,6 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
     return "\n".join(lines)
 
 
-def writable(output: Path) -> None:
-    """OSError, before anything is loaded, if nothing can be written to output_dir. Leaves nothing: the run may still be refused."""
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-    except OSError as error:
-        raise OSError(f"output_dir: {output} cannot be written to: {error.strerror}") from error
-
-
 def clear(output: Path, going_on: bool) -> None:
     """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed; other files stay."""
     for name in ("adapter", "merged", *([] if going_on else ["tensorboard", checkpoint.FOLDER])):
@@ -336,7 +324,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     model.train()
     run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
     if engine.main:
-        writable(recipe.output)
+        check_writable(recipe.output)
     return run
 
 

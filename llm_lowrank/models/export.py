@@ -24,16 +24,15 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_lowrank.adapter import Adapter, PairAdapter
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter
+from llm_lowrank.adapters.method import Method, matching
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import file_sha256, stored_names, stream_safetensors, sync, write_json, write_safetensors
-from llm_lowrank.loading import blocks, encoded
-from llm_lowrank.method import Method
-from llm_lowrank.methods.lora import matching
-from llm_lowrank.pairs import Pairs
-from llm_lowrank.source import INDEX, SINGLE, Source
+from llm_lowrank.models.loading import blocks, encoded
+from llm_lowrank.models.source import INDEX, SINGLE, Source
+from llm_lowrank.numerics.pairs import Pairs
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from llm_lowrank.adapter import Adapter, PairAdapter, Shared
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.method import Method
-from llm_lowrank.pairs import Pairs
+from llm_lowrank.numerics.pairs import Pairs
 
 # |function after loading - function of the checkpoint| / |function of the checkpoint|, Frobenius. Measured: 4e-7 float32, 2e-3 bfloat16,
 # 6e-3 int8, 9e-2 nf4. Beyond these a layer was not loaded but damaged.

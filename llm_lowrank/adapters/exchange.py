@@ -26,10 +26,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapter import Adapter, PairAdapter, generator
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.pairs import Change, Pairs
+from llm_lowrank.numerics.pairs import Change, Pairs
 
 Moments = Literal["seeded", "zeroed", "pruned"]
 Into = Literal["auto", "weight", "bank"]

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.data import IGNORE
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear

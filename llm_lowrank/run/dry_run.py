@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
-from llm_lowrank.method import Method
-from llm_lowrank.recipe import Recipe, adapted, attention, deepspeed_config, dump, occupied, optimization, read_data
-from llm_lowrank.source import DEMO, Source
+from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.run.recipe import Recipe, adapted, attention, deepspeed_config, dump, occupied, optimization, read_data
 
 GIB = 2**30
 ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")

@@ -18,23 +18,23 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from llm_lowrank.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, make
-from llm_lowrank.command_line import RecipeError, help_text, read
 from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load, pad_id, tokenizer_of, training_batches
 from llm_lowrank.engines.base import TIMEOUT, Optimization
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
-from llm_lowrank.loading import skeleton
-from llm_lowrank.method import Method, attach
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.loading import skeleton
+from llm_lowrank.run.command_line import RecipeError, help_text, read
 
 __all__ = [
     "Recipe", "RecipeError", "adapted", "attention", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse",
     "read_data", "save", "validate",
 ]  # fmt: skip
 
-ROOT = Path(__file__).parents[1]  # holds ds_configs/ in a checkout
+ROOT = Path(__file__).parents[2]  # holds ds_configs/ in a checkout
 
 HEADINGS = {  # above the field in --help
     "model_name_or_path": "model and output",
