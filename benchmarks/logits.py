@@ -1,14 +1,15 @@
-"""Memory and time of the loss at a large vocabulary: whole logits against blocks in the output layer.  python benchmarks/logits.py
+"""Memory and time of the loss at a large vocabulary: whole logits against blocks in the output layer.  python
+benchmarks/logits.py
 
-A random LLaMA, small but for its vocabulary (tied, as in LLaMA 3.2), under LoRA on the linears of its decoder layers; forward + backward of
-one sequence. Three cases: every position trained; one of four, as where a completion follows a prompt; every position, with LoRA on the
-output layer too (untied), whose blocks are computed twice. In each whole logits (`whole`: what transformers' own loss does) and blocks
-(`blocks`: llm_lowrank/models/loss.py).
+A random LLaMA, small but for its vocabulary (tied, as in LLaMA 3.2), under LoRA on the linears of its decoder layers;
+forward + backward of one sequence. Three cases: every position trained; one of four, as where a completion follows a
+prompt; every position, with LoRA on the output layer too (untied), whose blocks are computed twice. In each whole
+logits (`whole`: what transformers' own loss does) and blocks (`blocks`: llm_lowrank/models/loss.py).
 
-Every figure comes from a fresh process, which makes a short step first, so that all code is there. Peak is VmHWM over what was resident
-before the step (benchmarks/memory.py says how it is read), seconds are CPU time of one thread. Arms take turns, their order turned from
-round to round; printed are the medians of the rounds, and for time the median, least and greatest of the rounds' own ratios of blocks to
-whole logits.
+Every figure comes from a fresh process, which makes a short step first, so that all code is there. Peak is VmHWM over
+what was resident before the step (benchmarks/memory.py says how it is read), seconds are CPU time of one thread. Arms
+take turns, their order turned from round to round; printed are the medians of the rounds, and for time the median,
+least and greatest of the rounds' own ratios of blocks to whole logits.
 """
 
 import argparse
@@ -40,9 +41,14 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     dtype, adapted = getattr(torch, args.dtype), args.case == "adapted"
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64, max_position_embeddings=args.tokens, tie_word_embeddings=not adapted,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        max_position_embeddings=args.tokens,
+        tie_word_embeddings=not adapted,
+    )
     model = LlamaForCausalLM(config).to(dtype)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoRA(rank=16, target_modules=linears + ["lm_head"] * adapted), Dense(dtype))
@@ -74,27 +80,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--case", choices=CASES, default="all")
-    parser.add_argument("--arm", choices=["", *ARMS], default="", help="measure this one in this process and print it as JSON")
+    parser.add_argument(
+        "--arm", choices=["", *ARMS], default="", help="measure this one in this process and print it as JSON"
+    )
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(measure(args)))
         return
-    print(f"{cpu_name()}, torch {torch.__version__}, transformers {transformers.__version__}; {BLOCK // args.vocabulary} positions a block")
+    print(
+        f"{cpu_name()}, torch {torch.__version__}, transformers {transformers.__version__}; {BLOCK // args.vocabulary} "
+        "positions a block"
+    )
     print(" ".join(f"{k}={v}" for k, v in vars(args).items() if k not in ("arm", "case", "dtype")))
-    print(f"{'':18}{'whole MB':>10}{'blocks MB':>11}{'ratio':>8}{'whole s':>10}{'blocks s':>10}   time, median (least, greatest ratio)")
+    print(
+        f"{'':18}{'whole MB':>10}{'blocks MB':>11}{'ratio':>8}{'whole s':>10}{'blocks s':>10}   time, median (least, "
+        "greatest ratio)"
+    )
     for dtype in ("float32", "bfloat16"):
         for case in CASES:
             rounds = []
             for i in range(args.rounds):
-                rounds.append({arm: child(args, dtype=dtype, case=case, arm=arm) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])})
+                rounds.append(
+                    {arm: child(args, dtype=dtype, case=case, arm=arm) for arm in (ARMS if i % 2 == 0 else ARMS[::-1])}
+                )
             whole, blocks = rounds[0]["whole"], rounds[0]["blocks"]
             for key in ("loss", "gradient"):
-                assert abs(blocks[key] / whole[key] - 1) < (1e-4 if dtype == "float32" else 1e-2), (case, dtype, whole, blocks)
-            peaks, seconds = ([statistics.median(r[arm][key] for r in rounds) for arm in ARMS] for key in ("peak", "seconds"))
+                assert abs(blocks[key] / whole[key] - 1) < (1e-4 if dtype == "float32" else 1e-2), (
+                    case,
+                    dtype,
+                    whole,
+                    blocks,
+                )
+            peaks, seconds = (
+                [statistics.median(r[arm][key] for r in rounds) for arm in ARMS] for key in ("peak", "seconds")
+            )
             ratios = sorted(r["blocks"]["seconds"] / r["whole"]["seconds"] for r in rounds)
             memory = f"{peaks[0] / 1e6:>10.0f}{peaks[1] / 1e6:>11.0f}{peaks[1] / peaks[0]:>8.2f}"
             spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})"
-            print(f"{dtype} {case}".ljust(18) + f"{memory}{seconds[0]:>10.2f}{seconds[1]:>10.2f}   {spread}", flush=True)
+            print(
+                f"{dtype} {case}".ljust(18) + f"{memory}{seconds[0]:>10.2f}{seconds[1]:>10.2f}   {spread}", flush=True
+            )
 
 
 if __name__ == "__main__":

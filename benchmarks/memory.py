@@ -3,16 +3,17 @@
     loading         peak - baseline  <=  shard + beside + 2 x largest tensor + LOADING
     recomposition   peak - before    <=  one decoder layer + RECOMPOSITION            (decoded, in float32)
 
-A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for every engine x codec,
---ranks fresh processes load it under SRLoRA (rank 16 through 32 directions; into the weight where it is dense, into the bank where it is
-coded), take two training steps and one recomposition. A process measures itself: VmRSS and VmHWM of /proc/self/status, the peak reset
-before each stretch. The baseline is taken when everything is imported, before the process group. Before every first reading the garbage is
-collected and the allocator's free pages are given back, so that a peak cannot hide in memory that was resident anyway.
+A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for
+every engine x codec, --ranks fresh processes load it under SRLoRA (rank 16 through 32 directions; into the weight where
+it is dense, into the bank where it is coded), take two training steps and one recomposition. A process measures itself:
+VmRSS and VmHWM of /proc/self/status, the peak reset before each stretch. The baseline is taken when everything is
+imported, before the process group. Before every first reading the garbage is collected and the allocator's free pages
+are given back, so that a peak cannot hide in memory that was resident anyway.
 
-shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and the bank. Beside it
-lies what the method and the engine keep by design, counted from the objects themselves: rank 0's ledger and the directions that wait, and
-the small parameters that ZeRO-3 leaves gathered. Masters and buffers of the optimizer are not counted: they have to fit in the rest.
-The constants:
+shard is what a rank holds of the parameters: slices of the backbone (codes and scales where it is coded), of A, B and
+the bank. Beside it lies what the method and the engine keep by design, counted from the objects themselves: rank 0's
+ledger and the directions that wait, and the small parameters that ZeRO-3 leaves gathered. Masters and buffers of the
+optimizer are not counted: they have to fit in the rest. The constants:
 
     LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
                     gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
@@ -59,9 +60,13 @@ COLUMNS = ("shard", "beside", "loading", "bound", "resident", "sec", "recomp.", 
 def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
     """A random LLaMA in float32, as close to so many gigabytes as whole layers allow."""
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_attention_heads=hidden // 64, vocab_size=vocabulary,
-        tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_attention_heads=hidden // 64,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+    )
     layer = 4 * hidden**2 + 3 * hidden * config.intermediate_size
     config.num_hidden_layers = max(1, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / layer))
     with init_empty_weights():
@@ -71,12 +76,16 @@ def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
     stream_safetensors(
         folder / SINGLE,
         {name: (torch.float32, shape) for name, shape in shapes.items()},
-        lambda name: torch.ones(shapes[name]) if len(shapes[name]) == 1 else torch.randn(shapes[name], generator=generator).mul_(0.02),
+        lambda name: (
+            torch.ones(shapes[name])
+            if len(shapes[name]) == 1
+            else torch.randn(shapes[name], generator=generator).mul_(0.02)
+        ),
         {"format": "pt"},
     )
 
 
-# --- one rank ---------------------------------------------------------------------------------------------------------------------
+# --- one rank ---------------------------------------------------------------------------------------------------------
 
 
 def resident(what: str) -> int:
@@ -102,7 +111,9 @@ def make_engine(name: str) -> Engine:
 
 def shard(engine: Engine, model: nn.Module) -> int:
     """Bytes of this rank's slices of all parameters."""
-    return sum(t.nbytes for p in model.parameters() for t in [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor])
+    return sum(
+        t.nbytes for p in model.parameters() for t in [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor]
+    )
 
 
 def beside(engine: Engine, model: nn.Module, adapters: list[Adapter]) -> int:
@@ -144,24 +155,48 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
 
     sizes = {name: 4 * torch.Size(source.layout(name)[1]).numel() for name in source.names()}
     row = {
-        "rank": engine.rank, "model": sum(sizes.values()), "shard": mine, "beside": more, "largest": max(sizes.values()),
-        "layer": sum(size for name, size in sizes.items() if ".layers.0." in name), "W": max(4 * a.shape[0] * a.shape[1] for a in adapters),
-        "baseline": baseline, "loading": loading, "resident": before - baseline, "seconds": seconds,
-        "recomposition": extra, "recomposition_seconds": recomposing,
-    }  # fmt: skip
+        "rank": engine.rank,
+        "model": sum(sizes.values()),
+        "shard": mine,
+        "beside": more,
+        "largest": max(sizes.values()),
+        "layer": sum(size for name, size in sizes.items() if ".layers.0." in name),
+        "W": max(4 * a.shape[0] * a.shape[1] for a in adapters),
+        "baseline": baseline,
+        "loading": loading,
+        "resident": before - baseline,
+        "seconds": seconds,
+        "recomposition": extra,
+        "recomposition_seconds": recomposing,
+    }
     engine.close()
     return row
 
 
-# --- all ranks --------------------------------------------------------------------------------------------------------------------
+# --- all ranks --------------------------------------------------------------------------------------------------------
 
 
-def launch(script: str, ranks: int, arguments: list[str], threads: int = 1, timeout: float = 300.0) -> list[dict[str, Any]]:
-    """Runs a script in so many fresh processes under torchrun; what each wrote as JSON to <last argument>/<rank>.json, by rank."""
+def launch(
+    script: str, ranks: int, arguments: list[str], threads: int = 1, timeout: float = 300.0
+) -> list[dict[str, Any]]:
+    """Runs a script in so many fresh processes under torchrun; what each wrote as JSON to <last argument>/<rank>.json,
+    by rank.
+    """
     with tempfile.TemporaryDirectory() as answers:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script, *arguments, answers]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            script,
+            *arguments,
+            answers,
+        ]
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        launcher = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         try:
             printed, _ = launcher.communicate(timeout=timeout)
         finally:
@@ -188,12 +223,24 @@ def recomposition_bound(row: dict[str, float]) -> float:
 def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
     """Prints the figures of the worst rank, each column for itself; whether both bounds hold on every rank."""
     worst = {name: max(row[name] for row in rows) for name in rows[0]}
-    good = all(row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows)
+    good = all(
+        row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows
+    )
     figures = (
-        *(worst[name] / MB for name in ("shard", "beside", "loading")), loading_bound(worst) / MB, worst["resident"] / MB, worst["seconds"],
-        worst["recomposition"] / MB, recomposition_bound(worst) / MB, worst["layer"] / MB, worst["W"] / MB, worst["recomposition_seconds"],
-    )  # fmt: skip
-    print(f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}", flush=True)
+        *(worst[name] / MB for name in ("shard", "beside", "loading")),
+        loading_bound(worst) / MB,
+        worst["resident"] / MB,
+        worst["seconds"],
+        worst["recomposition"] / MB,
+        recomposition_bound(worst) / MB,
+        worst["layer"] / MB,
+        worst["W"] / MB,
+        worst["recomposition_seconds"],
+    )
+    print(
+        f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}",
+        flush=True,
+    )
     return good
 
 
@@ -206,7 +253,8 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=CODECS)
     parser.add_argument("--output", type=Path, help="write what every rank measured here as JSON")
-    parser.add_argument("--rank_of", nargs=4, help=argparse.SUPPRESS)  # engine, codec, model, answers: what measure() starts
+    # engine, codec, model, answers: what measure() starts
+    parser.add_argument("--rank_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
         engine, codec, model, answers = args.rank_of
@@ -214,7 +262,10 @@ def main() -> int:
         (Path(answers) / f"{row['rank']}.json").write_text(json.dumps(row))
         return 0
 
-    print(f"{'engine':10}{'codec':6}{'ranks':>6}{''.join(f'{name:>9}' for name in COLUMNS)}   MB of the worst rank, over the baseline")
+    print(
+        f"{'engine':10}{'codec':6}{'ranks':>6}{''.join(f'{name:>9}' for name in COLUMNS)}   MB of the worst rank, over "
+        "the baseline"
+    )
     results, good = {}, True
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.gigabytes, args.hidden, args.vocabulary)

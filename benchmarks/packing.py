@@ -1,10 +1,11 @@
 """Real tokens per second of padded, length-grouped and packed batches.  python benchmarks/packing.py
 
-The demo model (SmolLM2-135M-Instruct) with LoRA of rank 16, forward + backward over functions of Python's standard library (the stdlib-code
-corpus, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8 examples, or 8 / (examples in a packed row) packed rows, so that
-all three compute about the same number of real tokens. Padding is not counted. All three run in every round, the order turned by one from
-round to round; the figures are medians and extremes of the per-round ratios to padded batches. Losses are not compared here:
-tests/test_packing.py shows that they are the same.
+The demo model (SmolLM2-135M-Instruct) with LoRA of rank 16, forward + backward over functions of Python's standard
+library (the stdlib-code corpus, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8 examples, or 8 /
+(examples in a packed row) packed rows, so that all three compute about the same number of real tokens. Padding is not
+counted. All three run in every round, the order turned by one from round to round; the figures are medians and extremes
+of the per-round ratios to padded batches. Losses are not compared here: tests/test_packing.py shows that they are the
+same.
 """
 
 from __future__ import annotations
@@ -65,14 +66,21 @@ def main() -> None:
             if number:  # the first round warms up
                 speeds[kind].append(micro.real / (time.perf_counter() - began))
                 shares[kind].append(micro.real / micro.input_ids.numel())
-    print(f"{platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {options.rounds} rounds")
-    print(f"transformers {transformers.__version__}; {len(corpus.train)} examples, {packed.rows} packed rows of {LENGTH}")
+    print(
+        f"{platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, "
+        f"{options.rounds} rounds"
+    )
+    print(
+        f"transformers {transformers.__version__}; {len(corpus.train)} examples, {packed.rows} packed rows of {LENGTH}"
+    )
     for kind in kinds:
         ratios = [mine / padded for mine, padded in zip(speeds[kind], speeds["padded"], strict=True)]
         result = {
-            "kind": kind, "real tokens/s": round(statistics.median(speeds[kind]), 1), "of all": round(statistics.mean(shares[kind]), 3),
+            "kind": kind,
+            "real tokens/s": round(statistics.median(speeds[kind]), 1),
+            "of all": round(statistics.mean(shares[kind]), 3),
             "ratio": [round(f(ratios), 2) for f in (statistics.median, min, max)],
-        }  # fmt: skip
+        }
         print(json.dumps(result))
 
 

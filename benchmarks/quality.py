@@ -1,24 +1,27 @@
-"""What the methods learn in the same steps.  python benchmarks/quality.py small | real | table  [--output benchmarks/results/quality]
+"""What the methods learn in the same steps.  python benchmarks/quality.py small | real | table  [--output
+benchmarks/results/quality]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
     table   writes the tables and the curves of docs/quality.md from the runs that are there
 
-Same for all methods: data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (for RaSA, too), modules (all
-linears of the decoder layers; LoSiA's output layer, if it is not tied to the embeddings, beside them), and about the number of trainable
-parameters: rank r for all that train pairs; LoSiA's share of rows and columns is the one whose count is nearest to LoRA's. Each method
-gets its own learning rate, tuned over the same grid with seeds that are not reported: the rate of the highest exact match, then of the
-lowest loss. The scale s is 1 except where a method says otherwise (rsLoRA: sqrt r; RaSA: its d and e). Schedules of methods that move what
-they train are scaled to the run.
+Same for all methods: data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (for RaSA,
+too), modules (all linears of the decoder layers; LoSiA's output layer, if it is not tied to the embeddings, beside
+them), and about the number of trainable parameters: rank r for all that train pairs; LoSiA's share of rows and columns
+is the one whose count is nearest to LoRA's. Each method gets its own learning rate, tuned over the same grid with seeds
+that are not reported: the rate of the highest exact match, then of the lowest loss. The scale s is 1 except where a
+method says otherwise (rsLoRA: sqrt r; RaSA: its d and e). Schedules of methods that move what they train are scaled to
+the run.
 
-A seed decides the training examples, their order and how the adapters start; of `real` also the held-out questions. Of `small` the examples
-that a rate is chosen on and those that are reported are two fixed sets, so that nothing reported has been looked at before.
+A seed decides the training examples, their order and how the adapters start; of `real` also the held-out questions. Of
+`small` the examples that a rate is chosen on and those that are reported are two fixed sets, so that nothing reported
+has been looked at before.
 
-Exact match of `small` is teacher-forced: every token of the answer is the most likely one after the right tokens before it. Then greedy
-decoding writes exactly this answer, and the other way round. `real` generates.
+Exact match of `small` is teacher-forced: every token of the answer is the most likely one after the right tokens before
+it. Then greedy decoding writes exactly this answer, and the other way round. `real` generates.
 
-One JSON a run, under the name of its method, rate and seed; a run whose file is there is not repeated. --jobs N: so many processes of one
-thread each.
+One JSON a run, under the name of its method, rate and seed; a run whose file is there is not repeated. --jobs N: so
+many processes of one thread each.
 """
 
 from __future__ import annotations
@@ -70,13 +73,21 @@ from llm_lowrank.run.train import summed_loss, train
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 TITLES = {
-    "lora": "LoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "srlora": "SRLoRA", "rasa": "RaSA", "droplora": "DropLoRA",
-    "relora": "ReLoRA", "losia": "LoSiA", "full": "all parameters",
-}  # fmt: skip
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "pissa": "PiSSA",
+    "dora": "DoRA",
+    "srlora": "SRLoRA",
+    "rasa": "RaSA",
+    "droplora": "DropLoRA",
+    "relora": "ReLoRA",
+    "losia": "LoSiA",
+    "full": "all parameters",
+}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
 
-# --- the two families -------------------------------------------------------------------------------------------------------------
+# --- the two families -------------------------------------------------------------------------------------------------
 
 DIGITS, LENGTH = 10, 4  # an example: tag, x, y, =, answer; x, y and the answer are strings of 4 digits
 Rule = Callable[[Tensor, Tensor], Tensor]  # x, y (count, 4) -> answer (count, 4)
@@ -89,7 +100,8 @@ OWN: dict[str, Rule] = {  # tag -> what the model is pre-trained on
     "r": lambda x, y: x.flip(1),
     "t": lambda x, y: y.roll(1, 1),
 }
-SHIFTED: dict[str, Rule] = {  # what it is adapted to: tags that it has not seen, operators put together otherwise, another base
+# what it is adapted to: tags that it has not seen, operators put together otherwise, another base
+SHIFTED: dict[str, Rule] = {
     "A": lambda x, y: (x.flip(1) + 3) % 7,
     "B": lambda x, y: 9 - torch.minimum(x, y),
     "C": lambda x, y: torch.maximum(x, y.flip(1)),
@@ -130,12 +142,15 @@ def judged(model: nn.Module, tokens: Tensor) -> tuple[float, float]:
     return float(nn.functional.cross_entropy(logits, answers)), float(right.float().mean())
 
 
-# --- the small model --------------------------------------------------------------------------------------------------------------
+# --- the small model --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Base:
-    """The small model and its pre-training. Its output layer is not tied to the embeddings, so that LoSiA can train it as in its paper."""
+    """The small model and its pre-training.
+
+    Its output layer is not tied to the embeddings, so that LoSiA can train it as in its paper.
+    """
 
     hidden: int = 128
     intermediate: int = 384
@@ -170,11 +185,18 @@ def pretrained(folder: Path, base: Base) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     model, began = fresh(base), time.perf_counter()
     pretrain(model, base)
-    own, shifted = (judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in (OWN, SHIFTED))
+    own, shifted = (
+        judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in (OWN, SHIFTED)
+    )
     print(f"pre-trained: exact match {own:.1%} of its own family, {shifted:.1%} of the shifted one", flush=True)
     model.save_pretrained(folder)
     write_text(folder / ".gitignore", "*\n")  # a clone pre-trains again
-    result = {"own": own, "shifted": shifted, "parameters": model.num_parameters(), "seconds": time.perf_counter() - began}
+    result = {
+        "own": own,
+        "shifted": shifted,
+        "parameters": model.num_parameters(),
+        "seconds": time.perf_counter() - began,
+    }
     write_json(note, {"settings": asdict(base), "result": result, **origin()})  # last: now the folder is complete
     return folder
 
@@ -183,10 +205,17 @@ def fresh(base: Base) -> LlamaForCausalLM:
     torch.manual_seed(base.seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(SYMBOLS), hidden_size=base.hidden, intermediate_size=base.intermediate, num_hidden_layers=base.layers,
-            num_attention_heads=base.heads, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+            vocab_size=len(SYMBOLS),
+            hidden_size=base.hidden,
+            intermediate_size=base.intermediate,
+            num_hidden_layers=base.layers,
+            num_attention_heads=base.heads,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
         )
-    )  # fmt: skip
+    )
 
 
 def pretrain(model: LlamaForCausalLM, base: Base) -> None:
@@ -206,12 +235,15 @@ def pretrain(model: LlamaForCausalLM, base: Base) -> None:
             print(f"pre-training: step {step + 1} of {base.steps}, loss {loss.item():.3f}", flush=True)
 
 
-# --- the methods ------------------------------------------------------------------------------------------------------------------
+# --- the methods ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter of the model is trained: what adapters are measured against. Not a method of the library: it shards nothing."""
+    """Every parameter of the model is trained: what adapters are measured against.
+
+    Not a method of the library: it shards nothing.
+    """
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         return {}
@@ -221,7 +253,10 @@ class Full(Method):
 
 
 def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
-    """Settings of every method for a run of so many steps on this model (without values). What is not named is the method's default."""
+    """Settings of every method for a run of so many steps on this model (without values).
+
+    What is not named is the method's default.
+    """
     return {
         "lora": LoRA(rank=rank),
         "rslora": LoRA(rank=rank, use_rslora=True),
@@ -237,7 +272,8 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
 
 
 def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
-    """LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer moves twice, as far as steps allow.
+    """LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer moves twice, as
+    far as steps allow.
 
     An output layer that is tied to the embeddings is left out.
     """
@@ -255,7 +291,7 @@ def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
     return LoSiA(factor=min((k / 1000 for k in range(1, 1001)), key=off), output_factor=share, period=period)
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------------------
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,7 +332,9 @@ def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
         model = engine.wrap(model, settings, partial(plain_rows, source))
     training = labelled(examples(SHIFTED, small.train, generator(spec.seed, "training")))
     batches = Batches(training, small.batch, 1, 0, 1, spec.seed, pad_id=0, epochs=1.0)
-    held_out = examples(SHIFTED, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(engine.device)
+    held_out = examples(SHIFTED, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(
+        engine.device
+    )
     result = Result(sum(p.numel() for p in model.parameters() if p.requires_grad))
     return adapt(engine, model, adapters, method, batches, held_out, small, spec.rate, result)
 
@@ -307,9 +345,16 @@ def plain_rows(source: Source, name: str, module: nn.Module, rows: dict[str, sli
 
 
 def adapt(
-    engine: Engine, model: nn.Module, adapters: list[Adapter], method: Method, batches: Batches, held_out: Tensor, small: Small,
-    peak: float, result: Result,
-) -> Result:  # fmt: skip
+    engine: Engine,
+    model: nn.Module,
+    adapters: list[Adapter],
+    method: Method,
+    batches: Batches,
+    held_out: Tensor,
+    small: Small,
+    peak: float,
+    result: Result,
+) -> Result:
     """The loop of train.py on one process; the result, filled in."""
     began, total, since = time.perf_counter(), small.steps, []
     recompositions = method.schedule(total, adapters)
@@ -363,14 +408,26 @@ class Real:
 def run_real(real: Real, spec: Spec) -> Result:
     """One run of the library's own loop."""
     folder = Source.open(real.model).path
-    method = methods(loading.skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[spec.method]
+    method = methods(loading.skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[
+        spec.method
+    ]
     demo = Recipe()
     with tempfile.TemporaryDirectory() as output:
         recipe = replace(
-            demo, model_name_or_path=str(folder), output_dir=output, save_merged=False, engine="plain", report_to="none", method=method,
-            data=replace(demo.data, size=real.examples(spec.tuning), held_out=real.held_out), per_device_train_batch_size=real.batch,
-            seed=spec.seed, learning_rate=spec.rate, warmup_steps=real.warmup, logging_steps=5,
-        )  # fmt: skip
+            demo,
+            model_name_or_path=str(folder),
+            output_dir=output,
+            save_merged=False,
+            engine="plain",
+            report_to="none",
+            method=method,
+            data=replace(demo.data, size=real.examples(spec.tuning), held_out=real.held_out),
+            per_device_train_batch_size=real.batch,
+            seed=spec.seed,
+            learning_rate=spec.rate,
+            warmup_steps=real.warmup,
+            logging_steps=5,
+        )
         model, _ = adapted(recipe, folder)
         result, began = Result(sum(p.numel() for p in model.parameters() if p.requires_grad)), time.perf_counter()
         try:
@@ -385,7 +442,7 @@ def run_real(real: Real, spec: Spec) -> Result:
     return result
 
 
-# --- the grid ---------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -407,12 +464,17 @@ class Comparison:
         return {"run": asdict(spec), "method": settings[spec.method], "setting": asdict(self.setting)}
 
     def done(self, spec: Spec) -> bool:
-        """Whether the run is there. One of other settings under the same name is an error: its table would mix two experiments."""
+        """Whether the run is there.
+
+        One of other settings under the same name is an error: its table would mix two experiments.
+        """
         if not self.file(spec).is_file():
             return False
         found = json.loads(self.file(spec).read_text())["settings"]
         if found != self.stamp(spec):
-            raise ValueError(f"{self.file(spec)} is of a run with other settings; move it away or choose another --output")
+            raise ValueError(
+                f"{self.file(spec)} is of a run with other settings; move it away or choose another --output"
+            )
         return True
 
     def make(self, spec: Spec) -> str:
@@ -451,7 +513,12 @@ def quiet() -> None:
 
 
 def compare(
-    comparison: Comparison, names: Sequence[str], rates: Sequence[float], tuning: Sequence[int], seeds: Sequence[int], jobs: int
+    comparison: Comparison,
+    names: Sequence[str],
+    rates: Sequence[float],
+    tuning: Sequence[int],
+    seeds: Sequence[int],
+    jobs: int,
 ) -> None:
     """All rates with the tuning seeds, then each method's best with the seeds that are reported."""
     comparison.fill([Spec(name, rate, seed, True) for seed in tuning for rate in rates for name in names], jobs)
@@ -467,7 +534,11 @@ def found(folder: Path) -> list[dict[str, Any]]:
 def of(runs: list[dict[str, Any]], method: str, tuning: bool, rate: float | None = None) -> list[dict[str, Any]]:
     """The results of a method's tuning runs, or of those that are reported."""
     keys = [(r["settings"]["run"], r["result"]) for r in runs]
-    return [result for run, result in keys if run["method"] == method and run["tuning"] == tuning and rate in (None, run["rate"])]
+    return [
+        result
+        for run, result in keys
+        if run["method"] == method and run["tuning"] == tuning and rate in (None, run["rate"])
+    ]
 
 
 def rates_of(runs: list[dict[str, Any]], method: str) -> list[float]:
@@ -478,6 +549,7 @@ def rates_of(runs: list[dict[str, Any]], method: str) -> list[float]:
 
 def best(runs: list[dict[str, Any]], method: str) -> float:
     """The rate of the highest mean exact match over the tuning seeds, then of the lowest mean loss."""
+
     def score(rate: float) -> tuple[float, float]:
         results = of(runs, method, True, rate)
         losses = [math.inf if result["loss"] is None else result["loss"] for result in results]
@@ -486,7 +558,7 @@ def best(runs: list[dict[str, Any]], method: str) -> float:
     return max(rates_of(runs, method), key=score)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def tabulate(folder: Path, page: Path, name: str) -> None:
@@ -497,7 +569,10 @@ def tabulate(folder: Path, page: Path, name: str) -> None:
     if not rows:
         print(f"{name}: no run of a tuned rate in {folder}")
         return
-    lines = ["| method | trainable | best rate | seeds | exact match, % | held-out loss |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| method | trainable | best rate | seeds | exact match, % | held-out loss |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     lines += [row(method, results, best(runs, method), rates_of(runs, method)) for method, results in rows.items()]
     grid = ", ".join(f"{rate:g}" for rate in sorted({rate for method in rows for rate in rates_of(runs, method)}))
     picture = page.with_name(f"{page.stem}-{name}.png")
@@ -525,8 +600,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Which exact matches differ from LoRA's by more than twice the standard error of the difference; with few seeds nothing is said."""
-    exact = {method: [result["exact_match"] for result in results] for method, results in rows.items() if method != "full"}
+    """Which exact matches differ from LoRA's by more than twice the standard error of the difference; with few seeds
+    nothing is said.
+    """
+    exact = {
+        method: [result["exact_match"] for result in results] for method, results in rows.items() if method != "full"
+    }
     if "lora" not in exact or min(map(len, exact.values())) < 3:
         return ["With so few seeds the table says nothing about differences as small as its spreads."]
     groups: dict[str, list[str]] = {"Above LoRA": [], "Below LoRA": [], "Not told apart from LoRA": []}
@@ -535,7 +614,9 @@ def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         difference = statistics.mean(values) - statistics.mean(lora)
         error = math.sqrt(statistics.variance(values) / len(values) + statistics.variance(lora) / len(lora))
         told = abs(difference) > 2 * error
-        groups["Not told apart from LoRA" if not told else "Above LoRA" if difference > 0 else "Below LoRA"].append(TITLES[method])
+        groups["Not told apart from LoRA" if not told else "Above LoRA" if difference > 0 else "Below LoRA"].append(
+            TITLES[method]
+        )
     return [f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items()]
 
 
@@ -549,21 +630,35 @@ def between_marks(page: str, name: str, text: str) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training and held-out loss of every method where it was measured: mean over the seeds, a band from the least to the greatest."""
+    """Training and held-out loss of every method where it was measured: mean over the seeds, a band from the least to
+    the greatest.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for axis, curve, title in zip(axes, ("train_curve", "held_out_curve"), ("training loss", "held-out loss"), strict=True):
+    for axis, curve, title in zip(
+        axes, ("train_curve", "held_out_curve"), ("training loss", "held-out loss"), strict=True
+    ):
         for number, (method, results) in enumerate(rows.items()):
             curves = [result[curve] for result in results if result["loss"] is not None]
             if curves:
                 points = [(at[0][0], [value for _, value in at]) for at in zip(*curves, strict=False)]
                 steps, style = [step for step, _ in points], {"color": f"C{number}"}
-                axis.plot(steps, [statistics.mean(v) for _, v in points], label=TITLES[method], marker="o", ms=3, lw=1.5, **style)
-                axis.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, lw=0, **style)
+                axis.plot(
+                    steps,
+                    [statistics.mean(v) for _, v in points],
+                    label=TITLES[method],
+                    marker="o",
+                    ms=3,
+                    lw=1.5,
+                    **style,
+                )
+                axis.fill_between(
+                    steps, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, lw=0, **style
+                )
         axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
@@ -571,7 +666,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     pyplot.close(figure)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def small_comparison(folder: Path, small: Small) -> Comparison:
@@ -584,7 +679,8 @@ def small_comparison(folder: Path, small: Small) -> Comparison:
 def real_comparison(folder: Path, real: Real) -> Comparison:
     model = loading.skeleton(Source.open(real.model).path, torch.float32, "sdpa")
     settings, tuning = (
-        {k: asdict(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"} for short in (False, True)
+        {k: asdict(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"}
+        for short in (False, True)
     )
     return Comparison(folder, real, settings, tuning, partial(run_real, real))
 
@@ -592,7 +688,9 @@ def real_comparison(folder: Path, real: Real) -> Comparison:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn in the same steps.")
     parser.add_argument("what", choices=["small", "real", "table"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="by default all; of `real` all but full")
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")
@@ -620,7 +718,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         comparison = small_comparison(folder, Small(Base(steps=args.pretrain_steps), steps=args.steps))
     else:
         comparison = real_comparison(folder, Real())
-    grid = {key: getattr(args, key) or default for key, default in (SMALL_GRID if args.what == "small" else REAL_GRID).items()}
+    grid = {
+        key: getattr(args, key) or default
+        for key, default in (SMALL_GRID if args.what == "small" else REAL_GRID).items()
+    }
     names = args.methods or list(comparison.settings)
     compare(comparison, names, grid["rates"], grid["tuning_seeds"], grid["seeds"], args.jobs)
 

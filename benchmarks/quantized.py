@@ -3,12 +3,13 @@
     python benchmarks/quantized.py            nf4, one process: engine plain against PEFT + bitsandbytes
     python benchmarks/quantized.py --zero3    dense, two ranks: our ZeRO-3 against PEFT on ZeRO-3, the same DeepSpeed configuration
 
-LoRA of the same rank on every linear of the decoder layers in both; everything computed in --dtype, adapters in float32. Per arm, in fresh
-processes: start-up, from the checkpoint on disk to a model that can be trained, imports done before; peak resident memory over the imports
-while loading and in three training steps, and what stays after loading (benchmarks/memory.py says how it is read; the worst rank counts).
-Then both arms in the same process(es) on the same tokens, in turns, the order changed from round to round: seconds of a training step,
-that is forward, backward, clipping and AdamW over the adapters. Figures are medians, for the ratio the median, least and greatest of the
-rounds' own ratios. Only training steps are timed: without gradients bitsandbytes may take another, packed bfloat16 kernel on a CPU.
+LoRA of the same rank on every linear of the decoder layers in both; everything computed in --dtype, adapters in
+float32. Per arm, in fresh processes: start-up, from the checkpoint on disk to a model that can be trained, imports done
+before; peak resident memory over the imports while loading and in three training steps, and what stays after loading
+(benchmarks/memory.py says how it is read; the worst rank counts). Then both arms in the same process(es) on the same
+tokens, in turns, the order changed from round to round: seconds of a training step, that is forward, backward, clipping
+and AdamW over the adapters. Figures are medians, for the ratio the median, least and greatest of the rounds' own
+ratios. Only training steps are timed: without gradients bitsandbytes may take another, packed bfloat16 kernel on a CPU.
 """
 
 import argparse
@@ -69,12 +70,16 @@ def ours(folder: Path, engine: Engine, codec: str, dtype: torch.dtype, rank: int
 
 
 def with_lora(model: nn.Module, rank: int) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).train()
 
 
 def peft_nf4(folder: Path, dtype: torch.dtype, rank: int) -> Step:
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = with_lora(AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, dtype=dtype, device_map="cpu"), rank)
+    model = with_lora(
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, dtype=dtype, device_map="cpu"), rank
+    )
     params = trainables(model)
     optimizer = adamw(params, OPTIMIZATION)
 
@@ -96,7 +101,9 @@ def peft_zero3(folder: Path, engine: Engine, dtype: torch.dtype, rank: int) -> S
     model = with_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), rank)
     del streaming
     params = trainables(model)
-    wrapped, *_ = deepspeed.initialize(model=model, model_parameters=params, optimizer=adamw(params, OPTIMIZATION), config=config)
+    wrapped, *_ = deepspeed.initialize(
+        model=model, model_parameters=params, optimizer=adamw(params, OPTIMIZATION), config=config
+    )
 
     def step(ids: Tensor) -> float:
         loss = mean_loss(wrapped, ids)
@@ -107,7 +114,7 @@ def peft_zero3(folder: Path, engine: Engine, dtype: torch.dtype, rank: int) -> S
     return step
 
 
-# --- in the measured processes ----------------------------------------------------------------------------------------------------
+# --- in the measured processes ----------------------------------------------------------------------------------------
 
 
 def build(arm: str, args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> Step:
@@ -133,7 +140,8 @@ def start(arm: str, args: argparse.Namespace, engine: Engine, dtype: torch.dtype
 def in_turns(args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds of every step of both arms."""
     ids = tokens(args, engine)
-    steps = {arm: build(arm, args, engine, dtype) for arm in ARMS}  # ours first: transformers must not shard our skeleton
+    # ours first: transformers must not shard our skeleton
+    steps = {arm: build(arm, args, engine, dtype) for arm in ARMS}
     losses = {arm: [step(ids) for _ in range(2)][0] for arm, step in steps.items()}  # warm-up
     assert max(losses.values()) - min(losses.values()) < 0.02, f"the arms do not compute the same function: {losses}"
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -145,7 +153,7 @@ def in_turns(args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> di
     return seconds
 
 
-# --- in the process that compares -------------------------------------------------------------------------------------------------
+# --- in the process that compares -------------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -176,18 +184,23 @@ def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our nf4 training against PEFT + bitsandbytes, or ZeRO-3 against PEFT on ZeRO-3.")
+    parser = argparse.ArgumentParser(
+        description="Our nf4 training against PEFT + bitsandbytes, or ZeRO-3 against PEFT on ZeRO-3."
+    )
     parser.add_argument("--zero3", action="store_true", help="dense on ZeRO-3, two ranks, one thread each")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="length of the one sequence, per rank")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="by default both; float32 with --zero3")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], help="by default both; float32 with --zero3"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there; by default a random one is written")
-    parser.add_argument("--task", choices=[*ARMS, "turns"], help=argparse.SUPPRESS)  # with --answers: what compare() starts
+    # with --answers: what compare() starts
+    parser.add_argument("--task", choices=[*ARMS, "turns"], help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtypes = args.dtypes or (["float32"] if args.zero3 else ["float32", "bfloat16"])
@@ -202,9 +215,13 @@ def main() -> None:
         return
 
     machine = {
-        "cpu": cpu_name(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
-        "bitsandbytes": bitsandbytes.__version__, "deepspeed": deepspeed.__version__,
-    }  # fmt: skip
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
     setting = {name: value for name, value in vars(args).items() if name not in ("output", "task", "answers", "folder")}
     print(" ".join(f"{name}={value}" for name, value in (setting | machine).items()))
     print(f"{'dtype':10}{'':8}{'start s':>9}{'load MB':>9}{'kept MB':>9}{'train MB':>9}{'step ms':>9}")
@@ -215,7 +232,9 @@ def main() -> None:
             llama(args.hidden, args.layers, args.tokens, torch.float32).save_pretrained(folder)
         results = {dtype: compare(args, dtype) for dtype in args.dtypes}
     if args.output:
-        args.output.write_text(json.dumps({"setting": setting, "machine": machine, "results": results}, indent=2) + "\n")
+        args.output.write_text(
+            json.dumps({"setting": setting, "machine": machine, "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

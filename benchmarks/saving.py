@@ -1,9 +1,10 @@
 """What a checkpoint costs.  python benchmarks/saving.py [--name value of launch/train.py ...]
 
-The demo model (SmolLM2-135M-Instruct, SRLoRA of rank 16 through 32 directions) is trained for 16 steps of 8 with a checkpoint after every
-fourth. Printed, as medians over the checkpoints: bytes; seconds in which the training stood still for one (copying, and giving it its
-name); seconds in which a thread wrote beside the training; the same in steps of this run; and what share of the time an interval of ten
-minutes would make of it. Bytes in proportion to the adapter: three float32 numbers for each trained one, and what is frozen so far.
+The demo model (SmolLM2-135M-Instruct, SRLoRA of rank 16 through 32 directions) is trained for 16 steps of 8 with a
+checkpoint after every fourth. Printed, as medians over the checkpoints: bytes; seconds in which the training stood
+still for one (copying, and giving it its name); seconds in which a thread wrote beside the training; the same in steps
+of this run; and what share of the time an interval of ten minutes would make of it. Bytes in proportion to the adapter:
+three float32 numbers for each trained one, and what is frozen so far.
 """
 
 from __future__ import annotations
@@ -22,18 +23,36 @@ STEPS, EVERY, INTERVAL = 16, 4, 600.0
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "output_dir": folder, "overwrite_output_dir": True, "engine": "plain", "max_steps": STEPS, "save_steps": EVERY,
-            "logging_steps": 1, "data.held_out": 8, "data.size": 8 * STEPS + 8, "save_merged": False, "report_to": "none",
-        }  # fmt: skip
-        command = [sys.executable, str(ROOT / "launch" / "train.py"), *(f"--{name}={value}" for name, value in settings.items()), *argv]
+            "output_dir": folder,
+            "overwrite_output_dir": True,
+            "engine": "plain",
+            "max_steps": STEPS,
+            "save_steps": EVERY,
+            "logging_steps": 1,
+            "data.held_out": 8,
+            "data.size": 8 * STEPS + 8,
+            "save_merged": False,
+            "report_to": "none",
+        }
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "train.py"),
+            *(f"--{name}={value}" for name, value in settings.items()),
+            *argv,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     saves = [record for record in records if record["kind"] == "save"]
     saved = {record["step"] for record in saves}
-    step = statistics.median(r["seconds_per_step"] for r in records if r["kind"] == "train" and not {r["step"], r["step"] - 1} & saved)
+    step = statistics.median(
+        r["seconds_per_step"] for r in records if r["kind"] == "train" and not {r["step"], r["step"] - 1} & saved
+    )
     waited, beside, size = (statistics.median(record[key] for record in saves) for key in ("waited", "beside", "bytes"))
     print(f"{len(saves)} checkpoints of {size / 1e6:.1f} MB; a step takes {step:.2f} s")
-    print(f"training waited {waited:.2f} s ({waited / step:.2f} steps), written beside it in {beside:.2f} s ({beside / step:.2f} steps)")
+    print(
+        f"training waited {waited:.2f} s ({waited / step:.2f} steps), written beside it in {beside:.2f} s "
+        f"({beside / step:.2f} steps)"
+    )
     print(f"one every {INTERVAL / 60:g} minutes: {waited / INTERVAL:.3%} of the time")
 
 

@@ -1,13 +1,15 @@
-"""A run that is killed again and again ends as the run that was not.  python benchmarks/soak.py [--kills 200] [--engine deepspeed]
+"""A run that is killed again and again ends as the run that was not.  python benchmarks/soak.py [--kills 200] [--engine
+deepspeed]
 
-A small SRLoRA run on 2 ranks saves a checkpoint every 3 steps. In each of its lives a rank, a phase (reading the data, loading, restoring,
-a step, a recomposition, a save, the export) and a signal (SIGKILL, SIGTERM, SIGUSR1) are drawn from a seed; when the rank comes to the
-phase it is sent the signal after some milliseconds, drawn too. Both ranks must end by themselves. Then the run goes on with
---resume_from_checkpoint auto. The lives go on until so many ranks were killed; each run that reached its end is compared with the run that
-was never stopped: the same adapter and the same losses, bitwise. Then the next run begins.
+A small SRLoRA run on 2 ranks saves a checkpoint every 3 steps. In each of its lives a rank, a phase (reading the data,
+loading, restoring, a step, a recomposition, a save, the export) and a signal (SIGKILL, SIGTERM, SIGUSR1) are drawn from
+a seed; when the rank comes to the phase it is sent the signal after some milliseconds, drawn too. Both ranks must end
+by themselves. Then the run goes on with --resume_from_checkpoint auto. The lives go on until so many ranks were killed;
+each run that reached its end is compared with the run that was never stopped: the same adapter and the same losses,
+bitwise. Then the next run begins.
 
-Ranks are forked from a process that has imported everything (multiprocessing's forkserver), so that a life costs a second or two. What runs
-is launch/train.py with the environment that a launcher would give.
+Ranks are forked from a process that has imported everything (multiprocessing's forkserver), so that a life costs a
+second or two. What runs is launch/train.py with the environment that a launcher would give.
 """
 
 from __future__ import annotations
@@ -91,16 +93,24 @@ def free_ports(count: int) -> list[int]:
 
 
 def live(arguments: list[str], world: int = 2, strike: Strike | None = None, grace: float = ENDS) -> Life:
-    """Starts the ranks, sends the signal, and waits for the end; `grace` seconds after the first end for the others, as a launcher."""
+    """Starts the ranks, sends the signal, and waits for the end; `grace` seconds after the first end for the others, as
+    a launcher.
+    """
     began, (port,) = time.monotonic(), free_ports(1)
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log")
         for rank in range(world):
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-            }  # fmt: skip
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "DS_ACCELERATOR": "cpu",
+            }
             mine, theirs = FORK.Pipe(duplex=False)
             process = FORK.Process(target=_rank, args=(arguments, environment, log, theirs))
             process.start()
@@ -120,7 +130,9 @@ def live(arguments: list[str], world: int = 2, strike: Strike | None = None, gra
     return Life(codes, said, struck, time.monotonic() - began, phases)
 
 
-def _follow(pipes: list[Connection], processes: list[Any], strike: Strike | None, deadline: float) -> tuple[list[list[str]], bool]:
+def _follow(
+    pipes: list[Connection], processes: list[Any], strike: Strike | None, deadline: float
+) -> tuple[list[list[str]], bool]:
     """The phases that the ranks tell, until one has closed its pipe; sends the signal on the way."""
     phases: list[list[str]] = [[] for _ in pipes]
     open_pipes, struck = dict(zip(pipes, range(len(pipes)), strict=True)), False
@@ -142,13 +154,19 @@ def _follow(pipes: list[Connection], processes: list[Any], strike: Strike | None
     return phases, struck
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 STEPS, SAVE = 24, 3
 PHASES = {  # phase -> how often it can be told in a life
-    "reading the data": 1, "loading the model": 1, "restoring": 1, "the evaluation": 2, "step": 9, "the recomposition": 2, "saving": 3,
+    "reading the data": 1,
+    "loading the model": 1,
+    "restoring": 1,
+    "the evaluation": 2,
+    "step": 9,
+    "the recomposition": 2,
+    "saving": 3,
     "the export": 1,
-}  # fmt: skip
+}
 
 
 def place(folder: Path) -> None:
@@ -166,7 +184,12 @@ def place(folder: Path) -> None:
     fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(120)]
@@ -175,11 +198,28 @@ def place(folder: Path) -> None:
 
 def arguments_of(folder: Path, output: Path, engine: str, **changes: object) -> list[str]:
     settings = {
-        "model_name_or_path": folder / "model", "output_dir": output, "data.dataset": folder / "data.jsonl", "data.held_out": 8,
-        "data.max_length": 64, "max_steps": STEPS, "warmup_steps": 1, "logging_steps": 1, "method.type": "srlora", "method.rank": 4,
-        "method.target_rank": 8, "method.svd_cache": "", "per_device_train_batch_size": 2, "learning_rate": 1e-2, "engine": engine,
-        "report_to": "none", "save_merged": False, "save_steps": SAVE, "ddp_timeout": 30, "resume_from_checkpoint": "auto", **changes,
-    }  # fmt: skip
+        "model_name_or_path": folder / "model",
+        "output_dir": output,
+        "data.dataset": folder / "data.jsonl",
+        "data.held_out": 8,
+        "data.max_length": 64,
+        "max_steps": STEPS,
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "method.type": "srlora",
+        "method.rank": 4,
+        "method.target_rank": 8,
+        "method.svd_cache": "",
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "engine": engine,
+        "report_to": "none",
+        "save_merged": False,
+        "save_steps": SAVE,
+        "ddp_timeout": 30,
+        "resume_from_checkpoint": "auto",
+        **changes,
+    }
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -193,7 +233,9 @@ def result(output: Path) -> tuple[bytes, list[tuple[int, float]]]:
 def drawn(draw: random.Random) -> Strike:
     phase = draw.choice(sorted(PHASES))
     kind = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-    return Strike(phase, kind, draw.randrange(2), draw.choice([0.0, 0.0, draw.uniform(0, 0.05)]), draw.randint(1, PHASES[phase]))
+    return Strike(
+        phase, kind, draw.randrange(2), draw.choice([0.0, 0.0, draw.uniform(0, 0.05)]), draw.randint(1, PHASES[phase])
+    )
 
 
 def soak(folder: Path, kills: int, seed: int, engine: str) -> dict[str, Any]:
@@ -222,7 +264,14 @@ def soak(folder: Path, kills: int, seed: int, engine: str) -> dict[str, Any]:
                 shutil.rmtree(output)
             else:
                 raise AssertionError(f"{strike}: exit codes {life.codes} without a signal:\n{life.said[-3000:]}")
-    figures = {"kills": done, "lives": lives, "runs": runs, "seed": seed, "engine": engine, "slowest": round(slowest, 1)}
+    figures = {
+        "kills": done,
+        "lives": lives,
+        "runs": runs,
+        "seed": seed,
+        "engine": engine,
+        "slowest": round(slowest, 1),
+    }
     return figures | {"counts": dict(sorted(counts.items()))}
 
 

@@ -6,10 +6,11 @@
     others       llm_lowrank's methods on the same linears, with the same rank, LoSiA with the paper's 1/8; in "losia slot" one of the
                  layers records its whole gradient besides, as one of N does at any time
 
-All run in one process on the same tokens and over the same weights, one after the other in each round, the order turned by one from round
-to round, so that whatever else the machine is doing hits them alike; the figures are the median, least and greatest of the per-round
-ratios to the limit. The embeddings' output requires a gradient in all of them, so that the input gradient flows through every layer. The
-optimizer's step is not part of it. Weights are random; only the shapes matter.
+All run in one process on the same tokens and over the same weights, one after the other in each round, the order turned
+by one from round to round, so that whatever else the machine is doing hits them alike; the figures are the median,
+least and greatest of the per-round ratios to the limit. The embeddings' output requires a gradient in all of them, so
+that the input gradient flows through every layer. The optimizer's step is not part of it. Weights are random; only the
+shapes matter.
 """
 
 import argparse
@@ -32,13 +33,13 @@ import llm_lowrank.methods  # noqa: F401 - registers them
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
 
-VOCABULARY = 512                                    # small, so that the linears dominate
+VOCABULARY = 512  # small, so that the linears dominate
 
 
 def llama(hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> LlamaForCausalLM:
     config = LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,         # 2816 at 1024
+        intermediate_size=hidden * 11 // 4,  # 2816 at 1024
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         vocab_size=VOCABULARY,
@@ -48,7 +49,9 @@ def llama(hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> LlamaFor
 
 
 def with_peft(model: nn.Module, rank: int, **settings: object) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    )
 
 
 def with_ours(model: nn.Module, method: Method) -> nn.Module:
@@ -73,7 +76,8 @@ def with_losia(model: nn.Module, factor: float) -> nn.Module | None:
     found = importlib.util.find_spec("losia")
     if found is None or found.submodule_search_locations is None:
         return None
-    file = Path(found.submodule_search_locations[0], "peft_training", "losia_pro.py")  # alone: the package compiles CUDA when imported
+    # alone: the package compiles CUDA when imported
+    file = Path(found.submodule_search_locations[0], "peft_training", "losia_pro.py")
     spec = importlib.util.spec_from_file_location("losia_pro", file)
     assert spec is not None and spec.loader is not None
     pro = importlib.util.module_from_spec(spec)
@@ -92,7 +96,10 @@ def shared(model: nn.Module) -> nn.Module:
 
 
 def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
-    """Every model that is timed. PiSSA and ReLoRA have LoRA's layer; SRLoRA has it too, and with `into: bank` frozen pairs beside it."""
+    """Every model that is timed.
+
+    PiSSA and ReLoRA have LoRA's layer; SRLoRA has it too, and with `into: bank` frozen pairs beside it.
+    """
     kinds = Method.get_known_choices()
     methods = {
         "lora": kinds["lora"](rank=rank),
@@ -108,7 +115,11 @@ def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
         "losia slot": kinds["losia"](output_factor=0),
         "losia dense": kinds["losia"](output_factor=0, pro=False),
     }
-    found = {"limit": limit, "peft lora": with_peft(shared(limit), rank), "peft dora": with_peft(shared(limit), rank, use_dora=True)}
+    found = {
+        "limit": limit,
+        "peft lora": with_peft(shared(limit), rank),
+        "peft dora": with_peft(shared(limit), rank, use_dora=True),
+    }
     published = with_losia(copy.deepcopy(limit), 0.125)  # its weights take gradients: not shared
     found |= {} if published is None else {"losia 0.1.5": published}
     ours = {name: with_ours(shared(limit), method) for name, method in methods.items()}
@@ -129,7 +140,7 @@ def measure(models: dict[str, nn.Module], ids: Tensor, rounds: int) -> dict[str,
     """Seconds of every arm in every round."""
     for model in models.values():
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    losses = {name: [step(model, ids)[1] for _ in range(2)][0] for name, model in models.items()}        # warm-up
+    losses = {name: [step(model, ids)[1] for _ in range(2)][0] for name, model in models.items()}  # warm-up
     assert max(losses.values()) - min(losses.values()) < 0.05, f"the arms do not compute the same function: {losses}"
     seconds: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
@@ -154,7 +165,11 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
@@ -181,9 +196,17 @@ def main() -> None:
     rows = summary(measure(models, ids, args.rounds))
 
     setting = {name: value for name, value in vars(args).items() if name != "output"}
-    machine = {"cpu": cpu_name(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    machine = {
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
     print(" ".join(f"{name}={value}" for name, value in (setting | machine).items()))
-    print(f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}{'trained':>12}   ratios to the limit, forward + backward, no optimizer step")
+    print(
+        f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}{'trained':>12}   ratios to the limit, forward + backward, "
+        "no optimizer step"
+    )
     for name, row in rows.items():
         ratios = f"{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}"
         print(f"{name:16}{ratios}{1000 * row['seconds']:9.1f}{trainable[name]:12,}")

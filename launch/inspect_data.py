@@ -1,6 +1,8 @@
-"""Look at the data before training on it: examples with what is trained in colour, lengths, what is cut, dropped and padded.
+"""Look at the data before training on it: examples with what is trained in colour, lengths, what is cut, dropped and
+padded.
 
-`python launch/inspect_data.py [--examples 3] [--color auto] [--config_path recipe.yaml] [--name value ...]`, as for launch/train.py
+`python launch/inspect_data.py [--examples 3] [--color auto] [--config_path recipe.yaml] [--name value ...]`, as for
+launch/train.py
 """
 
 import argparse
@@ -17,7 +19,9 @@ BARS = 12
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="All other settings are those of launch/train.py.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="All other settings are those of launch/train.py."
+    )
     parser.add_argument("--examples", type=int, default=3, help="how many to print")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
     options, rest = parser.parse_known_args(arguments)
@@ -36,16 +40,24 @@ def main(arguments: list[str]) -> int:
         return 2
     for example in corpus.some(options.examples):
         print(painted(tokenizer, example.input_ids, example.labels, colored), end="\n\n")
-    print(f"{recipe.data.dataset}, prompts: {', '.join(corpus.styles)}; {'green' if colored else '[brackets]'}: trained")
+    print(
+        f"{recipe.data.dataset}, prompts: {', '.join(corpus.styles)}; {'green' if colored else '[brackets]'}: trained"
+    )
     longest = recipe.data.max_length
-    print(f"held out {len(corpus.held_out)}, dropped {sum(corpus.dropped.values())}, cut to {longest} tokens {corpus.truncated}")
+    print(
+        f"held out {len(corpus.held_out)}, dropped {sum(corpus.dropped.values())}, cut to {longest} tokens "
+        f"{corpus.truncated}"
+    )
     for reason, count in corpus.dropped.items():
         print(f"  dropped {count}: {reason}")
     if isinstance(corpus.train, Stream):
         print("a stream: its lengths are not known")
         return 0
     lengths, trained = corpus.train.lengths, corpus.train.trained
-    print(f"to train on {len(lengths)}: {lengths.sum():,} tokens, {trained.sum():,} of them trained ({trained.sum() / lengths.sum():.1%})")
+    print(
+        f"to train on {len(lengths)}: {lengths.sum():,} tokens, {trained.sum():,} of them trained "
+        f"({trained.sum() / lengths.sum():.1%})"
+    )
     print(histogram(lengths))
     print(padding(lengths, recipe))
     return 0
@@ -68,9 +80,17 @@ def painted(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool)
 
 def histogram(lengths: np.ndarray) -> str:
     counts, edges = np.histogram(lengths, bins=min(BARS, int(lengths.max() - lengths.min()) + 1))
-    rows = [f"{round(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}" for k, count in enumerate(counts)]
+    rows = [
+        f"{round(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}" for k, count in enumerate(counts)
+    ]
     low, middle, high = np.percentile(lengths, [5, 50, 95])
-    return "\n".join([f"{'tokens':>8} {'examples':>8}", *rows, f"5 % below {low:.0f}, half below {middle:.0f}, 95 % below {high:.0f}"])
+    return "\n".join(
+        [
+            f"{'tokens':>8} {'examples':>8}",
+            *rows,
+            f"5 % below {low:.0f}, half below {middle:.0f}, 95 % below {high:.0f}",
+        ]
+    )
 
 
 def padding(lengths: np.ndarray, recipe) -> str:
@@ -88,7 +108,8 @@ def padding(lengths: np.ndarray, recipe) -> str:
     full = lengths.sum() / (len(rows) * recipe.data.max_length)
     return (
         f"padding in batches of {size}: {wasted(mixed):.1%}; with data.group_by_length about {wasted(grouped):.1%}; "
-        f"with data.packing {1 - full:.1%}, {len(rows)} rows of {recipe.data.max_length}, {len(lengths) / len(rows):.1f} examples in each"
+        f"with data.packing {1 - full:.1%}, {len(rows)} rows of {recipe.data.max_length}, "
+        f"{len(lengths) / len(rows):.1f} examples in each"
     )
 
 

@@ -17,13 +17,20 @@ from llm_lowrank.models.source import Source
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=expanded, help="output_dir of a run, or a PEFT LoRA folder")
-    parser.add_argument("--output", required=True, type=expanded, help="new folder for the merged Hugging Face checkpoint")
-    parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base")
     parser.add_argument(
-        "--merge_base", choices=["original", "dequantized"], default="original",
-        help="after a run with codec nf4 or int8: merge into the checkpoint's weights, or into what was trained on, decoded",
-    )  # fmt: skip
+        "--output", required=True, type=expanded, help="new folder for the merged Hugging Face checkpoint"
+    )
+    parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base"
+    )
+    parser.add_argument(
+        "--merge_base",
+        choices=["original", "dequantized"],
+        default="original",
+        help="after a run with codec nf4 or int8: merge into the checkpoint's weights, or into what was trained on, "
+        "decoded",
+    )
     args = parser.parse_args(arguments)
     try:
         adapter = find_adapter(args.checkpoint)
@@ -31,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not base:
             raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
         backbone = Backbone.open(args.checkpoint / BACKBONE) if args.merge_base == "dequantized" else None
-        print(merge(Source.open(base), adapter, args.output, getattr(torch, args.dtype) if args.dtype else None, backbone))
+        print(
+            merge(Source.open(base), adapter, args.output, getattr(torch, args.dtype) if args.dtype else None, backbone)
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +56,10 @@ def find_adapter(checkpoint: Path) -> Path:
     for folder in (checkpoint / "adapter", checkpoint):
         if (folder / CONFIG).is_file():
             return folder
-    raise ValueError(f"neither {checkpoint} nor its folder adapter holds {CONFIG}; give the output_dir of a finished run or a PEFT folder")
+    raise ValueError(
+        f"neither {checkpoint} nor its folder adapter holds {CONFIG}; give the output_dir of a finished run or a PEFT "
+        "folder"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Instruction-tune a language model:  deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name value ...]
+"""Instruction-tune a language model:  deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name
+value ...]
 
-Without arguments it trains the demo. Exit codes: 0 done; 1 failed while training; 2 the recipe cannot be run as it stands, or a file
-cannot be read or written; 69 another rank was lost or stood still; 75 stopped by SIGTERM or SIGUSR1 with a checkpoint
-(--resume_from_checkpoint auto goes on).
+Without arguments it trains the demo. Exit codes: 0 done; 1 failed while training; 2 the recipe cannot be run as it
+stands, or a file cannot be read or written; 69 another rank was lost or stood still; 75 stopped by SIGTERM or SIGUSR1
+with a checkpoint (--resume_from_checkpoint auto goes on).
 """
 
 import os
@@ -55,7 +56,8 @@ def refuse(message: str, code: int = 2) -> int:
 
 def stopped(message: str) -> int:
     print(message, flush=True)
-    if note := os.environ.get("LLM_LOWRANK_STOPPED"):  # a file, for a script that sees only the exit code of torchrun, which is 1
+    # a file, for a script that sees only the exit code of torchrun, which is 1
+    if note := os.environ.get("LLM_LOWRANK_STOPPED"):
         Path(note).write_text(f"{message}\n")
     return STOPPED
 

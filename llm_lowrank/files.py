@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written aside, flushed to disk, then renamed over the final name.
 
-A run may be killed at any moment (time limit, preemption, full disk). What carries the final name was complete when it got it.
+A run may be killed at any moment (time limit, preemption, full disk). What carries the final name was complete when it
+got it.
 """
 
 import hashlib
@@ -50,7 +51,10 @@ def check_writable(output: Path) -> None:
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to. Leaving the block syncs it and renames it to `path`; an exception removes it."""
+    """Yield a name beside `path` to write to.
+
+    Leaving the block syncs it and renames it to `path`; an exception removes it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -94,8 +98,9 @@ def stream_safetensors(
 ) -> None:
     """Write one safetensors file asking for one tensor at a time, so that a file may be larger than the memory.
 
-    The format: 8 bytes with the length of the header (little endian), the header (JSON, padded with blanks), then the tensors' bytes
-    without gaps, wide dtypes first so that each tensor is aligned. https://github.com/huggingface/safetensors#format
+    The format: 8 bytes with the length of the header (little endian), the header (JSON, padded with blanks), then the
+    tensors' bytes without gaps, wide dtypes first so that each tensor is aligned.
+    https://github.com/huggingface/safetensors#format
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -111,7 +116,11 @@ def stream_safetensors(
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             value = tensor(name)
-            assert (value.dtype, value.shape) == (layout[name][0], torch.Size(layout[name][1])), (name, value.dtype, value.shape)
+            assert (value.dtype, value.shape) == (layout[name][0], torch.Size(layout[name][1])), (
+                name,
+                value.dtype,
+                value.shape,
+            )
             out.write(raw_bytes(value))
 
 

@@ -1,4 +1,6 @@
-"""Programs that tests need beside Python: there, or installed from Debian's packages, or the test is skipped with the reason."""
+"""Programs that tests need beside Python: there, or installed from Debian's packages, or the test is skipped with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def need(programs: Sequence[str], packages: Sequence[str], path: str | None = No
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
         try:
-            done = subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=LIMIT)
+            done = subprocess.run(
+                ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=LIMIT
+            )
         except subprocess.TimeoutExpired:
             pytest.skip(f"apt-get did not install {names} in {LIMIT} seconds")
         if done.returncode:

@@ -2,8 +2,9 @@
 
     results = ranks.run(2, body, *args, **kwargs)      # body is a module-level function; results[rank] is what it returned
 
-Rendezvous is a file, so that pools never fight for a port. A body that raises fails the test with the traceback of every
-rank that raised; one that hangs is killed after `timeout` seconds. After either the pool is thrown away and started anew.
+Rendezvous is a file, so that pools never fight for a port. A body that raises fails the test with the traceback of
+every rank that raised; one that hangs is killed after `timeout` seconds. After either the pool is thrown away and
+started anew.
 """
 
 from __future__ import annotations
@@ -25,19 +26,29 @@ START = 60.0  # more for the first body of a pool, whose workers import everythi
 
 def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
-        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     import warnings
 
     import torch
 
     from llm_lowrank.engines import fsdp
 
-    # A mesh makes a process group, and a thread of gloo in it wakes a hundred times a second for as long as the process lives: hundreds of
-    # engines, one after the other in the same processes, kept the machine busy with that alone. Here a mesh of one shape is made once.
+    # A mesh makes a process group, and a thread of gloo in it wakes a hundred times a second for as long as the process
+    # lives: hundreds of engines, one after the other in the same processes, kept the machine busy with that alone. Here
+    # a mesh of one shape is made once.
     fsdp.init_device_mesh = cache(fsdp.init_device_mesh)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls names that torch renames
+    # DeepSpeed calls names that torch renames
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     while (job := pipe.recv()) is not None:
@@ -83,7 +94,9 @@ class Pool:
             except EOFError:
                 failures.append((rank, f"died with exit code {self.processes[rank].exitcode}"))
         if failures:
-            raise RanksFailed("\n".join(f"[rank {rank}] {line}" for rank, text in failures for line in str(text).splitlines()))
+            raise RanksFailed(
+                "\n".join(f"[rank {rank}] {line}" for rank, text in failures for line in str(text).splitlines())
+            )
         return results
 
     def kill(self) -> None:

@@ -18,7 +18,8 @@ from benchmarks.soak import free_ports
 from tests.debian import need
 
 ROOT = Path(__file__).parents[1]
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # of a user whose virtual environment is active
+# of a user whose virtual environment is active
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("n1", "n2")
 CONFIGURATION = """
@@ -60,7 +61,9 @@ class Slurm:
 
     def job(self, number: int | str) -> dict[str, str]:
         """What SLURM knows of a job or of a member of an array."""
-        return dict(word.split("=", 1) for word in self("scontrol", "--oneliner", "show", "job", number).split() if "=" in word)
+        return dict(
+            word.split("=", 1) for word in self("scontrol", "--oneliner", "show", "job", number).split() if "=" in word
+        )
 
 
 def until(condition: Callable[[], object], seconds: float, what: Callable[[], str]) -> None:
@@ -81,8 +84,12 @@ def cluster(folder: Path, **environment: str) -> Iterator[Slurm]:
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, user=user, ports=free_ports(3)))
     slurm = Slurm(folder, {**os.environ, **environment, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")})
     keeper = subprocess.Popen(
-        (sys.executable, "-m", "tests.slurm", folder), cwd=ROOT, env=slurm.environment, stdin=subprocess.PIPE, start_new_session=True
-    )  # fmt: skip
+        (sys.executable, "-m", "tests.slurm", folder),
+        cwd=ROOT,
+        env=slurm.environment,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         idle = ("sinfo", "--noheader", "--states", "idle", "--format", "%D")
         until(lambda: answer(slurm, *idle) == str(len(NODES)), 30, lambda: said(folder))
@@ -93,10 +100,17 @@ def cluster(folder: Path, **environment: str) -> Iterator[Slurm]:
 
 
 def keep(slurm: Slurm) -> None:
-    """Runs the daemons until its input ends, which it does in whatever way the tests end: a pytest that is killed cannot stop anything."""
+    """Runs the daemons until its input ends, which it does in whatever way the tests end: a pytest that is killed
+    cannot stop anything.
+    """
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     # --force: pytest's folders are closed to other users, who need nothing here
-    munge = ("munged", "--foreground", "--force", *(f"--{option}={slurm.folder}/munge.{name}" for option, name in files.items()))
+    munge = (
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{option}={slurm.folder}/munge.{name}" for option, name in files.items()),
+    )
     daemons = [daemon(slurm, "munge", *munge)]
     try:
         until((slurm.folder / "munge.socket").exists, 20, lambda: said(slurm.folder))
@@ -131,7 +145,9 @@ def answer(slurm: Slurm, *command: str) -> str:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """The other ones that carry the folder in their command or environment, or were started in it: a step's daemon hides both."""
+    """The other ones that carry the folder in their command or environment, or were started in it: a step's daemon
+    hides both.
+    """
     found = []
     for p in psutil.process_iter():
         try:

@@ -74,7 +74,8 @@ def test_the_dequantized_merge_is_what_was_trained(method, engine, world, codec,
     merge(source, tmp_path / "adapter", tmp_path / "original")
     wanted, found = answers(tmp_path / "original", 5), measured["original"].logits
     exact = answers(tmp_path / "merged", 5)
-    assert found == pytest.approx(float((wanted - exact).norm() / exact.norm()), rel=1e-3)  # the gap is the one that the files have
+    # the gap is the one that the files have
+    assert found == pytest.approx(float((wanted - exact).norm() / exact.norm()), rel=1e-3)
     assert all(other["gaps"] == {"original": None, "dequantized": None} for other in others)
 
 

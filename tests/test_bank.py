@@ -33,7 +33,9 @@ def one_switch(into: str) -> dict:
     engine = Plain()
     adapters = attach(model, method, Dense(torch.bfloat16))
     assert bind(model, adapters, source) == []
-    corpus = load(Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0)
+    corpus = load(
+        Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0
+    )
     batches = Batches(corpus.train, 4, 1, 0, 1, 0, pad_id(tokenizer), 1)
     load_model(engine, model, adapters, method, source, Optimization(1e-3))
 
@@ -69,7 +71,9 @@ def switches() -> dict[str, dict]:
 
 def test_a_bf16_weight_rounds_away_part_of_what_was_learned(switches):
     event, lost = switches["weight"]["event"], switches["weight"]["lost"]
-    print(f"bf16, into weight: lost of what was learned {[f'{x:.0%}' for x in lost]}, of the update of W {event.lost:.1%}")
+    print(
+        f"bf16, into weight: lost of what was learned {[f'{x:.0%}' for x in lost]}, of the update of W {event.lost:.1%}"
+    )
     assert event.into == "weight" and event.lost > 0  # reported, and logged with every switch
     assert min(lost) > 0.01
 

@@ -1,4 +1,7 @@
-"""Law 4: a run that was stopped and goes on is the run that was never stopped. Over every method, engine and stored type."""
+"""Law 4: a run that was stopped and goes on is the run that was never stopped.
+
+Over every method, engine and stored type.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +76,22 @@ def places(i: int, method: str) -> list[tuple[str, int, str]]:
 
 CELLS = [(method, *place) for i, method in enumerate(RUNS) for place in places(i, method)]
 EVERY_CELL = [
-    (method, *place, dtype) for method in RUNS for place in FEWER for dtype in DTYPES if method not in METHODS or not refused(method, dtype)
-]  # fmt: skip
+    (method, *place, dtype)
+    for method in RUNS
+    for place in FEWER
+    for dtype in DTYPES
+    if method not in METHODS or not refused(method, dtype)
+]
 
 
 def over(names: tuple[str, ...], always: list[tuple], every: list[tuple]) -> pytest.MarkDecorator:
     """Some cells always, the others with -m wide."""
-    wide = [pytest.param(*cell, marks=pytest.mark.wide, id="-".join(map(str, cell))) for cell in every if cell not in always]
-    return pytest.mark.parametrize(names, [*(pytest.param(*cell, id="-".join(map(str, cell))) for cell in always), *wide])
+    wide = [
+        pytest.param(*cell, marks=pytest.mark.wide, id="-".join(map(str, cell))) for cell in every if cell not in always
+    ]
+    return pytest.mark.parametrize(
+        names, [*(pytest.param(*cell, id="-".join(map(str, cell))) for cell in always), *wide]
+    )
 
 
 @over(("method", "engine", "world", "dtype"), CELLS, EVERY_CELL)
@@ -95,15 +106,22 @@ def test_resume_is_bitwise_never_having_stopped(tmp_path, method, engine, world,
             assert torch.equal(values[name], value), name
 
 
-CHANGES = [("zero3", 3, "fsdp", 2), ("fsdp", 2, "plain", 1), ("plain", 1, "zero3", 2), ("zero2", 2, "zero3", 3), ("plain", 2, "zero1", 3)]
+CHANGES = [
+    ("zero3", 3, "fsdp", 2),
+    ("fsdp", 2, "plain", 1),
+    ("plain", 1, "zero3", 2),
+    ("zero2", 2, "zero3", 3),
+    ("plain", 2, "zero1", 3),
+]
 
 
 EVERY_MOVE = [(method, *change) for method in RUNS for change in CHANGES]
 MOVES = [
     (method, *change)
-    for i, method in enumerate(RUNS) for j, change in enumerate(CHANGES)
+    for i, method in enumerate(RUNS)
+    for j, change in enumerate(CHANGES)
     if method in THROUGH or j == i % len(CHANGES)
-]  # fmt: skip
+]
 
 
 @over(("method", "before", "world", "after", "others"), MOVES, EVERY_MOVE)
@@ -162,7 +180,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
         (second / "state.json").write_text("{")
     found, damaged = checkpoint.newest(tmp_path)
     assert found is not None and found.path == first
-    assert bool(damaged) == (damage != "no state") and all(str(second) in line for line in damaged), "an unfinished one is none"
+    assert bool(damaged) == (damage != "no state") and all(str(second) in line for line in damaged), (
+        "an unfinished one is none"
+    )
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_not_read_without_what_it_calls_otherwise(tmp_path):

@@ -29,7 +29,9 @@ def _train_and_close(rank: int, rendezvous: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ["plain", "fsdp"])
 def test_ranks_end_after_close_though_the_wrapped_model_is_still_there(tmp_path: Path, engine: str):
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"), engine)) for rank in range(2)]
+    processes = [
+        context.Process(target=_train_and_close, args=(rank, str(tmp_path / "meet"), engine)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 120

@@ -1,4 +1,6 @@
-"""Codecs: rows stand alone bit for bit, errors stay within the half step of each format, and what bitsandbytes stores is what we store."""
+"""Codecs: rows stand alone bit for bit, errors stay within the half step of each format, and what bitsandbytes stores
+is what we store.
+"""
 
 import subprocess
 import sys
@@ -43,8 +45,12 @@ def rounding(codec: Codec, w: Tensor) -> Tensor:
 
 
 def in_a_byte_buffer(parts: dict[str, Tensor], offset: int) -> dict[str, Tensor]:
-    """The parts one after another in one flat buffer of bytes, as a sharding engine keeps them, the first `offset` bytes from its start."""
-    flat = torch.cat([torch.zeros(offset, dtype=torch.uint8), *(part.flatten().view(torch.uint8) for part in parts.values())])
+    """The parts one after another in one flat buffer of bytes, as a sharding engine keeps them, the first `offset`
+    bytes from its start.
+    """
+    flat = torch.cat(
+        [torch.zeros(offset, dtype=torch.uint8), *(part.flatten().view(torch.uint8) for part in parts.values())]
+    )
     views, start = {}, offset
     for name, part in parts.items():
         stop = start + part.numel() * part.element_size()
@@ -81,7 +87,13 @@ def test_rows_stand_alone_bit_for_bit(codec, shape):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(CODED), st.integers(1, 9), st.integers(1, 200), st.integers(0, 99), st.sampled_from([1e-20, 1.0, 1e30]))
+@given(
+    st.sampled_from(CODED),
+    st.integers(1, 9),
+    st.integers(1, 200),
+    st.integers(0, 99),
+    st.sampled_from([1e-20, 1.0, 1e30]),
+)
 def test_error_is_at_most_half_a_step(codec, m, n, seed, size):
     if codec.dtype == torch.float16:
         size = 1.0
@@ -127,7 +139,10 @@ def test_nf4_decodes_with_one_rounding(dtype, n):
     parts = Nf4().encode(normal(20, n))
     exact = Nf4().decode(parts, n)
     packed = parts["codes"].long()
-    by_hand = LEVELS[torch.stack([packed >> 4, packed & 15], 2)].view(20, -1, 64) * parts["scales"].view(torch.float32)[..., None]
+    by_hand = (
+        LEVELS[torch.stack([packed >> 4, packed & 15], 2)].view(20, -1, 64)
+        * parts["scales"].view(torch.float32)[..., None]
+    )
     assert same(exact, by_hand.view(20, -1)[:, :n])
     assert same(Nf4(dtype).decode(parts, n), exact.to(dtype))
 
@@ -213,7 +228,8 @@ def test_the_kernel_path_refuses_too():
 def test_a_rank_without_rows(codec):
     parts = codec.encode(torch.zeros(0, 42))
     assert all(part.shape[0] == 0 for part in parts.values())
-    for given_parts in (parts, {name: part.view(0, 0) for name, part in parts.items()}):  # an engine cannot tell an empty run's width
+    # an engine cannot tell an empty run's width
+    for given_parts in (parts, {name: part.view(0, 0) for name, part in parts.items()}):
         empty = codec.decode(given_parts, 42)
         assert empty.shape == (0, 42) and empty.dtype == codec.dtype
 
@@ -273,7 +289,12 @@ def test_dense_takes_flat_runs_and_copies_nothing():
 
 def test_what_may_be_written_to():
     assert [c.writable for c in (Dense(), Dense(torch.bfloat16), Nf4(), Int8())] == [True, True, False, False]
-    assert [c.holds_small_updates for c in (Dense(), Dense(torch.bfloat16), Nf4(), Int8())] == [True, False, False, False]
+    assert [c.holds_small_updates for c in (Dense(), Dense(torch.bfloat16), Nf4(), Int8())] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_make():
@@ -307,9 +328,11 @@ except ImportError as error:
 
 
 def test_encoding_again_loses_a_small_update():
-    """Why a coded W is not writable: of W + D, NF4 keeps less than half of a D of 2 % of W or less, int8 of one of 0.5 % or less.
+    """Why a coded W is not writable: of W + D, NF4 keeps less than half of a D of 2 % of W or less, int8 of one of 0.5
+    % or less.
 
-    What is lost may exceed D: an element that sets a scale keeps its update, and drags the other elements of its block along.
+    What is lost may exceed D: an element that sets a scale keeps its update, and drags the other elements of its block
+    along.
     """
     rng = torch.Generator().manual_seed(0)
     w = torch.randn(512, 512, generator=rng)
@@ -321,6 +344,10 @@ def test_encoding_again_loses_a_small_update():
             d = update * (size * w.norm() / update.norm())
             kept = codec.decode(codec.encode(stored + d), 512) - stored
             lost[type(codec).__name__, size] = ((kept - d).norm() / d.norm()).item()
-    print("\n|kept - D| / |D|", *(f"{name:5} |D| = {size:6.1%} |W|: lost {part:6.1%}" for (name, size), part in lost.items()), sep="\n")
+    print(
+        "\n|kept - D| / |D|",
+        *(f"{name:5} |D| = {size:6.1%} |W|: lost {part:6.1%}" for (name, size), part in lost.items()),
+        sep="\n",
+    )
     assert all(lost["Nf4", size] > 0.5 for size in (0.02, 0.005, 0.001))
     assert lost["Int8", 0.001] > 0.5 and lost["Int8", 0.005] > 0.5

@@ -33,7 +33,8 @@ CHATML = (
 )
 MARKED = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}<|end|>\n{% endfor %}"
+    "{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif "
+    "%}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 CHAT = [
@@ -42,7 +43,12 @@ CHAT = [
     {"role": "user", "content": "3+3?"},
     {"role": "assistant", "content": "six"},
 ]
-DEMO = Data("reasoning-gym:chain_sum", size=200, held_out=20, task={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2})
+DEMO = Data(
+    "reasoning-gym:chain_sum",
+    size=200,
+    held_out=20,
+    task={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+)
 
 
 def byte_tokenizer(chat_template: str | None = None, merge: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
@@ -127,7 +133,8 @@ def test_an_answer_that_begins_with_what_a_token_would_take_the_template_s_end_i
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert trained_text(tokenizer, ids, trained) == " c\n d<|end|>four<|end|>six<|end|>"
     asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids[: len(asked)] == asked and trained[len(asked)] and not any(trained[: len(asked)])  # as it is seen when answering
+    # as it is seen when answering
+    assert ids[: len(asked)] == asked and trained[len(asked)] and not any(trained[: len(asked)])
 
 
 def test_template_without_prefixes_is_refused():
@@ -146,7 +153,9 @@ def test_pad_token_is_never_the_reason_to_mask():
     assert tokenizer.pad_token_id is None and pad_id(tokenizer) == tokenizer.eos_token_id
     ids, trained = encode_pair(tokenizer, "a", "b")
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
-    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, 1, 0, 1, 0, pad_id(tokenizer), 1).step(0)[0]
+    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, 1, 0, 1, 0, pad_id(tokenizer), 1).step(
+        0
+    )[0]
     row = batch.samples.index(0)
     assert tokenizer.eos_token_id in batch.labels[row].tolist()
     assert batch.attention_mask.sum(1).tolist() == [len(ids) if sample == 0 else 4 for sample in batch.samples]
@@ -179,9 +188,17 @@ def test_files_and_folders(tmp_path, kind):
         write_jsonl(path.parent / "b.jsonl", rows[3:])
         path = path.parent
     corpus = load(Data(str(path), held_out=3), tokenizer, seed=0)
-    assert (len(corpus.train), len(corpus.held_out), corpus.questions, corpus.dropped, corpus.truncated) == (7, 3, [], {}, 0)
+    assert (len(corpus.train), len(corpus.held_out), corpus.questions, corpus.dropped, corpus.truncated) == (
+        7,
+        3,
+        [],
+        {},
+        0,
+    )
     seen = Counter(texts(tokenizer, corpus.train) + texts(tokenizer, corpus.held_out))
-    assert seen == Counter(tokenizer.decode(encode_pair(tokenizer, row["prompt"], row["completion"])[0]) for row in rows)
+    assert seen == Counter(
+        tokenizer.decode(encode_pair(tokenizer, row["prompt"], row["completion"])[0]) for row in rows
+    )
     example = corpus.train[0]
     assert tokenizer.decode([label for label in example.labels if label != IGNORE]).startswith("answer ")
     assert [corpus.train[k].trained for k in range(7)] == corpus.train.trained.tolist()
@@ -198,11 +215,14 @@ def test_a_folder_has_splits(tmp_path):
 
 def test_messages_file(tmp_path):
     tokenizer = byte_tokenizer(CHATML.replace("}}\n{{", "}}{{ ' named' if message.name is defined }}\n{{"))
-    rows = [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "ann"}, CHAT[1]]}]  # the table fills the missing names with None
+    # the table fills the missing names with None
+    rows = [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "ann"}, CHAT[1]]}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
     for name in (write_jsonl(tmp_path / "chat.jsonl", rows), str(tmp_path / "chat.parquet")):
         corpus = load(Data(name, held_out=0), tokenizer, 0)
-        assert texts(tokenizer, corpus.train) == [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+        assert texts(tokenizer, corpus.train) == [
+            tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows
+        ]
 
 
 def test_hub_name_goes_to_the_datasets_library(monkeypatch):
@@ -245,7 +265,11 @@ def test_bad_rows_are_refused(tmp_path, template, rows, message):
 
 def test_empty_plain_completion_is_refused(tmp_path):
     with pytest.raises(ValueError, match="row 0 .*the answer is empty"):
-        load(Data(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]), held_out=0), byte_tokenizer(), 0)
+        load(
+            Data(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]), held_out=0),
+            byte_tokenizer(),
+            0,
+        )
 
 
 def test_template_errors_name_the_row(tmp_path):
@@ -345,7 +369,8 @@ def test_reasoning_gym_holds_out_distinct_questions():
         assert tokenizer.decode(corpus.held_out[row].labels[prompt:-1]) == f"{question.answer}<|end|>"
     again = load(DEMO, tokenizer, seed=3)
     assert [q.text for q in again.questions] == held and texts(tokenizer, again.train) == training
-    other = texts(tokenizer, load(DEMO, tokenizer, seed=4).train)  # reasoning-gym itself would give nearly the same again
+    # reasoning-gym itself would give nearly the same again
+    other = texts(tokenizer, load(DEMO, tokenizer, seed=4).train)
     assert len(set(other) & set(training)) < len(set(training)) / 2
 
 
@@ -386,7 +411,9 @@ def test_real_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
     corpus = load(DEMO, tokenizer, 0)
     question, example = corpus.questions[0], corpus.held_out[0]
-    assert tokenizer.decode(question.prompt_ids).endswith(f"<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(question.prompt_ids).endswith(
+        f"<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert example.input_ids[: len(question.prompt_ids)] == question.prompt_ids
     assert tokenizer.decode([label for label in example.labels if label != IGNORE]) == f"{question.answer}<|im_end|>"
 
@@ -403,7 +430,9 @@ def examples(count: int) -> list[Example]:
     return out
 
 
-def global_batch(data: list[Example], per_device: int, accumulation: int, world: int, t: int, seed: int = 7) -> tuple[list[int], int]:
+def global_batch(
+    data: list[Example], per_device: int, accumulation: int, world: int, t: int, seed: int = 7
+) -> tuple[list[int], int]:
     """Samples and trained tokens of step t over all ranks, with what must hold of every micro-batch checked on the way."""
     samples, claimed, trained, shapes = [], set(), 0, set()
     for rank in range(world):
@@ -425,7 +454,9 @@ def global_batch(data: list[Example], per_device: int, accumulation: int, world:
     return samples, trained
 
 
-SPLITS = [(p, a, w) for p in (1, 2, 3, 4, 6, 12) for a in (1, 2, 3, 4, 6, 12) for w in (1, 2, 3, 4, 6, 12) if p * a * w == 12]
+SPLITS = [
+    (p, a, w) for p in (1, 2, 3, 4, 6, 12) for a in (1, 2, 3, 4, 6, 12) for w in (1, 2, 3, 4, 6, 12) if p * a * w == 12
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -439,7 +470,11 @@ def test_global_batch_does_not_depend_on_the_hardware(count, split, t, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    count=st.integers(1, 40), per_device=st.integers(1, 4), accumulation=st.integers(1, 3), world=st.integers(1, 5), epoch=st.integers(0, 2)
+    count=st.integers(1, 40),
+    per_device=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    world=st.integers(1, 5),
+    epoch=st.integers(0, 2),
 )
 def test_every_sample_once_per_epoch(count, per_device, accumulation, world, epoch):
     data = examples(count)
@@ -469,7 +504,9 @@ def test_batch_larger_than_the_data_is_filled_with_empty_examples():
     ranks = [Batches(examples(3), 2, 2, rank, 4, 0, 9, 1).step(0) for rank in range(4)]
     assert sorted(s for step in ranks for micro in step for s in micro.samples) == [0, 1, 2]
     empty = ranks[3][1]
-    assert empty.samples == () and empty.input_ids.tolist() == [[9], [9]] and empty.attention_mask.tolist() == [[1], [1]]
+    assert (
+        empty.samples == () and empty.input_ids.tolist() == [[9], [9]] and empty.attention_mask.tolist() == [[1], [1]]
+    )
     assert torch.equal(empty.labels, torch.full((2, 1), IGNORE)) and empty.tokens == 1 + 3 + 3
 
 

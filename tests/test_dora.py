@@ -19,7 +19,9 @@ M, N, R, SCALE = 9, 12, 3, 0.7
 TARGETS = ["k_proj", "up_proj", "down_proj"]
 
 
-def layer(bias: bool = True, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> tuple[DirectionAdapter, nn.Linear]:
+def layer(
+    bias: bool = True, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+) -> tuple[DirectionAdapter, nn.Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(N, M, bias=bias, dtype=dtype)
     adapter = DirectionAdapter("layer", linear, Dense(dtype), R, SCALE, 0, dropout)
@@ -105,12 +107,16 @@ def test_a_bf16_layer_is_the_float32_one_rounded():
     fill(adapter)
     x = torch.randn(64, N)
     y = adapter(x)
-    adapter.codec, adapter.weight.data, adapter.bias.data = Dense(torch.bfloat16), adapter.weight.bfloat16(), adapter.bias.bfloat16()
+    adapter.codec, adapter.weight.data, adapter.bias.data = (
+        Dense(torch.bfloat16),
+        adapter.weight.bfloat16(),
+        adapter.bias.bfloat16(),
+    )
     found = adapter(x.bfloat16())
     assert found.dtype == torch.bfloat16 and (found - y).norm() < 0.01 * y.norm()
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------------------
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def run(engine: str, dtype: str = "fp32") -> dict:
@@ -142,7 +148,11 @@ def ours_and_theirs() -> tuple[list[float], list[float], dict[str, Tensor], dict
 
     def keys(name: str) -> tuple[str, str, str]:
         at = f"base_model.model.{name}"
-        return f"{at}.lora_A.default.weight", f"{at}.lora_B.default.weight", f"{at}.lora_magnitude_vector.default.weight"
+        return (
+            f"{at}.lora_A.default.weight",
+            f"{at}.lora_B.default.weight",
+            f"{at}.lora_magnitude_vector.default.weight",
+        )
 
     for a in t.adapters:
         for key, value in zip(keys(a.name), ("A", "B", "magnitude"), strict=True):
@@ -159,7 +169,11 @@ def ours_and_theirs() -> tuple[list[float], list[float], dict[str, Tensor], dict
         optimizer.step()
         optimizer.zero_grad()
     end = t.values()
-    parts = [(f"{a.name}.{part}", key) for a in t.adapters for part, key in zip(("A", "B", "magnitude"), keys(a.name), strict=True)]
+    parts = [
+        (f"{a.name}.{part}", key)
+        for a in t.adapters
+        for part, key in zip(("A", "B", "magnitude"), keys(a.name), strict=True)
+    ]
     return *losses, {name: end[name] for name, _ in parts}, {name: named[key].detach() for name, key in parts}
 
 

@@ -1,4 +1,6 @@
-"""DropLoRA (https://arxiv.org/abs/2508.17337): every sentence of its list of tests, over its four ways of drawing a mask."""
+"""DropLoRA (https://arxiv.org/abs/2508.17337): every sentence of its list of tests, over its four ways of drawing a
+mask.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,18 @@ MASKS = ("token", "sample", "step", "model")
 TARGETS = ["k_proj", "up_proj", "down_proj"]
 
 
-def layer(mask: str, p: float = 0.5, name: str = "layer", dtype: torch.dtype = torch.float64, kind: type = DropAdapter) -> DropAdapter:
+def layer(
+    mask: str, p: float = 0.5, name: str = "layer", dtype: torch.dtype = torch.float64, kind: type = DropAdapter
+) -> DropAdapter:
     torch.manual_seed(0)
     adapter = kind(name, nn.Linear(N, M, dtype=dtype), Dense(dtype), R, SCALE, 0, 0.0, 1, p=p, mask=mask)
     adapter.A, adapter.B = (nn.Parameter(torch.randn(size, dtype=dtype)) for size in ((R, N), (M, R)))
     if kind is DropDirectionAdapter:
         lengths = adapter.weight.norm(dim=1)
-        adapter.magnitude, adapter.norms = nn.Parameter(lengths * 1.5), nn.Parameter(lengths.clone(), requires_grad=False)
+        adapter.magnitude, adapter.norms = (
+            nn.Parameter(lengths * 1.5),
+            nn.Parameter(lengths.clone(), requires_grad=False),
+        )
     at(adapter, 0, [0, 1])
     return adapter
 
@@ -44,7 +51,11 @@ def at(adapter: DropAdapter, step: int, samples: list[int]) -> None:
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def gradients(adapter: PairAdapter, x: Tensor) -> list[Tensor]:
@@ -92,7 +103,8 @@ def test_the_mean_of_many_training_forwards_is_the_answer(mask):
         total, squares = total + y, squares + y.square()
     mean = total / count
     error = ((squares / count - mean.square()) / count).sqrt()
-    # an all-zero mask is drawn again in `step` and `model`: E[M | not all zero] = (1 - p) / (1 - p^r), 1 + 7e-5 of it here
+    # an all-zero mask is drawn again in `step` and `model`: E[M | not all zero] = (1 - p) / (1 - p^r), 1 + 7e-5 of it
+    # here
     assert ((mean - wanted).abs() <= 4.5 * error + 1e-3 * wanted.abs()).all()
 
 
@@ -198,7 +210,11 @@ def test_a_share_outside_of_0_to_1_is_refused(p):
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_mask_keeps_the_dtype(mask):
     adapter = layer(mask, dtype=torch.float32).train()
-    adapter.codec, adapter.weight.data, adapter.bias.data = Dense(torch.bfloat16), adapter.weight.bfloat16(), adapter.bias.bfloat16()
+    adapter.codec, adapter.weight.data, adapter.bias.data = (
+        Dense(torch.bfloat16),
+        adapter.weight.bfloat16(),
+        adapter.bias.bfloat16(),
+    )
     y = adapter(inputs(2, 5, dtype=torch.bfloat16))
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and adapter.A.grad.dtype == torch.float32
@@ -236,11 +252,13 @@ def test_inputs_of_two_dimensions_and_batches_that_ran_out_have_masks():
 def test_a_hash_of_neighbours_has_no_pattern():
     bits = torch.stack([mixed(torch.arange(4096)) >> k & 1 for k in range(64)]).double()
     assert (bits.mean(1) - 0.5).abs().max() < 5 * 0.5 / 4096**0.5
-    flips = torch.stack([(mixed(torch.arange(4096)) ^ mixed(torch.arange(4096) ^ 1)) >> k & 1 for k in range(64)]).double()
+    flips = torch.stack(
+        [(mixed(torch.arange(4096)) ^ mixed(torch.arange(4096) ^ 1)) >> k & 1 for k in range(64)]
+    ).double()
     assert (flips.mean(1) - 0.5).abs().max() < 5 * 0.5 / 4096**0.5, "one flipped bit flips half of them"
 
 
-# --- over ranks -------------------------------------------------------------------------------------------------------------------
+# --- over ranks -------------------------------------------------------------------------------------------------------
 
 
 def told(method: Method, engine: str, dtype: str, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:

@@ -21,14 +21,18 @@ from llm_lowrank.run.recipe import Recipe
 from tests import ranks, tiny
 
 METHOD = SRLoRA(rank=4, target_rank=8, svd_cache="")
-SHAPE = dict(hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10)
+SHAPE = dict(
+    hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10
+)
 
 
 @pytest.fixture
 def recipe(tmp_path):
     """A run on a folder that holds a config.json and nothing else."""
     tiny.config(**SHAPE).save_pretrained(tmp_path / "model")
-    return Recipe(model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), max_steps=60, method=METHOD)
+    return Recipe(
+        model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), max_steps=60, method=METHOD
+    )
 
 
 def row(text: str, name: str) -> list[str]:
@@ -76,20 +80,27 @@ def test_schedule_from_max_steps(recipe):
     text = dry_run.describe(recipe, world=2)
     assert "60 optimizer steps, 2 recompositions: after step 20, 40" in text
     assert "global batch 16 = 8 per rank x 1 accumulated x 2 rank(s)" in text
-    assert "60 optimizer steps, 0 recompositions: none" in dry_run.describe(replace(recipe, method=LoRA(rank=4)), world=2)
+    assert "60 optimizer steps, 0 recompositions: none" in dry_run.describe(
+        replace(recipe, method=LoRA(rank=4)), world=2
+    )
 
 
 def test_schedule_from_the_data(recipe, tmp_path):
     vocabulary = {text: number for number, text in enumerate("<s> </s> 0 1 2 3 4 5 6 7 8 9 + = ?".split())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(recipe.model_name_or_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        recipe.model_name_or_path
+    )
     rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = replace(
-        recipe, max_steps=-1, num_train_epochs=3, per_device_train_batch_size=2,
+        recipe,
+        max_steps=-1,
+        num_train_epochs=3,
+        per_device_train_batch_size=2,
         data=Data(dataset=str(tmp_path / "sums.jsonl"), held_out=10, max_length=64),
-    )  # fmt: skip
+    )
     text = dry_run.describe(recipe, world=2)  # 50 examples in batches of 4: 13 steps an epoch
     assert "39 optimizer steps, 2 recompositions: after step 13, 26" in text
 
@@ -129,7 +140,12 @@ def test_a_deepspeed_config_that_cannot_be_right_is_refused(recipe, tmp_path):
 
 def test_the_recipes_engine_is_starred(recipe):
     def heads(**changes):
-        return dry_run.describe(replace(recipe, **changes), world=1).split("memory per rank")[1].splitlines()[0].split()[-5:]
+        return (
+            dry_run.describe(replace(recipe, **changes), world=1)
+            .split("memory per rank")[1]
+            .splitlines()[0]
+            .split()[-5:]
+        )
 
     assert heads() == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]
     assert heads(deepspeed="ds_configs/zero2.json") == ["plain", "ZeRO-1", "*ZeRO-2", "ZeRO-3", "FSDP2"]
@@ -137,7 +153,7 @@ def test_the_recipes_engine_is_starred(recipe):
     assert heads(engine="fsdp") == ["plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "*FSDP2"]
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 THRESHOLD = 150  # between the elements of one A and another, so that ZeRO-3 keeps some whole
 
@@ -154,10 +170,18 @@ def held(engine_name: str, zero: dict, codec: Codec) -> dict[str, int]:
         whole += p.nbytes if engine_name == "zero3" and p.ds_persist else 0
     optimizer = engine.zero.optimizer if engine_name.startswith("zero") else engine.optimizer
     if engine_name.startswith("zero"):
-        flat = engine.zero.fp32_partitioned_groups_flat if engine_name == "zero3" else engine.zero.single_partition_of_fp32_groups
+        flat = (
+            engine.zero.fp32_partitioned_groups_flat
+            if engine_name == "zero3"
+            else engine.zero.single_partition_of_fp32_groups
+        )
         found["adapters, master copy"] = sum(p.nbytes for p in flat)
-    found["moments"] = sum(mine(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
-    kept = [v for adapter in trainee.adapters for key, v in adapter.memory.items() if key.startswith(("mean_", "spread_"))]
+    found["moments"] = sum(
+        mine(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+    )
+    kept = [
+        v for adapter in trainee.adapters for key, v in adapter.memory.items() if key.startswith(("mean_", "spread_"))
+    ]
     found["importance statistics"] = sum(v.nbytes for v in kept)
     found["small parameters, kept whole"] = whole
     return found
@@ -167,11 +191,20 @@ def mine(t: torch.Tensor) -> torch.Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-CASES = [(0, "plain", {}), (1, "zero1", {}), (2, "zero2", {}), (3, "zero3", {}), (4, "fsdp", {}), (4, "fsdp", {"shard_size": 1})]
+CASES = [
+    (0, "plain", {}),
+    (1, "zero1", {}),
+    (2, "zero2", {}),
+    (3, "zero3", {}),
+    (4, "fsdp", {}),
+    (4, "fsdp", {"shard_size": 1}),
+]
 
 
 @pytest.mark.parametrize("codec", [Dense(torch.bfloat16), Nf4(torch.bfloat16)], ids=["dense", "nf4"])
-@pytest.mark.parametrize("column, engine_name, settings", CASES, ids=["plain", "zero1", "zero2", "zero3", "fsdp", "fsdp-hybrid"])
+@pytest.mark.parametrize(
+    "column, engine_name, settings", CASES, ids=["plain", "zero1", "zero2", "zero3", "fsdp", "fsdp-hybrid"]
+)
 def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name, settings, codec):
     model = tiny.skeleton("bf16", **SHAPE)
     adapters = attach(model, METHOD, codec)

@@ -26,7 +26,8 @@ from tests.tiny import Trainee, engine
 RANK, BANK, SAMPLES = 3, 2, 12  # samples: over 3 ranks and 2 micro-batches there are 2 each
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 
-# name -> (engine, what its DeepSpeed section says beside the stage, or FSDP2's Sharding; a file of ds_configs/ stands for its section)
+# name -> (engine, what its DeepSpeed section says beside the stage, or FSDP2's Sharding; a file of ds_configs/ stands
+# for its section)
 ENGINES: dict[str, tuple[str, Any]] = {
     "plain": ("plain", {}),
     "zero1": ("zero1", {}),
@@ -44,12 +45,33 @@ ENGINES: dict[str, tuple[str, Any]] = {
     "fsdp-hybrid": ("fsdp", {"shard_size": 1}),  # as many replicas as ranks
     "fsdp-one-shard": ("fsdp", {"shard_size": 3}),  # of 3 ranks: all share one copy
 }
-CORE = [("plain", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2)]
+CORE = [
+    ("plain", 2),
+    ("zero1", 2),
+    ("zero2", 2),
+    ("zero2", 3),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp-hybrid", 2),
+]
 CASES = [
-    ("plain", 1), *CORE, ("zero3", 1), ("zero3-persisted", 2), ("zero1-shipped", 2), ("zero2-shipped", 2), ("zero3-shipped", 2),
-    ("zero3-offload", 2), ("zero2-offload", 2), ("fsdp", 1), ("fsdp-gathered", 2), ("fsdp-offload", 2), ("fsdp-hybrid", 3),
+    ("plain", 1),
+    *CORE,
+    ("zero3", 1),
+    ("zero3-persisted", 2),
+    ("zero1-shipped", 2),
+    ("zero2-shipped", 2),
+    ("zero3-shipped", 2),
+    ("zero3-offload", 2),
+    ("zero2-offload", 2),
+    ("fsdp", 1),
+    ("fsdp-gathered", 2),
+    ("fsdp-offload", 2),
+    ("fsdp-hybrid", 3),
     ("fsdp-one-shard", 3),
-]  # fmt: skip
+]
 every_engine = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 core_engines = pytest.mark.parametrize("case", CORE, ids=lambda case: f"{case[0]}-{case[1]}")
 
@@ -65,7 +87,11 @@ class Banked(LoRA):
 def trainee(name: str, **settings: Any) -> Trainee:
     engine_name, zero = ENGINES[name]
     if isinstance(zero, str):
-        zero = {key: value for key, value in json.loads((SHIPPED / zero).read_text())["zero_optimization"].items() if key != "stage"}
+        zero = {
+            key: value
+            for key, value in json.loads((SHIPPED / zero).read_text())["zero_optimization"].items()
+            if key != "stage"
+        }
     method = settings.pop("method", Banked(rank=RANK))
     return Trainee(method, engine_name, samples=SAMPLES, zero=zero, num_hidden_layers=1, **settings)
 
@@ -85,7 +111,9 @@ def factors(adapters: list[Adapter]) -> dict[str, torch.nn.Parameter]:
 
 
 def edit_pairs(t: Trainee, adapter: Adapter) -> dict[str, Tensor]:
-    """New values and both new moments for A (written into the slots) and B (new tensors in the slots); what was written."""
+    """New values and both new moments for A (written into the slots) and B (new tensors in the slots); what was
+    written.
+    """
     written = {}
     with t.engine.edit(adapter.A, adapter.B) as slots:
         for name, slot in zip(("A", "B"), slots, strict=True):
@@ -116,9 +144,13 @@ def tell(name: str, accumulation: int) -> dict[str, Any]:
     """The story, on one rank."""
     t = trainee(name, accumulation=accumulation)
     told: dict[str, Any] = {"original": t.original, "names": [a.name for a in t.adapters]}
-    told["identity"] = [[(id(p), p.requires_grad, tuple(getattr(p, "ds_shape", p.shape))) for p in t.model.parameters()]]
+    told["identity"] = [
+        [(id(p), p.requires_grad, tuple(getattr(p, "ds_shape", p.shape))) for p in t.model.parameters()]
+    ]
     told["whole"] = {n: t.engine.whole(p) for n, p in t.model.named_parameters()}
-    told["fresh"] = {n: (t.engine.local(p).value.clone(), list(t.engine.local(p).moments)) for n, p in factors(t.adapters).items()}
+    told["fresh"] = {
+        n: (t.engine.local(p).value.clone(), list(t.engine.local(p).moments)) for n, p in factors(t.adapters).items()
+    }
 
     def snapshot(when: str) -> None:
         told[when] = {"values": t.values(), "moments": t.moments(), "weights": t.weights(), "logits": t.logits()}
@@ -148,7 +180,9 @@ def tell(name: str, accumulation: int) -> dict[str, Any]:
     snapshot("stepped on")
     move(4, learning_rate=0.0)
     snapshot("rate 0")
-    told["identity"].append([(id(p), p.requires_grad, tuple(getattr(p, "ds_shape", p.shape))) for p in t.model.parameters()])
+    told["identity"].append(
+        [(id(p), p.requires_grad, tuple(getattr(p, "ds_shape", p.shape))) for p in t.model.parameters()]
+    )
     return told
 
 
@@ -183,8 +217,8 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float)
         torch.testing.assert_close(found[name], value, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# Ranks and micro-batches add the same float32 numbers in another order. Gradients differ by about sqrt(12 * 7 * 67) eps of their
-# largest entry, 1e-5; Adam divides them by their own size, so entries of a small gradient pass on more of it.
+# Ranks and micro-batches add the same float32 numbers in another order. Gradients differ by about sqrt(12 * 7 * 67) eps
+# of their largest entry, 1e-5; Adam divides them by their own size, so entries of a small gradient pass on more of it.
 GRADIENT, STEPPED = 3e-5, 2e-4
 
 
@@ -240,7 +274,10 @@ def test_gradient_assembled_over_ranks_is_that_of_a_single_process(case, accumul
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in CORE], ids=lambda case: f"{case[0]}-{case[1]}")
 def test_gradient_is_that_of_a_single_process_in_every_other_setting(case):
-    found = {n: assembled([(rank["runs"][n][0], rank["runs"][n][3]) for rank in story(case)], run[1]) for n, run in alone()["runs"].items()}
+    found = {
+        n: assembled([(rank["runs"][n][0], rank["runs"][n][3]) for rank in story(case)], run[1])
+        for n, run in alone()["runs"].items()
+    }
     close(found, {name: run[3] for name, run in alone()["runs"].items()}, GRADIENT)
 
 
@@ -296,7 +333,8 @@ def test_the_forward_sees_an_edit_of_pairs_of_the_bank_and_of_the_weight(case):
         for when in ("pairs edited", "bank edited", "weight edited"):
             logits, wanted = rank[when]["logits"], alone()[when]["logits"]
             close({when: logits}, {when: wanted}, STEPPED)
-            assert float((logits - last).abs().max()) > 100 * STEPPED * float(wanted.abs().max()), when  # or the line above sees nothing
+            # or the line above sees nothing
+            assert float((logits - last).abs().max()) > 100 * STEPPED * float(wanted.abs().max()), when
             last = logits
 
 
@@ -336,9 +374,15 @@ def test_identity_requires_grad_and_shape_of_every_parameter_survive(case):
 
 
 PUT = [
-    ("plain", 2), ("zero2", 2), ("zero3", 2), ("zero3-persisted", 2), ("fsdp", 2), ("fsdp-gathered", 2), ("fsdp-offload", 2),
+    ("plain", 2),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero3-persisted", 2),
+    ("fsdp", 2),
+    ("fsdp-gathered", 2),
+    ("fsdp-offload", 2),
     ("fsdp-hybrid", 2),
-]  # fmt: skip
+]
 
 
 def put_late(name: str) -> list[Tensor]:
@@ -377,7 +421,8 @@ def forgetful(name: str, what: str) -> str:
     else:
         t.engine.put = lambda p, slot: put(p, Slot(slot.value, stale[p].moments))
     try:
-        with t.engine.edit(*factors(t.adapters).values()) as slots:  # all, so that every rank holds some of it under ZeRO-1 and 2
+        # all, so that every rank holds some of it under ZeRO-1 and 2
+        with t.engine.edit(*factors(t.adapters).values()) as slots:
             for slot in slots:
                 slot.value.add_(1.0)
                 slot.moments["exp_avg_sq"].add_(1.0)
@@ -386,9 +431,13 @@ def forgetful(name: str, what: str) -> str:
     return "nothing was noticed"
 
 
-@pytest.mark.parametrize("what,message", [("value", "an edited master did not persist"), ("moments", "edited moments did not persist")])
 @pytest.mark.parametrize(
-    "case", [("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("fsdp-hybrid", 2)], ids=lambda case: f"{case[0]}-{case[1]}"
+    "what,message", [("value", "an edited master did not persist"), ("moments", "edited moments did not persist")]
+)
+@pytest.mark.parametrize(
+    "case",
+    [("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("fsdp-hybrid", 2)],
+    ids=lambda case: f"{case[0]}-{case[1]}",
 )
 def test_an_edit_that_does_not_persist_is_noticed_on_every_rank(case, what, message):
     for found in ranks.run(case[1], forgetful, case[0], what):
@@ -411,7 +460,9 @@ def misshapen(name: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("case", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)], ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize(
+    "case", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)], ids=lambda case: f"{case[0]}-{case[1]}"
+)
 def test_an_edit_may_not_change_a_shape(case):
     assert ranks.run(case[1], misshapen, case[0]) == [[True, True]] * case[1]
 
@@ -429,8 +480,15 @@ def coded(name: str) -> dict[str, Any]:
 
 
 CODED = [
-    ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3-persisted", 2), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2), ("fsdp-offload", 2),
-]  # fmt: skip
+    ("zero1", 2),
+    ("zero2", 3),
+    ("zero3", 2),
+    ("zero3-persisted", 2),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp-hybrid", 2),
+    ("fsdp-offload", 2),
+]
 
 
 @pytest.mark.parametrize("case", CODED, ids=lambda c: f"{c[0]}-{c[1]}")
@@ -443,7 +501,8 @@ def test_a_bf16_backbone_is_not_cast_and_receives_the_same_rounded_update(case):
         # what is asked is exact and rounding is elementwise: bitwise the same whoever holds which elements
         assert all(torch.equal(rank["weights"][n], w) for n, w in single["weights"].items())
         for logits, wanted in zip(rank["logits"], single["logits"], strict=True):
-            torch.testing.assert_close(logits, wanted, rtol=0, atol=2**-7 * float(wanted.abs().max()))  # a bf16 ulp of the largest
+            # a bf16 ulp of the largest
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=2**-7 * float(wanted.abs().max()))
     assert float((single["logits"][1] - single["logits"][0]).abs().max()) > 0.1 * float(single["logits"][0].abs().max())
     counts = sum(rank["counts"] for rank in found) if divided(case[0]) else found[0]["counts"]
     torch.testing.assert_close(counts, single["counts"], rtol=1e-6, atol=0)
@@ -458,12 +517,16 @@ def optimized(name: str, alpha: float, max_grad_norm: float, optimization: dict[
     norms, gradients = [], []
     for step in range(2):
         t.forward_backward(step)
-        gradients.append({n: (t.engine.local(p).start, t.engine.gradient(p).clone()) for n, p in factors(t.adapters).items()})
+        gradients.append(
+            {n: (t.engine.local(p).start, t.engine.gradient(p).clone()) for n, p in factors(t.adapters).items()}
+        )
         norms.append(t.engine.step(1e-3))
     return {"norms": norms, "gradients": gradients, "values": t.values(), "moments": t.moments()}
 
 
-def compare(case: tuple[str, int], alpha: float, max_grad_norm: float, optimization: dict[str, Any], tolerance: float) -> dict[str, Any]:
+def compare(
+    case: tuple[str, int], alpha: float, max_grad_norm: float, optimization: dict[str, Any], tolerance: float
+) -> dict[str, Any]:
     single = optimized("plain", alpha, max_grad_norm, optimization)
     found = ranks.run(case[1], optimized, case[0], alpha, max_grad_norm, optimization)
     for rank in found:
@@ -489,7 +552,8 @@ def test_clipping_is_by_the_norm_over_all_ranks_and_comes_after_the_gradient_is_
     free = optimized("plain", RANK, 0.0, {})
     single = compare(case, alpha=RANK, max_grad_norm=0.05, optimization={}, tolerance=1e-3)
     assert single["norms"][0] == free["norms"][0] > 0.2  # told before clipping
-    assert all(torch.equal(g[1], free["gradients"][0][n][1]) for n, g in single["gradients"][0].items())  # and so is `gradient`
+    # and so is `gradient`
+    assert all(torch.equal(g[1], free["gradients"][0][n][1]) for n, g in single["gradients"][0].items())
     # both steps have norm 0.05 afterwards: |exp_avg| is at most 0.05 (0.9 * 0.1 + 0.1)
     total = sum(float(v.double().square().sum()) for n, v in single["moments"].items() if n.endswith("exp_avg")) ** 0.5
     assert 0.02 * 0.19 < total <= 0.05 * 0.19 * (1 + 1e-4)
@@ -535,13 +599,17 @@ def shares(name: str) -> dict[str, tuple[int, int, Tensor]]:
     found = {}
     for n, p in t.model.named_parameters():
         local = p.detach().to_local()
-        moments = [v.to_local().numel() for k, v in t.engine.optimizer.state.get(p, {}).items() if k.startswith("exp_avg")]
+        moments = [
+            v.to_local().numel() for k, v in t.engine.optimizer.state.get(p, {}).items() if k.startswith("exp_avg")
+        ]
         assert all(size == local.numel() for size in moments) and len(moments) == 2 * p.requires_grad
         found[n] = (len(p), local.untyped_storage().nbytes() // p.element_size(), local)
     return found
 
 
-@pytest.mark.parametrize("case", [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp-gathered", 2)], ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.mark.parametrize(
+    "case", [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp-gathered", 2)], ids=lambda c: f"{c[0]}-{c[1]}"
+)
 def test_fsdp_holds_its_rows_of_every_parameter_and_of_its_moments_and_nothing_else(case):
     name, world = case
     everyone = ranks.run(world, shares, name)
@@ -557,7 +625,9 @@ def test_fsdp_holds_its_rows_of_every_parameter_and_of_its_moments_and_nothing_e
 def test_replicas_of_a_hybrid_run_stay_bitwise_the_same(world):
     first, *others = ranks.run(world, shares, "fsdp-hybrid")
     for other in others:
-        assert first.keys() == other.keys() and all(torch.equal(local, other[n][2]) for n, (_, _, local) in first.items())
+        assert first.keys() == other.keys() and all(
+            torch.equal(local, other[n][2]) for n, (_, _, local) in first.items()
+        )
     assert all(len(local) == rows for rows, _, local in first.values())
 
 
@@ -642,7 +712,8 @@ def comparing(kind: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "world,kind", [(1, "equal"), (2, "equal"), (3, "equal"), (2, "last bit"), (3, "last bit"), (2, "second"), (2, "sign of zero")]
+    "world,kind",
+    [(1, "equal"), (2, "equal"), (3, "equal"), (2, "last bit"), (3, "last bit"), (2, "second"), (2, "sign of zero")],
 )
 def test_same_raises_on_every_rank_when_one_bit_differs(world, kind):
     for (error, message), together in ranks.run(world, comparing, kind):
@@ -655,7 +726,11 @@ def test_same_raises_on_every_rank_when_one_bit_differs(world, kind):
 
 def working(failures: dict[int, str]) -> Any:
     e, reached = engine("plain"), []
-    kinds = {"value": ValueError("no column 'prompt'"), "key": KeyError("lost"), "file": FileNotFoundError(2, "No such file", "x.json")}
+    kinds = {
+        "value": ValueError("no column 'prompt'"),
+        "key": KeyError("lost"),
+        "file": FileNotFoundError(2, "No such file", "x.json"),
+    }
 
     def work() -> None:
         with e.together():
@@ -680,7 +755,11 @@ def working(failures: dict[int, str]) -> Any:
     ids=str,
 )
 def test_together_raises_on_all_ranks_with_the_message_of_the_first_that_failed(world, failures, first):
-    own = {"value": ("ValueError", "no column 'prompt'"), "key": ("KeyError", "'lost'"), "file": ("FileNotFoundError", first)}
+    own = {
+        "value": ("ValueError", "no column 'prompt'"),
+        "key": ("KeyError", "'lost'"),
+        "file": ("FileNotFoundError", first),
+    }
     for rank, (error, reached, together) in enumerate(ranks.run(world, working, failures)):
         assert reached == ([] if rank in failures else [rank])
         if not failures:

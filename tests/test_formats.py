@@ -1,4 +1,6 @@
-"""Files as they are found in the wild: each row is used, refused by its number, or counted as dropped, and never silently changed."""
+"""Files as they are found in the wild: each row is used, refused by its number, or counted as dropped, and never
+silently changed.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,18 @@ ALPACA = [
     {"instruction": "No input here.", "output": "fine"},
 ]
 SHAREGPT = [
-    {"id": "a_0", "conversations": [
-        {"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes?"},
-        {"from": "human", "value": HELLO}, {"from": "gpt", "value": "ok"},
-    ]},
+    {
+        "id": "a_0",
+        "conversations": [
+            {"from": "system", "value": "be brief"},
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "yes?"},
+            {"from": "human", "value": HELLO},
+            {"from": "gpt", "value": "ok"},
+        ],
+    },
     {"id": "b_0", "conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "crlf", "bom", "parquet"])
@@ -64,7 +72,11 @@ def test_alpaca_as_it_is_published(tmp_path, kind):
         text = json.dumps(ALPACA) if kind == "json" else lines.replace("\n", "\r\n") if kind == "crlf" else lines
         path.write_bytes((b"\xef\xbb\xbf" if kind == "bom" else b"") + text.encode())
     tokenizer, corpus = loaded(str(path))
-    assert texts(tokenizer, corpus.train) == [chat("Say hello.", HELLO), chat("Add.\n\n2, 3", "5"), chat("No input here.", "fine")]
+    assert texts(tokenizer, corpus.train) == [
+        chat("Say hello.", HELLO),
+        chat("Add.\n\n2, 3", "5"),
+        chat("No input here.", "fine"),
+    ]
     assert answers(tokenizer, corpus.train) == [f"{HELLO}<|end|>", "5<|end|>", "fine<|end|>"]
     assert (corpus.dropped, corpus.truncated, corpus.styles) == ({}, 0, ("chat",))
 
@@ -89,7 +101,9 @@ def test_plain_text_is_trained_whole(tmp_path):
 def test_settings_of_conversations_are_refused_beside_plain_text_not_ignored(tmp_path, setting):
     path = write_jsonl(tmp_path / "text.jsonl", [{"text": "one"}] * 3)
     for streaming in (False, True):
-        with pytest.raises(ValueError, match=f"data.{next(iter(setting))} is for questions and answers and .* is plain text"):
+        with pytest.raises(
+            ValueError, match=f"data.{next(iter(setting))} is for questions and answers and .* is plain text"
+        ):
             loaded(path, streaming=streaming, **setting)
 
 
@@ -121,9 +135,17 @@ BAD = {
     "missing field": (ALPACA[1], {"instruction": "x"}, "output is missing"),
     "empty answer": (ALPACA[1], {"instruction": "x", "input": "", "output": " \n"}, "the answer is empty"),
     "empty instruction": (ALPACA[1], {"instruction": "", "input": "", "output": "y"}, "the instruction is empty"),
-    "content is a list": (SHAREGPT[1], {"conversations": [{"from": "human", "value": ["x"]}]}, "message 0: value is list, not text"),
+    "content is a list": (
+        SHAREGPT[1],
+        {"conversations": [{"from": "human", "value": ["x"]}]},
+        "message 0: value is list, not text",
+    ),
     "null content": (SHAREGPT[1], {"conversations": [{"from": "human", "value": None}]}, "message 0: value is missing"),
-    "unknown role": (SHAREGPT[1], {"conversations": [{"from": "tool", "value": "x"}]}, "message 0: the from 'tool' is none of system,"),
+    "unknown role": (
+        SHAREGPT[1],
+        {"conversations": [{"from": "tool", "value": "x"}]},
+        "message 0: the from 'tool' is none of system,",
+    ),
     "no role": (SHAREGPT[1], {"conversations": [{"value": "x"}]}, "message 0: the from None is none of"),
     "no messages": (SHAREGPT[1], {"conversations": []}, "conversations is not a list of"),
     "no answer": (SHAREGPT[1], {"conversations": [{"from": "human", "value": "x"}]}, "the answer is empty"),
@@ -149,18 +171,23 @@ def test_a_column_of_text_and_other_things_is_refused_by_its_row(tmp_path, kind)
     rows = [ALPACA[1], {"instruction": "x", "input": "", "output": ["a", "b"]}, ALPACA[1]]
     path = tmp_path / f"wild.{kind}"
     write_jsonl(path, rows) if kind == "jsonl" else path.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=rf"the column output holds text and other things, wild.{kind}, row 1 .*it is list there; mend it"):
+    with pytest.raises(
+        ValueError,
+        match=rf"the column output holds text and other things, wild.{kind}, row 1 .*it is list there; mend it",
+    ):
         loaded(str(path), bad_rows="drop")
 
 
 def test_many_bad_rows_are_counted_and_the_first_are_named(tmp_path):
-    path = write_jsonl(tmp_path / "wild.jsonl", [{"prompt": "x", "completion": "" if k % 2 else "y"} for k in range(20)])
+    path = write_jsonl(
+        tmp_path / "wild.jsonl", [{"prompt": "x", "completion": "" if k % 2 else "y"} for k in range(20)]
+    )
     with pytest.raises(ValueError, match=r"row 1 (?s:.*)row 9 (?s:.*)and 5 more rows") as error:
         loaded(path)
     assert "row 11" not in str(error.value)
 
 
-@pytest.mark.parametrize("ending", ["{\"prompt\": \"c\", \"comp", "[1, 2]x\n"])
+@pytest.mark.parametrize("ending", ['{"prompt": "c", "comp', "[1, 2]x\n"])
 def test_a_truncated_last_line_is_named(tmp_path, ending):
     path = write_jsonl(tmp_path / "cut.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     with open(path, "a") as file:
@@ -171,7 +198,9 @@ def test_a_truncated_last_line_is_named(tmp_path, ending):
 
 
 def test_half_a_surrogate_pair_and_other_encodings_are_named(tmp_path):
-    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud83d", "completion": "b"}\n')
+    (tmp_path / "half.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud83d", "completion": "b"}\n'
+    )
     with pytest.raises(ValueError, match=r"half.jsonl, row 1 \(the first is 0\)"):
         loaded(str(tmp_path / "half.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode("latin-1"))
@@ -180,10 +209,17 @@ def test_half_a_surrogate_pair_and_other_encodings_are_named(tmp_path):
 
 
 def test_an_example_of_ten_thousand_tokens_is_cut_and_counted_or_dropped_and_counted(tmp_path):
-    rows = [{"prompt": "p", "completion": "y" * 10_000}, {"prompt": "p" * 10_000, "completion": "y"}, {"prompt": "p", "completion": "y"}]
+    rows = [
+        {"prompt": "p", "completion": "y" * 10_000},
+        {"prompt": "p" * 10_000, "completion": "y"},
+        {"prompt": "p", "completion": "y"},
+    ]
     _, corpus = loaded(write_jsonl(tmp_path / "long.jsonl", rows), max_length=256)
     assert (corpus.truncated, corpus.dropped) == (1, {"no completion token left within max_length": 1})
-    assert [len(corpus.train[k].input_ids) for k in range(2)] == [256, len("<s>user\np<e>\n<s>assistant\ny<e>\n") - 4 * 2]
+    assert [len(corpus.train[k].input_ids) for k in range(2)] == [
+        256,
+        len("<s>user\np<e>\n<s>assistant\ny<e>\n") - 4 * 2,
+    ]
 
 
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(tmp_path):
@@ -200,16 +236,21 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tmp_path):
 
 def test_prompt_styles_are_those_of_the_papers(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ALPACA[1:])
-    task, respond = "Below is an instruction that describes a task", "Write a response that appropriately completes the request."
+    task, respond = (
+        "Below is an instruction that describes a task",
+        "Write a response that appropriately completes the request.",
+    )
     coder = (
-        "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses to user "
+        "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable "
+        "responses to user "
         "instructions.\n\n@@ Instruction\n"
     )
     think = "### Response: Let's think step by step."
     wanted = {
         "plain": ("Add.\n\n2, 3", "No input here."),
         "alpaca": (
-            f"{task}, paired with an input that provides further context. {respond}\n\n### Instruction:\nAdd.\n\n### Input:\n2, 3\n\n"
+            f"{task}, paired with an input that provides further context. {respond}\n\n### Instruction:\nAdd.\n\n### "
+            "Input:\n2, 3\n\n"
             "### Response:\n",
             f"{task}. {respond}\n\n### Instruction:\nNo input here.\n\n### Response:\n",
         ),
@@ -228,7 +269,9 @@ def test_prompt_styles_are_those_of_the_papers(tmp_path):
 
 
 def test_braces_in_the_data_stay(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "{context} {question} {0}", "input": "{question}", "output": "{}"}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"instruction": "{context} {question} {0}", "input": "{question}", "output": "{}"}]
+    )
     tokenizer, corpus = loaded(path, None, prompt_style="plain")
     assert texts(tokenizer, corpus.train) == ["{context} {question} {0}\n\n{question}{}<|end|>"]
 
@@ -243,14 +286,30 @@ def test_a_style_is_one_question_and_one_answer(tmp_path):
 
 WILD = {  # rows with the columns that the publishers give
     "alpaca": {"instruction": "Add.", "input": "2, 3", "output": "5", "text": "Below is ... 5"},
-    "commonsense-170k": {"instruction": "Answer true or false.", "input": "", "output": "the correct answer is true", "answer": "true"},
+    "commonsense-170k": {
+        "instruction": "Answer true or false.",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    },
     "magicoder-evol-instruct": {"instruction": "Write f.", "response": "def f(): pass"},
-    "metamathqa": {"type": "GSM_Rephrased", "query": "1+1?", "original_question": "one and one?", "response": "2\nThe answer is: 2"},
-    "ultrachat": {"prompt": "hi", "prompt_id": "f0", "messages": [
-        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"},
-        {"role": "user", "content": "bye"}, {"role": "assistant", "content": "ok"},
-    ]},
-}  # fmt: skip
+    "metamathqa": {
+        "type": "GSM_Rephrased",
+        "query": "1+1?",
+        "original_question": "one and one?",
+        "response": "2\nThe answer is: 2",
+    },
+    "ultrachat": {
+        "prompt": "hi",
+        "prompt_id": "f0",
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes?"},
+            {"role": "user", "content": "bye"},
+            {"role": "assistant", "content": "ok"},
+        ],
+    },
+}
 
 
 def test_a_preset_that_is_misspelt_gets_a_hint():
@@ -289,17 +348,33 @@ def test_a_preset_reads_a_local_copy_and_the_hub_alike(tmp_path, monkeypatch, na
 
 @pytest.fixture(scope="module")
 def llama_2(tmp_path_factory):
-    """A LLaMA-2 tokenizer: sentencepiece BPE with bytes for what it does not know, <s> before every text, no pad token, no template."""
+    """A LLaMA-2 tokenizer: sentencepiece BPE with bytes for what it does not know, <s> before every text, no pad token,
+    no template.
+    """
     import sentencepiece as spm
 
     folder = tmp_path_factory.mktemp("sentencepiece")
     text = folder / "corpus.txt"
-    text.write_text("\n".join(f"the answer to question {k} is {k * k} and then some words follow ### Response:" for k in range(300)))
+    text.write_text(
+        "\n".join(f"the answer to question {k} is {k * k} and then some words follow ### Response:" for k in range(300))
+    )
     spm.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
-        character_coverage=1.0, pad_id=-1, minloglevel=2,
-    )  # fmt: skip
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": False}))
     return AutoTokenizer.from_pretrained(folder)
 
@@ -308,7 +383,10 @@ def llama_2(tmp_path_factory):
 def test_a_llama_2_tokenizer_keeps_every_character(tmp_path, llama_2, style):
     tokenizer = llama_2
     assert tokenizer.pad_token_id is None and not tokenizer.chat_template
-    rows = [{"prompt": "question 3", "completion": completion} for completion in ("the answer is 9", " 9", f"{HELLO}", "\nnew line")]
+    rows = [
+        {"prompt": "question 3", "completion": completion}
+        for completion in ("the answer is 9", " 9", f"{HELLO}", "\nnew line")
+    ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     corpus = load(Data(path, held_out=0, prompt_style=style), tokenizer, 0)
     for example, row in zip((corpus.train[k] for k in range(4)), rows, strict=True):
@@ -382,7 +460,10 @@ def test_stdlib_code_holds_out_whole_modules(monkeypatch):
     corpus = load(Data("stdlib-code", held_out=40, max_length=4000), tokenizer, 0)
     module = {pair.prompt + pair.completion: pair.module for pair in few}
     held = {module[text.removesuffix("<|end|>")] for text in texts(tokenizer, corpus.held_out)}
-    trained = {module[tokenizer.decode(corpus.train[k].input_ids).removesuffix("<|end|>")] for k in range(0, len(corpus.train), 7)}
+    trained = {
+        module[tokenizer.decode(corpus.train[k].input_ids).removesuffix("<|end|>")]
+        for k in range(0, len(corpus.train), 7)
+    }
     assert len(corpus.held_out) == 40 and len(held) < 20 and not held & trained
 
 

@@ -19,7 +19,7 @@ MODULES = ["k_proj", "up_proj"]  # 14 x 42 and 43 x 42
 BANKED = SRLoRA(rank=4, target_rank=7, target_modules=MODULES, svd_cache="", into="bank")
 
 
-# --- what is gathered is what was stored ------------------------------------------------------------------------------------------
+# --- what is gathered is what was stored ------------------------------------------------------------------------------
 
 
 def seen_in_forward() -> dict[str, tuple[torch.dtype, bool]]:
@@ -46,12 +46,16 @@ def test_bank_and_codes_are_gathered_bitwise_under_a_bfloat16_forward():
         assert all(same for _, same in seen.values()), seen
         kinds = {name: dtype for name, (dtype, _) in seen.items()}
         assert kinds == {
-            "codes": torch.uint8, "scales": torch.uint8, "A": torch.float32, "B": torch.float32,
-            "bank_A": torch.float32, "bank_B": torch.float32,
-        }  # fmt: skip
+            "codes": torch.uint8,
+            "scales": torch.uint8,
+            "A": torch.float32,
+            "B": torch.float32,
+            "bank_A": torch.float32,
+            "bank_B": torch.float32,
+        }
 
 
-# --- edits ------------------------------------------------------------------------------------------------------------------------
+# --- edits ------------------------------------------------------------------------------------------------------------
 
 
 def writes() -> dict[str, float]:
@@ -65,7 +69,9 @@ def writes() -> dict[str, float]:
     with t.engine.edit(a) as (slot,):
         slot.value[1] = 0.0
     now = t.engine.whole(a)
-    return {name: float(value[1].abs().max()) for name, value in (("was", before), ("by index", by_index), ("by edit", now))}
+    return {
+        name: float(value[1].abs().max()) for name, value in (("was", before), ("by index", by_index), ("by edit", now))
+    }
 
 
 def test_writing_to_a_dtensor_by_index_is_lost_and_an_edit_is_not():
@@ -90,7 +96,7 @@ def test_an_edit_after_an_evaluation_is_seen(reshard):
     assert all(ranks.run(2, after_evaluation, reshard))
 
 
-# --- who holds what ---------------------------------------------------------------------------------------------------------------
+# --- who holds what ---------------------------------------------------------------------------------------------------
 
 
 def runs(shard_size: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
@@ -135,7 +141,7 @@ def test_two_replicas_of_two_shards_train_as_one_process(codec):
         assert mine < 0.6 * elements  # half of the model, not a quarter
 
 
-# --- shared parameters ------------------------------------------------------------------------------------------------------------
+# --- shared parameters ------------------------------------------------------------------------------------------------
 
 
 class Pool(nn.Module):
@@ -184,7 +190,9 @@ def pooled(engine_name: str) -> tuple[list[float], Tensor, int]:
         model = Stack()
         optimizer = torch.optim.AdamW([model.pool.A], lr=1e-2, weight_decay=0.0)
     else:
-        wrapped = engine.wrap(model, Optimization(1e-2), lambda name, _, rows: {k: values[f"{name}.{k}"][r] for k, r in rows.items()})
+        wrapped = engine.wrap(
+            model, Optimization(1e-2), lambda name, _, rows: {k: values[f"{name}.{k}"][r] for k, r in rows.items()}
+        )
         x = x.view(engine.world, -1, 6)[engine.rank]
     losses = []
     for _ in range(3):
@@ -228,7 +236,7 @@ def test_a_parameter_registered_in_two_layers_is_refused():
         assert "pool.A is registered in several decoder layers" in message
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_size_that_does_not_divide_the_ranks_is_refused():

@@ -1,4 +1,6 @@
-"""functional.py against its own equation, written naively, and against what checkpointing, autocast and ZeRO-3 do to a layer."""
+"""functional.py against its own equation, written naively, and against what checkpointing, autocast and ZeRO-3 do to a
+layer.
+"""
 
 from collections.abc import Callable
 
@@ -9,17 +11,23 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_lowrank.numerics.functional import Product, adapter_linear, frozen_linear
 
-M, N, R, K, SCALE = 12, 10, 3, 4, 0.7           # out, in, pairs, bank pairs, s
+M, N, R, K, SCALE = 12, 10, 3, 4, 0.7  # out, in, pairs, bank pairs, s
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes * scales                           # a codec that builds a new W at every call
+    return codes * scales  # a codec that builds a new W at every call
 
 
 class Layer:
     """The operands of one layer; every other argument of the two functions follows from them."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, bias: bool = False, bank: bool = False, adapter: torch.dtype | None = None):
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        bias: bool = False,
+        bank: bool = False,
+        adapter: torch.dtype | None = None,
+    ):
         rng = torch.Generator().manual_seed(0)
 
         def new(*shape: int, dtype: torch.dtype = adapter or dtype) -> Tensor:
@@ -48,7 +56,9 @@ class Layer:
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    )
 
 
 def saved_by(run: Callable[[], Tensor]) -> list[Tensor]:
@@ -59,7 +69,7 @@ def saved_by(run: Callable[[], Tensor]) -> list[Tensor]:
 
 
 def ulp(y: Tensor) -> Tensor:
-    return 2.0 ** (y.abs().float().clamp_min(1e-30).log2().floor() - 7)         # of bf16
+    return 2.0 ** (y.abs().float().clamp_min(1e-30).log2().floor() - 7)  # of bf16
 
 
 @pytest.mark.parametrize("bank", [False, True])
@@ -97,7 +107,12 @@ def test_two_products_with_gates_and_an_input_of_their_own(gates, dropped, bias)
 
     more = new(K, N), new(M, K)
     none = (None, None)
-    d = {"none": none, "trained": (new(R), new(K)), "constant": (new(R).detach(), None), "per token": (new(6, R).detach(), None)}[gates]
+    d = {
+        "none": none,
+        "trained": (new(R), new(K)),
+        "constant": (new(R).detach(), None),
+        "per token": (new(6, R).detach(), None),
+    }[gates]
     z = new(2, 3, N) if dropped else None
     products = [Product(layer.A, layer.B, d[0]), Product(*more, d[1])]
     read = x if z is None else z
@@ -122,7 +137,9 @@ def test_a_bank_does_not_read_the_dropped_input():
     wanted = x @ w.T + SCALE * z @ layer.A.T @ layer.B.T
     torch.testing.assert_close(found, wanted)
     leaves = (x, z, layer.A, layer.B)
-    for ours, true in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+    for ours, true in zip(
+        torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(ours, true)
 
 
@@ -150,7 +167,9 @@ def test_keeps_x_and_the_trainable_part_of_h_only(bank):
     own = [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in passed}]
     assert len(kept) == len(passed) + 2, "every parameter once, as it was passed in"
     assert [t.data_ptr() for t in own][0] == x.data_ptr()
-    assert own[1].shape == (10, R) and own[1].untyped_storage().nbytes() == 10 * R * 4, "a view would keep the bank's part too"
+    assert own[1].shape == (10, R) and own[1].untyped_storage().nbytes() == 10 * R * 4, (
+        "a view would keep the bank's part too"
+    )
 
 
 @pytest.mark.parametrize("trained", ["x", "A", "B", "xA", "xB", "AB", ""])
@@ -161,7 +180,9 @@ def test_only_what_is_asked_for_is_computed_and_kept(trained):
     layer.A.requires_grad_("A" in trained)
     layer.B.requires_grad_("B" in trained)
     sides = {"x": x, "A": layer.A, "B": layer.B}
-    own = {t.data_ptr() for t in saved_by(lambda: layer(x))} - {t.data_ptr() for t in (layer.A, layer.B, layer.bank_A, layer.bank_B)}
+    own = {t.data_ptr() for t in saved_by(lambda: layer(x))} - {
+        t.data_ptr() for t in (layer.A, layer.B, layer.bank_A, layer.bank_B)
+    }
     own -= {t.data_ptr() for t in layer.parts}
     assert (x.data_ptr() in own) == ("A" in trained) and len(own) == ("A" in trained) + ("B" in trained)
     y = layer(x)
@@ -199,7 +220,7 @@ def test_parameters_whose_storage_is_swapped_between_forward_and_backward():
     parameters = [layer.A, layer.B, layer.bank_A, layer.bank_B, layer.bias, *layer.parts]
     values = [p.detach().clone() for p in parameters]
     for p in parameters:
-        p.data.fill_(torch.nan)                     # whoever kept the old storage sees this
+        p.data.fill_(torch.nan)  # whoever kept the old storage sees this
         p.data = torch.empty(0)
     for p, value in zip(parameters, values, strict=True):
         p.data = value
@@ -238,9 +259,13 @@ def test_low_precision_backbone_with_fp32_adapters(bank):
         assert (ours.double() - true).norm() < 0.01 * true.norm()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def test_autocast(device):
-    """Values in autocast's dtype, gradients in their leaves' dtype, and the backward does not care whether autocast is still on."""
+    """Values in autocast's dtype, gradients in their leaves' dtype, and the backward does not care whether autocast is
+    still on.
+    """
 
     def own_precision(*parts: Tensor) -> Tensor:
         assert not torch.is_autocast_enabled(device), "W would come out differently in forward and backward"
@@ -263,7 +288,7 @@ def test_autocast(device):
     for a, b, true in zip(inside, outside, exact, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
         assert (a - true).norm() < 0.03 * true.norm()
-    full = layer(x, own_precision)                  # a full precision forward stays one when autocast is on in backward
+    full = layer(x, own_precision)  # a full precision forward stays one when autocast is on in backward
     with torch.autocast(device, torch.bfloat16):
         late = torch.autograd.grad(full.square().sum(), leaves)
     torch.testing.assert_close(late, exact, rtol=1e-4, atol=1e-4)
@@ -300,7 +325,9 @@ def test_an_adapter_without_pairs_is_the_frozen_linear():
     layer, x = Layer(bias=True), inputs(5, N)
     y = adapter_linear(x, layer.parts, decode, [Product(torch.zeros(0, N), torch.zeros(M, 0))], SCALE, layer.bias)
     assert torch.equal(y, frozen_linear(x, layer.parts, decode, layer.bias))
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(frozen_linear(x, layer.parts, decode).sum(), x)[0])
+    assert torch.equal(
+        torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(frozen_linear(x, layer.parts, decode).sum(), x)[0]
+    )
 
 
 @pytest.mark.parametrize("frozen", ["bias", "bank_A", "bank_B", "parts"])

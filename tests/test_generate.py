@@ -1,4 +1,6 @@
-"""Generation: batched greedy answers are the ones found one by one, and accuracy does not depend on the number of ranks."""
+"""Generation: batched greedy answers are the ones found one by one, and accuracy does not depend on the number of
+ranks.
+"""
 
 import pytest
 import torch
@@ -73,7 +75,8 @@ def questions(model, count: int) -> list[Question]:
 def test_batched_answers_are_those_found_one_by_one(model, tokenizer):
     asked = questions(model, 9)
     found = [one_by_one(model, question.prompt_ids, tokenizer.eos_token_id) for question in asked]
-    assert len({len(text) for text in found}) > 1 and len(set(found)) > 3  # the ends differ, so the batch must hold some back
+    # the ends differ, so the batch must hold some back
+    assert len({len(text) for text in found}) > 1 and len(set(found)) > 3
     assert answer(model, tokenizer, asked, NEW, 4, synced=False) == found
 
 
@@ -91,7 +94,9 @@ def test_mode_and_checkpointing_come_back(model, tokenizer):
 def test_generation_uses_the_cache(model, tokenizer, monkeypatch):
     lengths = []
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k))
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k)
+    )
     model.activation_checkpointing_enable({"use_reentrant": False})
     answer(model.train(), tokenizer, questions(model, 3), NEW, 3, synced=False)
     assert lengths and set(lengths[-NEW + 1 :]) == {1}
@@ -101,11 +106,15 @@ def test_generation_uses_the_cache(model, tokenizer, monkeypatch):
 def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, world):
     asked = questions(model, 7)
     calls, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **k: calls.append(k["synced_gpus"]) or generate(**{**k, "synced_gpus": False}))
+    monkeypatch.setattr(
+        model, "generate", lambda **k: calls.append(k["synced_gpus"]) or generate(**{**k, "synced_gpus": False})
+    )
     parts: list[torch.Tensor] = []
 
     def run(rank, total):
-        return accuracy(model, tokenizer, asked, rank, world, lambda local: parts.append(local) or total(local), NEW, 2, synced=True)
+        return accuracy(
+            model, tokenizer, asked, rank, world, lambda local: parts.append(local) or total(local), NEW, 2, synced=True
+        )
 
     samples, counts = [], []
     for rank in range(world):
@@ -118,7 +127,8 @@ def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, wo
     report = run(0, lambda local: total)
     assert report.count == 7
     assert report.exact_match == pytest.approx(4 / 7) and report.mean_score == pytest.approx((4 + 3 * 0.25) / 7)
-    assert sorted(text for text, *_ in samples) == [f"question {k}" for k in range(7)]  # once each: fillers are not counted
+    # once each: fillers are not counted
+    assert sorted(text for text, *_ in samples) == [f"question {k}" for k in range(7)]
     assert all((given == expected) == (score == 1.0) for _, given, expected, score in samples)
 
 
@@ -140,7 +150,11 @@ def test_an_answer_ends_before_the_first_stop(model, tokenizer, stops, monkeypat
     assert answer(model, tokenizer, asked, 12, 4, synced=False, stops=stops) == cut
     steps, forward = [], model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
-    first = next(question for question, text, rest in zip(asked, whole, cut, strict=True) if len(text) > len(rest) + 1 or stops[0] != "k")
+    first = next(
+        question
+        for question, text, rest in zip(asked, whole, cut, strict=True)
+        if len(text) > len(rest) + 1 or stops[0] != "k"
+    )
     answer(model, tokenizer, [first], 12, 1, synced=False, stops=stops)
     assert (len(steps) < 12) == (stops[0] == "k")  # it does not write on for nothing
 
@@ -178,13 +192,18 @@ def test_blanks_at_the_beginning_of_an_answer_stay():
 
 
 def _sharded(engine: str, count: int) -> list[tuple[float, int, list[tuple[str, str]]]]:
-    """Words of 26 letters; the score depends on the answer, so that it tells wrong answers apart. Asked again after a step of training."""
+    """Words of 26 letters; the score depends on the answer, so that it tells wrong answers apart.
+
+    Asked again after a step of training.
+    """
     trainee = tiny.Trainee(LoRA(rank=4), engine, vocab_size=len(WORDS))
     asked = [Question([k % 26, 3 * k % 26][: 1 + k % 2], str(k), _is_even, "x") for k in range(count)]
     rank, world = trainee.engine.rank, trainee.engine.world
     found = []
     for _ in range(2):
-        report = accuracy(trainee.model, word_tokenizer(), asked, rank, world, trainee.engine.sum, NEW, batch_size=2, synced=world > 1)
+        report = accuracy(
+            trainee.model, word_tokenizer(), asked, rank, world, trainee.engine.sum, NEW, batch_size=2, synced=world > 1
+        )
         found.append((report.mean_score, report.count, [sample[:2] for sample in report.samples]))
         logits = trainee.wrapped(input_ids=torch.ones(1, 4, dtype=torch.long)).logits  # training goes on
         trainee.engine.backward((logits * torch.arange(len(WORDS))).sum())

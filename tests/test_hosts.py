@@ -1,4 +1,5 @@
-"""Two hosts and the link between them: network namespaces with a veth pair, one rank in each, started by torchrun and by deepspeed.
+"""Two hosts and the link between them: network namespaces with a veth pair, one rank in each, started by torchrun and
+by deepspeed.
 
 Needs root, for the namespaces; what belongs to them goes with them.
 """
@@ -35,7 +36,20 @@ class Hosts:
         self.remove()
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", "link0", "netns", self.names[0], "type", "veth", "peer", "name", "link1", "netns", self.names[1])
+        ip(
+            "link",
+            "add",
+            "link0",
+            "netns",
+            self.names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "link1",
+            "netns",
+            self.names[1],
+        )
         for i, name in enumerate(self.names):
             ip("-n", name, "addr", "add", f"{self.addresses[i]}/24", "dev", f"link{i}")
             ip("-n", name, "link", "set", "lo", "up")
@@ -54,7 +68,9 @@ class Hosts:
         named = f'mount --bind {self.folder}/hosts /etc/hosts && hostname {self.names[i]} && exec "$@"'
         isolated = ["ip", "netns", "exec", self.names[i], "unshare", "--uts", "--mount", "sh", "-c", named, "sh"]
         with self.log(i).open("w") as log:
-            return subprocess.Popen([*isolated, *command], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [*isolated, *command], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def log(self, i: int) -> Path:
         return self.folder / f"log-{i}"
@@ -107,13 +123,17 @@ def ended(runs: list[subprocess.Popen[str]], seconds: float) -> list[int | None]
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
-def test_a_link_that_is_cut_ends_the_run_with_a_word_and_it_goes_on_when_the_link_is_back(hosts, place, whole, tmp_path, kind):
+def test_a_link_that_is_cut_ends_the_run_with_a_word_and_it_goes_on_when_the_link_is_back(
+    hosts, place, whole, tmp_path, kind
+):
     output = tmp_path / "out"
     arguments = soak.arguments_of(place, output, "deepspeed", ddp_timeout=8)
     runs = start(kind, hosts, arguments)
     deadline = time.monotonic() + 120
     while not (output / "checkpoints/LATEST").is_file():
-        assert time.monotonic() < deadline and all(run.poll() is None for run in runs), hosts.said(0)[-2000:] + hosts.said(1)[-2000:]
+        assert time.monotonic() < deadline and all(run.poll() is None for run in runs), (
+            hosts.said(0)[-2000:] + hosts.said(1)[-2000:]
+        )
         time.sleep(0.02)
     hosts.link("down")
     try:

@@ -47,11 +47,18 @@ def test_every_dependency_is_pinned_at_a_version_that_satisfies_it():
         name = canonicalize_name(requirement.name)
         if name != canonicalize_name(PROJECT["name"]):
             assert name in pins, f"{name} is in pyproject.toml and has no pin in constraints.txt"
-            assert requirement.specifier.contains(pins[name]), f"the pin {name}=={pins[name]} does not satisfy {requirement}"
+            assert requirement.specifier.contains(pins[name]), (
+                f"the pin {name}=={pins[name]} does not satisfy {requirement}"
+            )
 
 
 def test_what_the_code_imports_is_a_declared_dependency():
-    declared = names(map(Requirement, PROJECT["dependencies"])) | names(EXTRAS["demo"]) | names(EXTRAS["track"]) | names(EXTRAS["eval"])
+    declared = (
+        names(map(Requirement, PROJECT["dependencies"]))
+        | names(EXTRAS["demo"])
+        | names(EXTRAS["track"])
+        | names(EXTRAS["eval"])
+    )
     distributions = packages_distributions()
     for path in SOURCES:
         for top in {m.partition(".")[0] for m in modules_imported(ast.parse(path.read_text()))}:
@@ -83,7 +90,9 @@ def test_no_pickle():
     calls = {"torch.load", "torch.save", "torch.serialization", "torch.distributed.checkpoint"}
     for path in SOURCES:
         tree = ast.parse(path.read_text())
-        used = modules_imported(tree) | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used = modules_imported(tree) | {
+            ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        }
         bad = {u for u in used if u.partition(".")[0] in modules or any(u == c or u.startswith(c + ".") for c in calls)}
         assert not bad, f"{path.relative_to(ROOT)} uses {', '.join(sorted(bad))}"
 

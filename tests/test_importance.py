@@ -10,7 +10,9 @@ from llm_lowrank.numerics.importance import pair_sums, update_
 
 
 def naive(steps: list[tuple[np.ndarray, np.ndarray]], beta1: float, beta2: float) -> tuple[np.ndarray, np.ndarray]:
-    """Entry by entry: I = |w g|, mean <- b1 mean + (1 - b1) I, spread <- b2 spread + (1 - b2) |I - mean| with the new mean."""
+    """Entry by entry: I = |w g|, mean <- b1 mean + (1 - b1) I, spread <- b2 spread + (1 - b2) |I - mean| with the new
+    mean.
+    """
     mean, spread = np.zeros_like(steps[0][0]), np.zeros_like(steps[0][0])
     for w, g in steps:
         for i in np.ndindex(w.shape):
@@ -52,9 +54,12 @@ def test_spread_measures_from_the_mean_that_already_knows_this_step():
 
 
 @given(
-    st.integers(1, 5), st.integers(1, 7), st.lists(st.integers(0, 35), max_size=5), st.booleans(),
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.lists(st.integers(0, 35), max_size=5),
+    st.booleans(),
     st.lists(st.integers(-9, 9), min_size=35, max_size=35),
-)  # fmt: skip
+)
 def test_pair_sums_over_runs_cut_anywhere_add_up_to_the_whole(r, d, cuts, rows_are_pairs, scores):
     shape = (r, d) if rows_are_pairs else (d, r)
     score = torch.tensor(scores[: r * d], dtype=torch.float32).view(shape)

@@ -31,7 +31,8 @@ def settings(place, tmp_path) -> list[object]:  # noqa: F811
 
 def test_examples_lengths_and_shares_are_those_of_the_data(settings, capsys):
     out = shown(capsys, *settings, "--examples", 2, "--color", "never")
-    assert len(re.findall(r"<\|start\|>assistant\n\[(?:yes )+<\|end\|>\]", out)) == 2  # what is trained, and nothing else, in brackets
+    # what is trained, and nothing else, in brackets
+    assert len(re.findall(r"<\|start\|>assistant\n\[(?:yes )+<\|end\|>\]", out)) == 2
     whole = [4 + len(f"user\nSay {k}.\nassistant\n\n") + 4 * k for k in range(1, 31)]  # 4 marks, a token a byte
     cut, lengths = sum(length > 100 for length in whole), [min(100, length) for length in whole]
     assert f"held out 3, dropped 1, cut to 100 tokens {cut}" in out and cut > 5

@@ -1,7 +1,7 @@
 """launch/train.py as a user starts it: under deepspeed, torchrun and python, with good and with bad input.
 
-A launcher and its ranks import everything anew, a quarter of a minute on two cores. Where the launcher is not what is looked at, the
-ranks are forked with the environment that one would give (benchmarks/soak.py).
+A launcher and its ranks import everything anew, a quarter of a minute on two cores. Where the launcher is not what is
+looked at, the ranks are forked with the environment that one would give (benchmarks/soak.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}  # of a launched run
+# of a launched run
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PORT = 29731 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # two files of tests may launch at a time
+# two files of tests may launch at a time
+PORT = 29731 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(PORT))
 PYTHON = (sys.executable,)
 
@@ -44,25 +46,42 @@ def place(tmp_path_factory) -> Path:
     rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "columns.jsonl").write_text('{"query": "2 + 2", "response": "4"}\n' * 3)
-    (folder / "empty.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"messages": 1, "prompt": "c", "completion": ""}\n')
+    (folder / "empty.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"messages": 1, "prompt": "c", "completion": ""}\n'
+    )
     (folder / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n' * 3)
     return folder
 
 
 def recipe(place: Path, **changes: object) -> list[str]:
     settings = {
-        "model_name_or_path": place / "model", "output_dir": place / "out", "data.dataset": place / "data.jsonl", "data.held_out": 8,
-        "data.max_length": 64, "max_steps": 6, "warmup_steps": 1, "logging_steps": 1, "method.type": "srlora", "method.rank": 4,
-        "method.target_rank": 8, "method.svd_cache": place / "svd", "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-    }  # fmt: skip
+        "model_name_or_path": place / "model",
+        "output_dir": place / "out",
+        "data.dataset": place / "data.jsonl",
+        "data.held_out": 8,
+        "data.max_length": 64,
+        "max_steps": 6,
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "method.type": "srlora",
+        "method.rank": 4,
+        "method.target_rank": 8,
+        "method.svd_cache": place / "svd",
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+    }
     return [f"--{name}={value}" for name, value in {**settings, **changes}.items()]
 
 
 def launch(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True,
+        [*launcher, str(ROOT / "launch/train.py"), *arguments],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
         timeout=200,
-    )  # fmt: skip
+    )
 
 
 def succeed(launcher: tuple[str, ...] | int, arguments: list[str]) -> str:
@@ -82,11 +101,16 @@ def records(output: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(place) -> dict[str, Path]:
-    """The same recipe, global batch 8 packed rows, under both launchers and on every kind of engine: into the weight, fp32."""
+    """The same recipe, global batch 8 packed rows, under both launchers and on every kind of engine: into the weight,
+    fp32.
+    """
     started = {
         "plain": (1, {"engine": "plain", "per_device_train_batch_size": 8}),
         "ddp": (2, {"engine": "plain", "gradient_accumulation_steps": 2}),
-        "deepspeed": (DEEPSPEED, {"engine": "deepspeed", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
+        "deepspeed": (
+            DEEPSPEED,
+            {"engine": "deepspeed", "per_device_train_batch_size": 4, "gradient_checkpointing": True},
+        ),
         "fsdp": (TORCHRUN, {"engine": "fsdp", "per_device_train_batch_size": 4, "gradient_checkpointing": True}),
     }
     outputs = {}
@@ -131,7 +155,9 @@ def test_adapter_in_peft_and_merged_in_transformers_agree(runs, place):
     untouched = base(tokens).logits
     for output in runs.values():
         merged = AutoModelForCausalLM.from_pretrained(output / "merged")(tokens).logits
-        adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), output / "adapter")(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(place / "model"), output / "adapter"
+        )(tokens).logits
         assert (merged - adapted).abs().max() < 1e-4
         assert (merged - untouched).abs().max() > 1e-2
         assert AutoTokenizer.from_pretrained(output / "merged").chat_template == CHATML
@@ -171,9 +197,12 @@ def test_an_adapter_trained_over_nf4_loads_on_the_unquantized_and_on_a_quantized
 
     quantized = AutoModelForCausalLM.from_pretrained(
         place / "model",
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
     )
-    over = peft.PeftModel.from_pretrained(quantized, coded_run / "adapter").train()(tokens).logits  # in eval its CPU kernel rounds to bf16
+    # in eval its CPU kernel rounds to bf16
+    over = peft.PeftModel.from_pretrained(quantized, coded_run / "adapter").train()(tokens).logits
     assert (over - adapted).norm() < moved
 
 
@@ -181,11 +210,15 @@ def test_the_other_merge_can_be_made_later(coded_run, place, tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     for base in ("original", "dequantized"):
         assert merge.main(["--checkpoint", str(coded_run), "--output", f"~/{base}", "--merge_base", base]) == 0
-    (in_run,), (later,) = ([*folder.glob("*.safetensors")] for folder in (coded_run / "merged", tmp_path / "dequantized"))
+    (in_run,), (later,) = (
+        [*folder.glob("*.safetensors")] for folder in (coded_run / "merged", tmp_path / "dequantized")
+    )
     assert in_run.read_bytes() == later.read_bytes()
     tokens = torch.arange(24).view(2, 12)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "original")(tokens).logits
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), coded_run / "adapter")(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(place / "model"), coded_run / "adapter"
+    )(tokens).logits
     assert (merged - adapted).abs().max() < 1e-4
 
 
@@ -214,7 +247,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_readable_message(case, place, capsys, tmp_path):
     changes, message = BAD[case]
-    changes = {"engine": "plain", "output_dir": tmp_path / "out", **{k: str(v).format(place=place) for k, v in changes.items()}}
+    changes = {
+        "engine": "plain",
+        "output_dir": tmp_path / "out",
+        **{k: str(v).format(place=place) for k, v in changes.items()},
+    }
     assert train.main(recipe(place, **changes)) == 2
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -224,7 +261,9 @@ def test_bad_input_is_one_readable_message(case, place, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"method.target_modules": "q_prj"}, "q_proj"), ({"unknown": 1}, "unknown")], ids=["target", "key"]
+    "changes, message",
+    [({"method.target_modules": "q_prj"}, "q_proj"), ({"unknown": 1}, "unknown")],
+    ids=["target", "key"],
 )
 def test_bad_input_ends_all_ranks(changes, message, place, tmp_path):
     life = live(recipe(place, output_dir=tmp_path / "out", engine="plain", **changes))
@@ -275,6 +314,8 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(place, tmp_path, capsys, 
 
 def test_a_diverged_run_ends_with_one_message(place, tmp_path, capsys):
     changes = {"engine": "plain", "learning_rate": 1e30, "method.type": "lora", "lr_scheduler_type": "constant"}
-    arguments = [a for a in recipe(place, output_dir=tmp_path / "out", **changes) if "target_rank" not in a and "svd" not in a]
+    arguments = [
+        a for a in recipe(place, output_dir=tmp_path / "out", **changes) if "target_rank" not in a and "svd" not in a
+    ]
     assert train.main(arguments) == 1
     assert re.search(r"^error: step \d+: the gradient norm is (nan|inf)", capsys.readouterr().err, re.MULTILINE)

@@ -1,8 +1,8 @@
 """The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested by an entry in METHODS.
 
-A cell is one short run: attach, load and shard, a few steps with the method's own schedule of recompositions, export. It is lived
-once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3 divides 43, nor 3 x 14, nor
-does a block of 64 divide any row.
+A cell is one short run: attach, load and shard, a few steps with the method's own schedule of recompositions, export.
+It is lived once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3
+divides 43, nor 3 x 14, nor does a block of 64 divide any row.
 """
 
 from __future__ import annotations
@@ -32,19 +32,25 @@ from tests import ranks
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 
 STEPS = 4
-MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]  # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
+# 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
+MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
 # Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
 SETTINGS: dict[str, dict[str, dict]] = {
     "lora": {"lora": PAIRS, "lora-rslora": dict(PAIRS, alpha=6, use_rslora=True)},  # s = 3
     "pissa": {"pissa": dict(PAIRS, svd_cache="")},
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
-        f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into) for into in ("weight", "bank")
+        f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
+        for into in ("weight", "bank")
     },
     "dora": {"dora": dict(PAIRS, alpha=6)},
-    "relora": {f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")},
+    "relora": {
+        f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
+    },
     "losia": {  # layers move after steps 1, 2, 3; the first one twice
-        f"losia-{into}": dict(factor=0.5, output_factor=0, period=1, rewarm_steps=2, max_live_blocks=2, target_modules=MODULES, into=into)
+        f"losia-{into}": dict(
+            factor=0.5, output_factor=0, period=1, rewarm_steps=2, max_live_blocks=2, target_modules=MODULES, into=into
+        )
         for into in ("weight", "bank")
     },
     "rasa": {"rasa": dict(PAIRS, alpha=6, k=1)},
@@ -55,12 +61,15 @@ SETTINGS: dict[str, dict[str, dict]] = {
 }
 METHODS: dict[str, Method] = {
     label: kind(**settings)
-    for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")
+    for name, kind in Method.get_known_choices().items()
+    if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
-}  # fmt: skip
+}
 ENGINES = [(engine, world) for engine in ("plain", "zero1", "zero2", "zero3", "fsdp") for world in (1, 2, 3)]
-FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]  # for methods whose way of moving is one of the others'
-THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]  # little that their neighbours do not show: two stored types
+# for methods whose way of moving is one of the others'
+FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
+# little that their neighbours do not show: two stored types
+THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 CODED = ("nf4", "int8")  # their arithmetic is float32
 Cell = tuple[str, str, int, str]
@@ -77,10 +86,13 @@ def refused(method: str, dtype: str) -> bool:
 
 CELLS: list[Cell] = [
     (method, engine, world, dtype)
-    for method in METHODS for engine, world in (ENGINES if method in EVERYWHERE else FEWER) for dtype in DTYPES
-    if not refused(method, dtype) and (method in EVERYWHERE or dtype != "int8" or engine == "zero3")
+    for method in METHODS
+    for engine, world in (ENGINES if method in EVERYWHERE else FEWER)
+    for dtype in DTYPES
+    if not refused(method, dtype)
+    and (method in EVERYWHERE or dtype != "int8" or engine == "zero3")
     and ((engine, world) not in THIN or dtype in ("fp32", "nf4"))
-]  # fmt: skip
+]
 
 
 def takes_pairs(method: str) -> bool:
@@ -89,13 +101,15 @@ def takes_pairs(method: str) -> bool:
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
-    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, and nf4's for int8's: those run with -m wide."""
+    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, and nf4's for int8's: those run
+    with -m wide.
+    """
     wide = [(cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER for cell in cells]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
     return pytest.mark.parametrize("cell", marked, ids=["-".join(map(str, cell)) for cell in cells])
 
 
-# --- one life ---------------------------------------------------------------------------------------------------------------------
+# --- one life ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -110,14 +124,23 @@ class Snapshot:
     @classmethod
     def take(cls, t: Trainee) -> Snapshot:
         frozen = {name: m for name, m in t.model.named_modules() if isinstance(m, FrozenLinear)}
-        parts = {name: {k: t.engine.whole(p).cpu()[: m.shape[0]] for k, p in m.named_parts().items()} for name, m in frozen.items()}
-        weights = {name: frozen[name].codec.codec.decode(found, frozen[name].shape[1]) for name, found in parts.items()}  # not watched
+        parts = {
+            name: {k: t.engine.whole(p).cpu()[: m.shape[0]] for k, p in m.named_parts().items()}
+            for name, m in frozen.items()
+        }
+        # not watched
+        weights = {name: frozen[name].codec.codec.decode(found, frozen[name].shape[1]) for name, found in parts.items()}
         logits, maps = t.probe()
         return cls(logits, maps, t.values(), parts, weights, {a.name: len(a.ledger) for a in t.adapters})
 
     def pairs(self, name: str) -> Pairs:
         """Trainable and bank pairs together."""
-        return Pairs.cat([Pairs(self.values[f"{name}.{b}"], self.values[f"{name}.{a}"]) for b, a in (("B", "A"), ("bank_B", "bank_A"))])
+        return Pairs.cat(
+            [
+                Pairs(self.values[f"{name}.{b}"], self.values[f"{name}.{a}"])
+                for b, a in (("B", "A"), ("bank_B", "bank_A"))
+            ]
+        )
 
 
 @dataclass
@@ -183,7 +206,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
     ledger = {a.name: a.ledger for a in t.adapters}
     return Life(
         original, base, started, exchanges, final, losses, norms, ledger, history, t.checkpoint.elements, watched.most
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +241,12 @@ def lives(tmp_path_factory) -> Lives:
     return lived
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------------------------
+# --- bounds -----------------------------------------------------------------------------------------------------------
 
 FLOAT32 = 1e-6  # relative, of a norm: a dozen times the unit of rounding 2^-24, for two layers one after the other
-# Logits of two bf16 models that are equal but for the place of their roundings. Each of about 2 x 14 results on the way is rounded by
-# 0.6 x 2^-9 (rms), in either model on its own: sqrt(2 x 28) x 0.6 x 2^-9 = 0.9 %. Measured 1.3 %; what is wrong is off by 100 %.
+# Logits of two bf16 models that are equal but for the place of their roundings. Each of about 2 x 14 results on the way
+# is rounded by 0.6 x 2^-9 (rms), in either model on its own: sqrt(2 x 28) x 0.6 x 2^-9 = 0.9 %. Measured 1.3 %; what is
+# wrong is off by 100 %.
 BF16_LOGITS = 2**-5
 
 
@@ -235,12 +259,16 @@ def exact(change: Change) -> Tensor:
 
 
 def half_ulp(w: Tensor) -> Tensor:
-    """Half a unit in the last place of bfloat16, which has 8 significant bits: |w| = f 2^e with f in [1/2, 1), ulp = 2^(e - 8)."""
+    """Half a unit in the last place of bfloat16, which has 8 significant bits: |w| = f 2^e with f in [1/2, 1), ulp =
+    2^(e - 8).
+    """
     return torch.ldexp(torch.ones_like(w), torch.frexp(w.abs().clamp_min(1e-30)).exponent - 9)
 
 
 def rounding(w: Tensor, updates: Sequence[Change]) -> Tensor:
-    """How far a bfloat16 W can be from w + the sum of the updates when each of them is added in float32 and rounded once, elementwise."""
+    """How far a bfloat16 W can be from w + the sum of the updates when each of them is added in float32 and rounded
+    once, elementwise.
+    """
     total, bound = w.double(), torch.zeros_like(w, dtype=torch.float64)
     for update in updates:
         total = total + exact(update)
@@ -249,7 +277,9 @@ def rounding(w: Tensor, updates: Sequence[Change]) -> Tensor:
 
 
 def quantum(dtype: str, residual: Tensor) -> Tensor:
-    """How far a coded entry can be from what was encoded: half the widest gap between two levels, times the scale of its block."""
+    """How far a coded entry can be from what was encoded: half the widest gap between two levels, times the scale of
+    its block.
+    """
     if dtype == "int8":
         return residual.abs().amax(1, keepdim=True) / 254
     m, n = residual.shape
@@ -267,7 +297,7 @@ def mapped(snapshot: Snapshot) -> LlamaForCausalLM:
     return model
 
 
-# --- the laws ---------------------------------------------------------------------------------------------------------------------
+# --- the laws ---------------------------------------------------------------------------------------------------------
 
 
 @over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in CODED])
@@ -318,7 +348,9 @@ def test_recompose_keeps_the_function(lives, cell):
                 assert len(update) == 1, name
             else:
                 assert relative(now, was) <= FLOAT32, name
-        assert any(not torch.equal(value, before.values[name]) for name, value in after.values.items()), "nothing was exchanged"
+        assert any(not torch.equal(value, before.values[name]) for name, value in after.values.items()), (
+            "nothing was exchanged"
+        )
         assert relative(after.logits, before.logits) <= (BF16_LOGITS if dtype == "bf16" else FLOAT32)
 
 
@@ -345,9 +377,10 @@ def rows(pairs: Pairs) -> Tensor:
 def test_sharded_steps_equal_one_process(lives, cell):
     """With exchanges in between. Gradient norms too, as Adam would hide a gradient of the wrong size."""
     method, _, world, dtype = cell
-    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds alike: over 2 ranks
-    # all is bitwise the same. Over 3, losses are multiplied by 3 before backward and gradients divided by 3 after, so that every bf16
-    # gradient on the way is rounded anew; Adam takes the sign of an entry that nearly cancels from that noise.
+    # In bf16 a gradient is rounded per micro-batch. One process that cuts the global batch as the ranks do rounds
+    # alike: over 2 ranks all is bitwise the same. Over 3, losses are multiplied by 3 before backward and gradients
+    # divided by 3 after, so that every bf16 gradient on the way is rounded anew; Adam takes the sign of an entry that
+    # nearly cancels from that noise.
     reference = lives(method, "plain", 1, dtype, world if dtype == "bf16" else 1)[0][0]
     life = lives(*cell)[0][0]
     rounded_anew = dtype == "bf16" and world == 3
@@ -449,7 +482,8 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
         assert dtype not in CODED or life.decoded_at_once == 1
         if engine in ("zero3", "fsdp"):
             tensors = len(life.parameters[0])
-            padding = tensors * (2 * biggest_row if engine == "zero3" else 42 * 3)  # shares are rounded up to whole rows
+            # shares are rounded up to whole rows
+            padding = tensors * (2 * biggest_row if engine == "zero3" else 42 * 3)
             assert life.elements <= elements / world + padding
         else:
             assert life.elements == elements

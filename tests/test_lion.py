@@ -1,4 +1,5 @@
-"""Lion with decoupled weight decay, on every engine, against its rule (https://arxiv.org/abs/2302.06675 algorithm 2) written naively:
+"""Lion with decoupled weight decay, on every engine, against its rule (https://arxiv.org/abs/2302.06675 algorithm 2)
+written naively:
 
     u = sign(beta1 m + (1 - beta1) g)        p <- p - rate (u + decay p)        m <- beta2 m + (1 - beta2) g
 """
@@ -21,7 +22,9 @@ SWITCHING = SRLoRA(rank=4, alpha=6, target_rank=8, gamma=0.5, target_modules=MOD
 BETA1, BETA2, DECAY = 0.9, 0.95, 0.1
 RATES = (1e-2, 5e-3, 2e-3, 1e-2)
 LION = dict(optim="lion", betas=(BETA1, BETA2), weight_decay=DECAY)
-ENGINES = pytest.mark.parametrize("engine, world", [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)])
+ENGINES = pytest.mark.parametrize(
+    "engine, world", [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
+)
 
 
 def stepped(engine: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -98,6 +101,8 @@ def test_a_switch_zeroes_the_mean_of_the_fresh_pairs_and_nothing_else(engine, wo
 
 
 def test_a_recipe_asks_for_it():
-    settings = optimization(parse(["--optim", "lion", "--adam_beta1", "0.9", "--adam_beta2", "0.95", "--learning_rate", "1e-4"]))
+    settings = optimization(
+        parse(["--optim", "lion", "--adam_beta1", "0.9", "--adam_beta2", "0.95", "--learning_rate", "1e-4"])
+    )
     assert (settings.optim, settings.betas, settings.learning_rate) == ("lion", (0.9, 0.95), 1e-4)
     assert optimization(parse([])).optim == "adamw"

@@ -34,7 +34,7 @@ def caught(call: Callable[[], object]) -> str:
     return ranks.caught(call, ValueError, RuntimeError, OSError)
 
 
-# --- from disk --------------------------------------------------------------------------------------------------------------------
+# --- from disk --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_biases_stay_when_weights_are_coded(folders):
         assert torch.allclose(logits, wanted, atol=1e-5)
 
 
-# --- what is missing or does not fit ----------------------------------------------------------------------------------------------
+# --- what is missing or does not fit ----------------------------------------------------------------------------------
 
 
 def bound(state: dict[str, Tensor]) -> list[str]:
@@ -100,7 +100,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_one_with_more_is_told()
         bound(state)
 
 
-def started_from(state: dict[str, Tensor], method: Method, codec: str, engine_name: str, checkpoint: type[Checkpoint] = Checkpoint) -> str:
+def started_from(
+    state: dict[str, Tensor], method: Method, codec: str, engine_name: str, checkpoint: type[Checkpoint] = Checkpoint
+) -> str:
     def start() -> None:
         model, tensors = without_values(), checkpoint(state)
         adapters = attach(model, method, CODECS[codec])
@@ -153,7 +155,9 @@ def doubly(engine_name: str) -> bool:
     t = Trainee(LORA, engine_name, codec=Nf4(double_quant=True))
     for a in t.adapters:
         wanted = Nf4(double_quant=True).encode(t.original[f"{a.name}.weight"])
-        assert len(wanted) == 3 and all(torch.equal(t.engine.whole(p)[: a.shape[0]], wanted[k]) for k, p in a.named_parts().items()), a.name
+        assert len(wanted) == 3 and all(
+            torch.equal(t.engine.whole(p)[: a.shape[0]], wanted[k]) for k, p in a.named_parts().items()
+        ), a.name
     return t.step(1) > t.step(1)
 
 
@@ -176,7 +180,7 @@ def test_the_progress_bar_shows_speed_and_the_time_that_is_left(capsys):
     assert "load:" in shown and "GB/s" in shown and "<" in shown
 
 
-# --- the checks that loading makes of itself --------------------------------------------------------------------------------------
+# --- the checks that loading makes of itself --------------------------------------------------------------------------
 
 
 class Forgetful(Dense):
@@ -244,17 +248,22 @@ def test_without_its_principal_directions_a_weight_is_coded_better():
     assert all(pissa[name] < plain[name] for name in plain)
 
 
-# --- the subtraction --------------------------------------------------------------------------------------------------------------
+# --- the subtraction --------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_changed_alike_however_many_at_a_time():
     noise = torch.Generator().manual_seed(0)
-    w, pairs = torch.randn(37, 50, generator=noise), Pairs(torch.randn(37, 9, generator=noise), torch.randn(9, 50, generator=noise))
+    w, pairs = (
+        torch.randn(37, 50, generator=noise),
+        Pairs(torch.randn(37, 9, generator=noise), torch.randn(9, 50, generator=noise)),
+    )
     whole = changed(w, pairs, slice(0, 37))
     exact = w.double() + pairs.B.double() @ pairs.A.double()
     assert torch.equal(whole, exact.float()) and whole.dtype == torch.float32
     for step in (1, 2, 5, 36):
-        assert torch.equal(torch.cat([changed(w[a : a + step], pairs, slice(a, min(a + step, 37))) for a in range(0, 37, step)]), whole)
+        assert torch.equal(
+            torch.cat([changed(w[a : a + step], pairs, slice(a, min(a + step, 37))) for a in range(0, 37, step)]), whole
+        )
 
 
 def test_blocks_cover_the_rows_and_are_small(monkeypatch):
@@ -264,7 +273,7 @@ def test_blocks_cover_the_rows_and_are_small(monkeypatch):
     assert list(blocks(slice(4, 4), 30)) == []
 
 
-# --- a checkpoint that is quantized already ---------------------------------------------------------------------------------------
+# --- a checkpoint that is quantized already ---------------------------------------------------------------------------
 
 
 class Quantized(Checkpoint):

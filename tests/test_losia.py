@@ -1,4 +1,6 @@
-"""LoSiA and LoSiA-Pro (https://arxiv.org/abs/2507.04487): every sentence of its list of tests, and each fault of the published code."""
+"""LoSiA and LoSiA-Pro (https://arxiv.org/abs/2507.04487): every sentence of its list of tests, and each fault of the
+published code.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ METHOD = LoSiA(factor=0.5, output_factor=0, period=2, target_modules=TARGETS)
 UNTIED = dict(tie_word_embeddings=False)
 
 
-def layer(pro: bool = True, bias: bool = True, dtype: torch.dtype = torch.float64, live: int = 0, size: tuple[int, int] = (4, 5)) -> Subnet:
+def layer(
+    pro: bool = True,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    live: int = 0,
+    size: tuple[int, int] = (4, 5),
+) -> Subnet:
     torch.manual_seed(0)
     subnet = Subnet("layers.0.x", nn.Linear(N, M, bias=bias, dtype=dtype), Dense(dtype), 3, size, live, pro)
     subnet.S = nn.Parameter(torch.randn(size, dtype=dtype))
@@ -53,7 +61,11 @@ def whole(subnet: Subnet) -> Tensor:
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def trainee(method: LoSiA = METHOD, engine: str = "plain", dtype: str = "fp32", **settings) -> Trainee:
@@ -70,7 +82,7 @@ def advance(t: Trainee, steps: range) -> list[float]:
     return losses
 
 
-# --- the layer --------------------------------------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("live", [0, 2])
@@ -91,7 +103,10 @@ def test_rows_alone_of_an_output_layer():
     subnet, x = layer(size=(4, N)), inputs(2, 3)
     assert torch.equal(subnet.memory["columns"], torch.arange(N))
     g = torch.randn(2, 3, M, dtype=torch.float64)
-    gradients = (torch.autograd.grad(y, (x, subnet.S), g) for y in (subnet(x), nn.functional.linear(x, whole(subnet), subnet.bias)))
+    gradients = (
+        torch.autograd.grad(y, (x, subnet.S), g)
+        for y in (subnet(x), nn.functional.linear(x, whole(subnet), subnet.bias))
+    )
     for found, dense in zip(*gradients, strict=True):
         torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
 
@@ -118,7 +133,11 @@ def test_under_autocast_and_in_bf16():
         y = subnet(x)
     assert y.dtype == torch.bfloat16 and (y - exact).norm() < 0.02 * exact.norm()
     found = torch.autograd.grad(y.float().sum(), (x, subnet.S))
-    subnet.codec, subnet.weight.data, subnet.bias.data = Dense(torch.bfloat16), subnet.weight.bfloat16(), subnet.bias.bfloat16()
+    subnet.codec, subnet.weight.data, subnet.bias.data = (
+        Dense(torch.bfloat16),
+        subnet.weight.bfloat16(),
+        subnet.bias.bfloat16(),
+    )
     half = inputs(2, 3, dtype=torch.bfloat16)
     z = subnet(half)
     assert z.dtype == torch.bfloat16
@@ -156,17 +175,20 @@ def test_pro_keeps_the_chosen_columns_of_x_and_no_gradient_of_the_size_of_w():
     assert subnet.weight.grad is None and subnet.S.grad.shape == (4, 5)
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------------------
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
 def three_choices(q: np.ndarray, p: int, c: int) -> list[float]:
     """What the three greedy strategies reach, written out."""
+
     def best(scores: np.ndarray, k: int) -> np.ndarray:
         return np.argsort(-scores, kind="stable")[:k]
 
     rows, columns = best(q.sum(1), p), best(q.sum(0), c)
     columns_of_rows, rows_of_columns = best(q[rows].sum(0), c), best(q[:, columns].sum(1), p)
-    return [float(q[np.ix_(*pair)].sum()) for pair in ((rows, columns), (rows, columns_of_rows), (rows_of_columns, columns))]
+    return [
+        float(q[np.ix_(*pair)].sum()) for pair in ((rows, columns), (rows, columns_of_rows), (rows_of_columns, columns))
+    ]
 
 
 def everything(w: Tensor) -> Weight:
@@ -190,7 +212,7 @@ def test_of_equal_scores_the_first_is_taken():
     assert top(torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0]), 2).tolist() == [1, 2]
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------------------
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def test_between_two_moves_everything_outside_of_the_subnet_is_bitwise_the_same_and_inside_it_moves():
@@ -205,7 +227,9 @@ def test_between_two_moves_everything_outside_of_the_subnet_is_bitwise_the_same_
         inside[rows[:, None], columns] = True
         assert torch.equal(after[~inside], before[name][~inside])
         assert (after[inside] != before[name][inside]).float().mean() > 0.9
-    assert all(torch.equal(t.engine.weight(a).read(), stored[a.name]) for a in t.adapters), "S is beside W until the layer moves"
+    assert all(torch.equal(t.engine.weight(a).read(), stored[a.name]) for a in t.adapters), (
+        "S is beside W until the layer moves"
+    )
 
 
 def test_layers_move_at_id_plus_1_t_plus_j_n_t_and_a_move_changes_no_weight():
@@ -227,7 +251,9 @@ def test_layers_move_at_id_plus_1_t_plus_j_n_t_and_a_move_changes_no_weight():
                 for key, size, total in (("rows", m // 2, m), ("columns", n // 2, n)):
                     at = a.memory[key]
                     assert len(at) == size and at.unique().numel() == size and 0 <= at.min() and at.max() < total
-    assert moved == {group: {(group + 1) * 2 + j * 6 for j in range(3) if (group + 1) * 2 + j * 6 <= 14} for group in range(3)}
+    assert moved == {
+        group: {(group + 1) * 2 + j * 6 for j in range(3) if (group + 1) * 2 + j * 6 <= 14} for group in range(3)
+    }
 
 
 def importances(engine: str, kind: str, accumulation: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -248,7 +274,13 @@ def importances(engine: str, kind: str, accumulation: int) -> dict[str, tuple[Te
 
 @pytest.mark.parametrize(
     ("engine", "world", "accumulation", "kind"),
-    [("plain", 1, 3, "mix"), ("plain", 2, 1, "first"), ("zero2", 2, 3, "second"), ("zero3", 3, 2, "mix"), ("fsdp", 2, 1, "mix")],
+    [
+        ("plain", 1, 3, "mix"),
+        ("plain", 2, 1, "first"),
+        ("zero2", 2, 3, "second"),
+        ("zero3", 3, 2, "mix"),
+        ("fsdp", 2, 1, "mix"),
+    ],
 )
 def test_importance_is_that_of_the_exact_dense_gradient_of_the_global_batch(engine, world, accumulation, kind):
     model = llama()
@@ -279,12 +311,18 @@ def test_the_whole_weight_without_moves_is_adamw_on_those_matrices():
     method = LoSiA(factor=1.0, output_factor=1.0, period=100, target_modules=TARGETS)
     t = trainee(method, **UNTIED)
     model = llama(**UNTIED).requires_grad_(False)
-    trained = [p.requires_grad_() for n, p in model.named_parameters() if any(target in n for target in TARGETS) or n == "lm_head.weight"]
+    trained = [
+        p.requires_grad_()
+        for n, p in model.named_parameters()
+        if any(target in n for target in TARGETS) or n == "lm_head.weight"
+    ]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     for step in range(5):
         loss = t.step(step)
         tokens = batch(step)
-        wanted = nn.functional.cross_entropy(model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        wanted = nn.functional.cross_entropy(
+            model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
         assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
         wanted.backward()
         optimizer.step(), optimizer.zero_grad()
@@ -302,7 +340,9 @@ def test_the_rate_of_every_group_is_its_closed_form():
             wanted[t0 : t0 + 3, group] *= [1 / 3, 2 / 3, 1]
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     whole_slot = replace(METHOD, period=4).rates(t.adapters, 5, 20, lambda s: 1.0)
-    assert whole_slot == [0.5, 1.0] and replace(METHOD, period=4, rewarm_steps=0).rates(t.adapters, 5, 20, lambda s: 1.0) == [1.0, 1.0]
+    assert whole_slot == [0.5, 1.0] and replace(METHOD, period=4, rewarm_steps=0).rates(
+        t.adapters, 5, 20, lambda s: 1.0
+    ) == [1.0, 1.0]
 
 
 class Constant(nn.Module):
@@ -358,7 +398,13 @@ def moments_after_a_move(engine: str) -> list[tuple[Tensor, Tensor, Tensor]]:
             assert torch.equal(slot.value, before[a.name].value)
             assert all(torch.equal(v, before[a.name].moments[k]) for k, v in slot.moments.items())
         else:
-            found.append((slot.value, slot.moments["exp_avg"], slot.moments["exp_avg_sq"] / before[a.name].moments["exp_avg_sq"].mean()))
+            found.append(
+                (
+                    slot.value,
+                    slot.moments["exp_avg"],
+                    slot.moments["exp_avg_sq"] / before[a.name].moments["exp_avg_sq"].mean(),
+                )
+            )
     return found
 
 
@@ -369,7 +415,9 @@ def test_a_move_starts_the_moments_anew_and_leaves_those_of_other_layers(engine,
         torch.testing.assert_close(square, torch.ones_like(square))
 
 
-def lived(engine: str, accumulation: int, max_grad_norm: float) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+def lived(
+    engine: str, accumulation: int, max_grad_norm: float
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     t = trainee(engine=engine, accumulation=accumulation, max_grad_norm=max_grad_norm)
     losses = advance(t, range(6))
     return losses, t.probe()[1], {f"{a.name}.{k}": a.memory[k] for a in t.adapters for k in ("rows", "columns")}
@@ -384,15 +432,19 @@ def test_accumulation_ranks_and_clipping_give_what_one_process_gives(engine, wor
     told = ranks.run(world, lived, engine, accumulation, max_grad_norm)
     for found, others, at in told:
         assert found == pytest.approx(losses, rel=1e-5)
-        assert all(torch.equal(where, places[key]) for key, where in at.items()), "every rank is at the same rows and columns"
+        assert all(torch.equal(where, places[key]) for key, where in at.items()), (
+            "every rank is at the same rows and columns"
+        )
         assert all((others[name] - wanted).norm() <= 1e-4 * wanted.norm() for name, wanted in maps.items())
 
 
 def test_clipping_changes_something():
-    assert ranks.run(1, lived, "plain", 1, 0.0)[0][0] != pytest.approx(ranks.run(1, lived, "plain", 1, 0.05)[0][0], rel=1e-6)
+    assert ranks.run(1, lived, "plain", 1, 0.0)[0][0] != pytest.approx(
+        ranks.run(1, lived, "plain", 1, 0.05)[0][0], rel=1e-6
+    )
 
 
-# --- the output layer, others, limits ---------------------------------------------------------------------------------------------
+# --- the output layer, others, limits ---------------------------------------------------------------------------------
 
 
 def test_of_the_output_layer_rows_move_and_the_others_stay():
@@ -412,7 +464,9 @@ def test_of_the_output_layer_rows_move_and_the_others_stay():
 def test_over_a_coded_backbone_the_output_layer_is_dense():
     t = trainee(LoSiA(factor=0.5, output_factor=0.25, period=2, target_modules=TARGETS), dtype="nf4", **UNTIED)
     kinds = {a.name: (a.codec, a.live) for a in t.adapters}
-    assert kinds.pop("lm_head") == (Dense(torch.float32), 0) and all(kind == (CODECS["nf4"], 4) for kind in kinds.values())
+    assert kinds.pop("lm_head") == (Dense(torch.float32), 0) and all(
+        kind == (CODECS["nf4"], 4) for kind in kinds.values()
+    )
     assert advance(t, range(6))[-1] < 5
 
 
@@ -422,9 +476,13 @@ def test_a_tied_output_layer_is_refused():
 
 
 def test_an_output_layer_that_is_named_and_not_trained_is_refused():
-    with pytest.raises(ValueError, match="names lm_head, the output layer, of which method.output_factor: 0 trains nothing"):
+    with pytest.raises(
+        ValueError, match="names lm_head, the output layer, of which method.output_factor: 0 trains nothing"
+    ):
         attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0, target_modules=["k_proj", "lm_head"]), Dense())
-    with pytest.raises(ValueError, match="lm_head: method.output_factor 0.001 of its 67 x 42 weight is less than one row"):
+    with pytest.raises(
+        ValueError, match="lm_head: method.output_factor 0.001 of its 67 x 42 weight is less than one row"
+    ):
         attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0.001), Dense())
 
 
@@ -432,7 +490,11 @@ def test_the_number_of_trained_parameters_and_what_else_stays():
     t = trainee(LoSiA(factor=0.3, output_factor=0.25, period=2), **UNTIED)
     others = {n: p.detach().clone() for n, p in t.model.named_parameters() if "norm" in n or "embed" in n}
     trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
-    assert trained == sum(int(0.3 * a.shape[0]) * int(0.3 * a.shape[1]) for a in t.adapters if a.name != "lm_head") + int(0.25 * 67) * 42
+    assert (
+        trained
+        == sum(int(0.3 * a.shape[0]) * int(0.3 * a.shape[1]) for a in t.adapters if a.name != "lm_head")
+        + int(0.25 * 67) * 42
+    )
     advance(t, range(4))
     assert others and all(torch.equal(dict(t.model.named_parameters())[n], p) for n, p in others.items())
 
@@ -442,15 +504,21 @@ def test_llama_2_7b_has_the_papers_count():
     shapes = 4 * [(d, d)] + 2 * [(f, d)] + [(d, f)]
     method = LoSiA()
     with torch.device("meta"):
-        sizes = [method.build(f"layers.0.{i}", nn.Linear(n, m, bias=False), Dense(), 0).size for i, (m, n) in enumerate(shapes)]
+        sizes = [
+            method.build(f"layers.0.{i}", nn.Linear(n, m, bias=False), Dense(), 0).size
+            for i, (m, n) in enumerate(shapes)
+        ]
         output = method.build("lm_head", nn.Linear(d, vocabulary, bias=False), Dense(), 0).size
     assert layers * sum(p * q for p, q in sizes) == 101_187_584 and output[0] * output[1] == 16_384_000
 
 
 def test_a_bank_that_would_overflow_is_refused_before_the_run():
     t = trainee(replace(METHOD, into="bank", max_live_blocks=2))
-    assert METHOD.schedule(20, trainee().adapters) == tuple(range(2, 20, 2))  # 5 moves of the first layer: 2, 6, 10, 14, 18
-    with pytest.raises(ValueError, match=r"moves 5 times in 20 steps.*room for 2.*period to 4 or more, or method.max_live_blocks to 5"):
+    # 5 moves of the first layer: 2, 6, 10, 14, 18
+    assert METHOD.schedule(20, trainee().adapters) == tuple(range(2, 20, 2))
+    with pytest.raises(
+        ValueError, match=r"moves 5 times in 20 steps.*room for 2.*period to 4 or more, or method.max_live_blocks to 5"
+    ):
         t.method.schedule(20, t.adapters)
     assert replace(t.method, period=4).schedule(20, t.adapters) == (4, 8, 12, 16)
     for steps in (37, 100, 101, 105):  # what the refusal names is the least that is taken
@@ -468,18 +536,27 @@ def test_into_a_coded_weight_is_refused(codec: Codec):
         LoSiA(into="weight").build("layers.0.x", nn.Linear(64, 64), codec, 0)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    (dict(factor=0.0), "method.factor must be above 0"), (dict(factor=1.5), "method.factor"), (dict(output_factor=-1), "output_factor"),
-    (dict(period=0), "method.period must be at least 1"), (dict(beta1=1.0), r"method.beta1 must be in \[0, 1\)"),
-    (dict(rewarm_steps=-2), "method.rewarm_steps"), (dict(max_live_blocks=0), "method.max_live_blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(factor=0.0), "method.factor must be above 0"),
+        (dict(factor=1.5), "method.factor"),
+        (dict(output_factor=-1), "output_factor"),
+        (dict(period=0), "method.period must be at least 1"),
+        (dict(beta1=1.0), r"method.beta1 must be in \[0, 1\)"),
+        (dict(rewarm_steps=-2), "method.rewarm_steps"),
+        (dict(max_live_blocks=0), "method.max_live_blocks"),
+    ],
+)
 def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LoSiA(**settings)
 
 
 def test_a_subnet_without_a_row_is_refused():
-    with pytest.raises(ValueError, match="layers.0.x: method.factor 0.01 of its 12 x 64 weight is less than one row or column"):
+    with pytest.raises(
+        ValueError, match="layers.0.x: method.factor 0.01 of its 12 x 64 weight is less than one row or column"
+    ):
         LoSiA(factor=0.01).build("layers.0.x", nn.Linear(64, 12), Dense(), 0)
 
 
@@ -520,15 +597,21 @@ def test_an_export_that_was_cut_down_says_so_and_the_merge_has_all(tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{rank}")
         with torch.no_grad():
-            through_peft = peft.PeftModel.from_pretrained(base, tmp_path / f"adapter-{rank}")(input_ids=batch(99)).logits
-            assert (merged(input_ids=batch(99)).logits - t.logits()).abs().max() < 1e-4, "the merged model has all of it"
+            through_peft = peft.PeftModel.from_pretrained(base, tmp_path / f"adapter-{rank}")(
+                input_ids=batch(99)
+            ).logits
+            assert (merged(input_ids=batch(99)).logits - t.logits()).abs().max() < 1e-4, (
+                "the merged model has all of it"
+            )
         far = float((through_peft - t.logits()).abs().max())
         assert far > 1e-2 if rank == 4 else far < 1e-4
         if rank == 4:
             weights = tmp_path / "adapter-4/adapter_model.safetensors"
             whole = weights.read_bytes()
             save_file({k: v * 2 for k, v in load_file(weights).items()}, weights)  # as PEFT would, over ours
-            with pytest.raises(ValueError, match="untruncated.safetensors belongs to another adapter_model.safetensors"):
+            with pytest.raises(
+                ValueError, match="untruncated.safetensors belongs to another adapter_model.safetensors"
+            ):
                 merge(source, tmp_path / "adapter-4", tmp_path / "stale")
             weights.write_bytes(whole)
         if rank == 4:  # the best of its rank: what an independent SVD drops

@@ -1,4 +1,6 @@
-"""The loss made in the output layer is that of whole logits, and its gradients too, on every engine; where it would not be, it is seen."""
+"""The loss made in the output layer is that of whole logits, and its gradients too, on every engine; where it would not
+be, it is seen.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def blocks_of(rows: int) -> Iterator[list[int]]:
     """Yields the rows of logits that were made at a time."""
     made: list[int] = []
     block, nll = loss.BLOCK, loss.nll
-    loss.BLOCK, loss.nll = rows * VOCABULARY + 1, lambda logits, labels: [made.append(len(logits)), nll(logits, labels)][1]
+    loss.BLOCK, loss.nll = (
+        rows * VOCABULARY + 1,
+        lambda logits, labels: [made.append(len(logits)), nll(logits, labels)][1],
+    )
     try:
         yield made
     finally:
@@ -97,7 +102,7 @@ def same(wanted: tuple[float, dict[str, Tensor]], found: tuple[float, dict[str, 
         assert (found[1][name] - gradient).norm() <= bound * gradient.norm(), name
 
 
-# --- one process ------------------------------------------------------------------------------------------------------------------
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -186,16 +191,22 @@ def test_bfloat16_is_as_near_to_float32_as_whole_logits_are(method):
     wanted, found = both(model, tokens, labels)
 
     def far(other: tuple[float, dict[str, Tensor]]) -> list[float]:
-        return [abs(other[0] - exact[0]) / exact[0], *(float((other[1][k] - g).norm() / g.norm()) for k, g in exact[1].items())]
+        return [
+            abs(other[0] - exact[0]) / exact[0],
+            *(float((other[1][k] - g).norm() / g.norm()) for k, g in exact[1].items()),
+        ]
 
-    assert far(wanted)[0] > 0 and all(mine <= 1.3 * theirs + 1e-3 for mine, theirs in zip(far(found), far(wanted), strict=True))
+    assert far(wanted)[0] > 0 and all(
+        mine <= 1.3 * theirs + 1e-3 for mine, theirs in zip(far(found), far(wanted), strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
 def test_autocast(method):
     model, tokens = adapted(METHODS[method]), batch(0)
     with torch.autocast("cpu", torch.bfloat16):
-        same(*both(model, tokens, some_labels(tokens)), bound=3e-2)  # the gradient is rounded to bfloat16 in other places
+        # the gradient is rounded to bfloat16 in other places
+        same(*both(model, tokens, some_labels(tokens)), bound=3e-2)
 
 
 def test_the_model_answers_with_logits_again_afterwards():
@@ -207,16 +218,24 @@ def test_the_model_answers_with_logits_again_afterwards():
     assert torch.equal(model(input_ids=tokens).logits, before)
 
 
-# --- models in which it would be wrong --------------------------------------------------------------------------------------------
+# --- models in which it would be wrong --------------------------------------------------------------------------------
 
 SMALL = dict(
-    vocab_size=VOCABULARY, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=12, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=12,
+    pad_token_id=0,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family, good", [("Gemma2", False), ("Granite", False), ("Cohere", False), ("Qwen2", True), ("Mistral", True)])
+@pytest.mark.parametrize(
+    "family, good", [("Gemma2", False), ("Granite", False), ("Cohere", False), ("Qwen2", True), ("Mistral", True)]
+)
 def test_a_model_that_changes_logits_after_the_layer_is_noticed(family, good, dtype):
     extra = {"logits_scaling": 1.01} if family == "Granite" else {}
     torch.manual_seed(0)
@@ -230,7 +249,10 @@ def test_a_model_that_changes_logits_after_the_layer_is_noticed(family, good, dt
 def test_a_loss_that_is_not_that_of_the_logits_is_noticed(monkeypatch):
     model, right = llama(), loss._answer
     monkeypatch.setattr(loss, "_answer", lambda *args: right(*args) * 1.001)
-    assert loss_layer(Plain(), model, model) == (None, "the loss made in the output layer is 1e-03 away from that of the logits")
+    assert loss_layer(Plain(), model, model) == (
+        None,
+        "the loss made in the output layer is 1e-03 away from that of the logits",
+    )
 
 
 @pytest.mark.parametrize("mask, good", [("token", False), ("sample", False), ("step", True)])
@@ -273,13 +295,15 @@ def test_dropout_is_the_same_when_a_block_is_computed_again():
     assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
-# --- engines ----------------------------------------------------------------------------------------------------------------------
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 SHARED = RaSA(**HEAD, k=1)
 
 
 def trained(method: Method, engine_name: str, blocks: bool) -> dict[str, object]:
-    """Two steps of two micro-batches, of which rank 0's first trains nothing: losses, gradients, what the method remembers."""
+    """Two steps of two micro-batches, of which rank 0's first trains nothing: losses, gradients, what the method
+    remembers.
+    """
     t = Trainee(method, engine_name, samples=8, accumulation=2, tie_word_embeddings=False)
     if blocks:
         t.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -321,9 +345,15 @@ def compared(method: Method, engine_name: str) -> list[str]:
 
 
 CELLS = [
-    *((method, *place) for method in ("frozen", "lora", "losia") for place in (("plain", 2), ("zero3", 2), ("fsdp", 2))),
-    ("losia", "plain", 1), ("lora", "zero2", 2), ("rasa", "zero3", 2),
-]  # fmt: skip
+    *(
+        (method, *place)
+        for method in ("frozen", "lora", "losia")
+        for place in (("plain", 2), ("zero3", 2), ("fsdp", 2))
+    ),
+    ("losia", "plain", 1),
+    ("lora", "zero2", 2),
+    ("rasa", "zero3", 2),
+]
 
 
 @pytest.mark.parametrize(("method", "engine_name", "world"), CELLS)
@@ -331,19 +361,28 @@ def test_training_is_the_same_as_with_whole_logits(method, engine_name, world):
     assert ranks.run(world, compared, METHODS.get(method, SHARED), engine_name) == [[]] * world
 
 
-# --- a whole run ------------------------------------------------------------------------------------------------------------------
+# --- a whole run ------------------------------------------------------------------------------------------------------
 
 
 def run(place: Path, output: Path, **changes: object) -> list[tuple[str, int, float]]:
     """Every loss that a short run has reported."""
-    settings = {"max_steps": 3, "save_steps": 0, "eval_steps": 1, "method.type": "lora", "resume_from_checkpoint": "none", **changes}
+    settings = {
+        "max_steps": 3,
+        "save_steps": 0,
+        "eval_steps": 1,
+        "method.type": "lora",
+        "resume_from_checkpoint": "none",
+        **changes,
+    }
     argv = soak.arguments_of(place, output, "plain", **settings)
     train(parse([word for word in argv if not word.startswith(("--method.target_rank", "--method.svd_cache"))]))
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [(record["kind"], record["step"], record["loss"]) for record in records if "loss" in record]
 
 
-def test_a_run_trains_and_evaluates_by_blocks_where_the_model_allows_it_and_says_where_not(place, tmp_path, capsys, monkeypatch):
+def test_a_run_trains_and_evaluates_by_blocks_where_the_model_allows_it_and_says_where_not(
+    place, tmp_path, capsys, monkeypatch
+):
     with blocks_of(ROWS) as made:  # fits three rows of 67 words; this model has 257
         by_blocks = run(place, tmp_path / "blocks")
     said = capsys.readouterr().out
@@ -351,12 +390,17 @@ def test_a_run_trains_and_evaluates_by_blocks_where_the_model_allows_it_and_says
     assert set(made) <= {0, 1, 7}  # 7: the look at whole logits before the run
 
     base = transformers.AutoConfig.from_pretrained(place / "model")
-    shape = dict(vocab_size=base.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(
+        vocab_size=base.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(**shape, logits_scaling=2.0))
     shutil.copytree(place / "model", tmp_path / "granite")
     granite.save_pretrained(tmp_path / "granite")
     run(place, tmp_path / "scaled", model_name_or_path=tmp_path / "granite")
-    assert "the loss is made from whole logits: GraniteForCausalLM changes logits after its output layer" in capsys.readouterr().out
+    assert (
+        "the loss is made from whole logits: GraniteForCausalLM changes logits after its output layer"
+        in capsys.readouterr().out
+    )
 
     monkeypatch.setattr("llm_lowrank.run.train.loss_layer", lambda *_: (None, ""))
     whole = run(place, tmp_path / "whole")

@@ -1,4 +1,6 @@
-"""What a rank needs while a model is loaded and at a recomposition, measured in fresh processes by benchmarks/memory.py."""
+"""What a rank needs while a model is loaded and at a recomposition, measured in fresh processes by
+benchmarks/memory.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("engine", "codec"), [("deepspeed", "nf4"), ("fsdp", "dense")])  # half a minute each; the benchmark runs all four
+# half a minute each; the benchmark runs all four
+@pytest.mark.parametrize(("engine", "codec"), [("deepspeed", "nf4"), ("fsdp", "dense")])
 def test_a_rank_loads_its_shard_and_recomposes_layer_by_layer(engine, codec, folder):
     for row in memory.measure(engine, codec, 2, folder):
         assert row["loading"] <= memory.loading_bound(row) < row["model"], row

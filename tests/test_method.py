@@ -69,7 +69,9 @@ def test_a_setting_out_of_range_is_refused_with_its_name_and_value(method, setti
         method(**settings)
 
 
-@pytest.mark.parametrize("settings", [dict(gamma=1.0), dict(beta1=0.0, beta2=0.0), dict(rank=8, target_rank=8), dict(dropout=0.99)])
+@pytest.mark.parametrize(
+    "settings", [dict(gamma=1.0), dict(beta1=0.0, beta2=0.0), dict(rank=8, target_rank=8), dict(dropout=0.99)]
+)
 def test_settings_at_the_edge_of_their_range_are_accepted(settings):
     assert all(getattr(SRLoRA(**settings), key) == value for key, value in settings.items())
 
@@ -86,13 +88,25 @@ def test_settings_at_the_edge_of_their_range_are_accepted(settings):
 )
 def test_scale_is_alpha_over_rank_or_over_its_root(settings, scale):
     assert LoRA(**settings).scale == scale
-    assert attach(llama(num_hidden_layers=1), LoRA(**{**settings, "rank": 16, "target_modules": ["q_proj"]}), FP32)[0].scale == scale
+    assert (
+        attach(llama(num_hidden_layers=1), LoRA(**{**settings, "rank": 16, "target_modules": ["q_proj"]}), FP32)[
+            0
+        ].scale
+        == scale
+    )
 
 
 @pytest.mark.parametrize(
-    "into,dtype,bank", [("auto", torch.float32, 0), ("auto", torch.bfloat16, 5), ("auto", torch.float16, 5), ("weight", torch.bfloat16, 0),
-                        ("bank", torch.float32, 5), ("auto", torch.float64, 0)],
-)  # fmt: skip
+    "into,dtype,bank",
+    [
+        ("auto", torch.float32, 0),
+        ("auto", torch.bfloat16, 5),
+        ("auto", torch.float16, 5),
+        ("weight", torch.bfloat16, 0),
+        ("bank", torch.float32, 5),
+        ("auto", torch.float64, 0),
+    ],
+)
 def test_auto_sends_frozen_pairs_into_a_weight_that_holds_them_and_into_the_bank_otherwise(into, dtype, bank):
     assert SRLoRA(rank=3, target_rank=8, into=into).bank(Dense(dtype)) == bank
 
@@ -116,10 +130,15 @@ def test_all_linear_of_a_module_that_is_no_transformers_model_is_every_linear():
     "wanted,found",
     [
         (["q_proj"], [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]),
-        (["down_proj", "v_proj"], [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.v_proj", "mlp.down_proj")]),  # its order
+        # its order
+        (
+            ["down_proj", "v_proj"],
+            [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.v_proj", "mlp.down_proj")],
+        ),
         (["layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
         (["model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj"]),
-        (["q_proj", "layers.0.self_attn.q_proj"], [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]),  # named twice: adapted once
+        # named twice: adapted once
+        (["q_proj", "layers.0.self_attn.q_proj"], [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]),
         (["lm_head"], ["lm_head"]),  # asked for by name
     ],
 )
@@ -172,7 +191,8 @@ def test_attach_replaces_the_targets_in_place_and_freezes_everything_else(method
         assert all(not p.any() for p in adapter.factors()[2:]) and (not bank or adapter.bank_A.shape == (bank, n))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{a.name}.{n}" for a in adapters for n in ("A", "B")}
-    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())  # same names, same values
+    # same names, same values
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
 
 
 @every_method
@@ -221,8 +241,14 @@ def _attached(method: Method) -> nn.Module:
     "method,message",
     [
         (LoRA(rank=15), "self_attn.k_proj: rank 15 is more than min(m, n) = 14 of its 14 x 42 weight"),
-        (PiSSA(rank=43, target_modules=["up_proj"]), "mlp.up_proj: rank 43 is more than min(m, n) = 42 of its 43 x 42 weight"),
-        (SRLoRA(rank=4, target_rank=15), "self_attn.k_proj: method.target_rank 15 is more than min(m, n) = 14 of its 14 x 42 weight"),
+        (
+            PiSSA(rank=43, target_modules=["up_proj"]),
+            "mlp.up_proj: rank 43 is more than min(m, n) = 42 of its 43 x 42 weight",
+        ),
+        (
+            SRLoRA(rank=4, target_rank=15),
+            "self_attn.k_proj: method.target_rank 15 is more than min(m, n) = 14 of its 14 x 42 weight",
+        ),
         (
             SRLoRA(rank=4, target_rank=15, into="bank"),
             "self_attn.k_proj: method.target_rank 15 is more than min(m, n) = 14 of its 14 x 42 weight",
@@ -274,11 +300,15 @@ def test_factors_start_as_in_the_paper_and_alike_in_every_run():
     torch.manual_seed(1)
     first = attach(llama(), LoRA(rank=3), FP32, seed=5)
     torch.manual_seed(2)
-    again, other = attach(llama("bf16"), LoRA(rank=3), Dense(torch.bfloat16), seed=5), attach(llama(), LoRA(rank=3), FP32, seed=6)
+    again, other = (
+        attach(llama("bf16"), LoRA(rank=3), Dense(torch.bfloat16), seed=5),
+        attach(llama(), LoRA(rank=3), FP32, seed=6),
+    )
     for a, b, c in zip(first, again, other, strict=True):
         assert torch.equal(a.A, b.A) and not torch.equal(a.A, c.A) and not a.B.any()
         bound = 1 / a.shape[1] ** 0.5  # kaiming_uniform with a = sqrt 5
         start = a.A.detach()
         assert 0.9 * bound < float(start.abs().max()) <= bound
-        assert abs(float(start.mean())) < 0.2 * bound and float(start.std()) == pytest.approx(bound / 3**0.5, rel=0.15)  # 42 or more draws
+        # 42 or more draws
+        assert abs(float(start.mean())) < 0.2 * bound and float(start.std()) == pytest.approx(bound / 3**0.5, rel=0.15)
     assert len({a.A.flatten()[0].item() for a in first}) == len(first)  # modules of one shape start differently

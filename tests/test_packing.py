@@ -1,4 +1,6 @@
-"""Packing: nothing is lost, nothing is seen twice, no example sees another, and the loss and its gradient stay what they were."""
+"""Packing: nothing is lost, nothing is seen twice, no example sees another, and the loss and its gradient stay what
+they were.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_the_packed_global_batch_does_not_depend_on_the_hardware(split):
     data = examples(60)
 
     def rows(t: int, split: tuple[int, int, int]) -> list[list[int]]:
-        ranks = [Batches(data, split[0], split[1], rank, split[2], 5, 0, 1, pack=20).step(t) for rank in range(split[2])]
+        ranks = [
+            Batches(data, split[0], split[1], rank, split[2], 5, 0, 1, pack=20).step(t) for rank in range(split[2])
+        ]
         found = [row.tolist() for micros in ranks for micro in micros for row in micro.input_ids]
         return sorted([token for token in row] for row in (_trim(row) for row in found))
 
@@ -183,7 +187,9 @@ def test_the_grouped_global_batch_does_not_depend_on_the_hardware(split):
     data = examples(50, longest=40)
     whole = Batches(data, 8, 1, 0, 1, 7, 0, 1, grouped=True)
     for t in (0, 4, 9):
-        ranks = [Batches(data, per_device, accumulation, rank, world, 7, 0, 1, grouped=True).step(t) for rank in range(world)]
+        ranks = [
+            Batches(data, per_device, accumulation, rank, world, 7, 0, 1, grouped=True).step(t) for rank in range(world)
+        ]
         found = sorted(sample for micros in ranks for micro in micros for sample in micro.samples)
         assert found == sorted(sample for micro in whole.step(t) for sample in micro.samples)
 

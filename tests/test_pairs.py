@@ -39,7 +39,9 @@ def sum_of_pairs(pairs: Pairs) -> Tensor:
 # ---- bookkeeping
 
 
-@pytest.mark.parametrize("index", [torch.tensor([4, 0, 2]), slice(1, 3), slice(5, 9), torch.tensor([], dtype=torch.long)], ids=str)
+@pytest.mark.parametrize(
+    "index", [torch.tensor([4, 0, 2]), slice(1, 3), slice(5, 9), torch.tensor([], dtype=torch.long)], ids=str
+)
 def test_take_picks_columns_of_b_with_the_same_rows_of_a(index):
     pairs = random(6, 5, 4)
     taken = pairs.take(index)
@@ -112,7 +114,8 @@ def test_to_changes_the_type_of_both_factors():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12), st.integers(0, 999))
 def test_compress_finds_the_exact_rank_and_keeps_the_product(m, n, k, hidden, seed):
-    # k pairs that are combinations of `hidden` ones, more or fewer than m and n; whole numbers, so that float32 holds them exactly
+    # k pairs that are combinations of `hidden` ones, more or fewer than m and n; whole numbers, so that float32 holds
+    # them exactly
     pairs = Pairs(integers(m, hidden, seed=seed) @ integers(hidden, k, seed=seed + 1), integers(k, n, seed=seed + 2))
     dense = sum_of_pairs(pairs)
     small, error = pairs.to(dtype=torch.float64).compress()
@@ -132,7 +135,9 @@ def test_compress_finds_rank_12_of_a_rank_20_ledger():
     assert len(pairs) == 20 and len(small) == 12
     dense = sum_of_pairs(pairs)
     # the factors come back in float32: half an ulp each, over 12 balanced pairs
-    assert float((sum_of_pairs(small) - dense).norm()) <= 2e-7 * float(dense.norm()) and error <= 1e-12 * float(dense.norm())
+    assert float((sum_of_pairs(small) - dense).norm()) <= 2e-7 * float(dense.norm()) and error <= 1e-12 * float(
+        dense.norm()
+    )
 
 
 def test_compress_reports_the_frobenius_norm_of_what_it_dropped():

@@ -55,7 +55,11 @@ def ours(method: LoRA) -> dict[str, tuple[int, float]]:
 
 def pefts(config: peft.LoraConfig) -> dict[str, tuple[int, float]]:
     model = peft.get_peft_model(llama(), config)
-    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    layers = {
+        name.removeprefix("base_model.model."): m
+        for name, m in model.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
     return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
 
 
@@ -68,10 +72,12 @@ def same(found: dict[str, tuple[int, float]], wanted: dict[str, tuple[int, float
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("ranks, alphas", CASES, ids=[f"{ranks}{alphas}" for ranks, alphas in CASES])
 def test_ranks_and_scales_are_pefts_own(ranks, alphas, use_rslora):
-    method = LoRA(rank=4, alpha=6, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=use_rslora)
+    method = LoRA(
+        rank=4, alpha=6, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=use_rslora
+    )
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=use_rslora
-    )  # fmt: skip
+    )
     same(ours(method), pefts(config))
 
 
@@ -83,7 +89,10 @@ def test_the_configuration_that_is_exported_gives_peft_the_same_ranks_and_scales
 
 
 def test_random_patterns_in_random_order_match_as_in_peft():
-    draw, pieces = random.Random(0), ["k_proj", "o_proj", ".*_proj", K, UP, r"layers\.0\..*", "mlp.*", "(up|k)_proj", ".*down.*"]
+    draw, pieces = (
+        random.Random(0),
+        ["k_proj", "o_proj", ".*_proj", K, UP, r"layers\.0\..*", "mlp.*", "(up|k)_proj", ".*down.*"],
+    )
     for _ in range(30):
         ranks, alphas = ({key: draw.randint(1, 9) for key in draw.sample(pieces, draw.randint(0, 5))} for _ in range(2))
         alpha = draw.choice(ALPHAS)
@@ -96,10 +105,14 @@ def test_without_an_alpha_the_scale_of_every_module_is_1():
     assert {scale for _, scale in ours(method).values()} == {1.0}
 
 
-# --- what is trained, exported and merged -----------------------------------------------------------------------------------------
+# --- what is trained, exported and merged -----------------------------------------------------------------------------
 
 PATTERNS = dict(
-    rank=4, alpha=6, target_modules=MODULES, rank_pattern={"layers.0.self_attn.k_proj": 2, r".*\.up_proj": 6}, alpha_pattern={"o_proj": 3}
+    rank=4,
+    alpha=6,
+    target_modules=MODULES,
+    rank_pattern={"layers.0.self_attn.k_proj": 2, r".*\.up_proj": 6},
+    alpha_pattern={"o_proj": 3},
 )
 RANKS = {"k_proj": 4, "o_proj": 4, "up_proj": 6, "down_proj": 4}
 METHODS = {
@@ -140,7 +153,10 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wanted = t.logits()
     assert (logits(base) - wanted).abs().max() > 0.01, "the base would have passed"
-    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
+    for model in (
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+    ):
         assert (logits(model) - wanted).abs().max() <= 1e-4
 
 
@@ -158,13 +174,15 @@ def test_pissa_takes_so_many_principal_pairs_of_each_module_as_its_rank_says():
         assert (found - principal).norm() <= 1e-5 * principal.norm(), a.name
 
 
-# --- what is refused, and where it is set -----------------------------------------------------------------------------------------
+# --- what is refused, and where it is set -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", ["k_prj", "q_proj", "proj", "layers.2.*", "model.layers"])
 def test_a_pattern_that_matches_no_adapted_module_is_refused(setting, pattern):
-    with pytest.raises(ValueError, match=rf"^method.{setting}: '{pattern}' matches none of the 8 adapted modules".replace("*", r"\*")):
+    with pytest.raises(
+        ValueError, match=rf"^method.{setting}: '{pattern}' matches none of the 8 adapted modules".replace("*", r"\*")
+    ):
         attach(llama(), LoRA(rank=4, target_modules=MODULES, **{setting: {"k_proj": 2, pattern: 3}}), Dense())
 
 
@@ -174,7 +192,10 @@ def test_a_pattern_that_matches_no_adapted_module_is_refused(setting, pattern):
         (dict(rank_pattern={"k_proj": 0}), r"method.rank_pattern\[k_proj\] must be at least 1, not 0"),
         (dict(alpha_pattern={"k_proj": -1.0}), r"method.alpha_pattern\[k_proj\] must be positive, not -1.0"),
         (dict(rank_pattern={"(k_proj": 2}), r"method.rank_pattern: '\(k_proj' is not a regular expression \(.*\)"),
-        (dict(alpha_pattern={"*_proj": 2.0}), r"method.alpha_pattern: '\*_proj' is not a regular expression \(.*\); write \.\* for any"),
+        (
+            dict(alpha_pattern={"*_proj": 2.0}),
+            r"method.alpha_pattern: '\*_proj' is not a regular expression \(.*\); write \.\* for any",
+        ),
     ],
 )
 def test_a_pattern_that_cannot_be_is_refused_with_its_name(settings, message):
@@ -188,7 +209,9 @@ def test_a_rank_of_a_pattern_that_is_too_large_for_its_module_is_refused():
 
 
 def test_srlora_refuses_rank_pattern_with_the_reason_and_takes_alpha_pattern():
-    with pytest.raises(ValueError, match="^method.rank_pattern cannot be used with srlora: .* different numbers of switches"):
+    with pytest.raises(
+        ValueError, match="^method.rank_pattern cannot be used with srlora: .* different numbers of switches"
+    ):
         SRLoRA(rank=4, target_rank=8, rank_pattern={"k_proj": 2})
     method = SRLoRA(rank=4, target_rank=8, target_modules=MODULES, alpha_pattern={"k_proj": 8})
     assert {scale for _, scale in ours(method).values()} == {1.0, 2.0}
@@ -197,9 +220,15 @@ def test_srlora_refuses_rank_pattern_with_the_reason_and_takes_alpha_pattern():
 def test_the_command_line_and_a_recipe_can_set_them(tmp_path):
     wanted = {"rank_pattern": {"k_proj": 8, r"layers\.0\..*": 2}, "alpha_pattern": {"model.layers.0.mlp.up_proj": 2.5}}
     typed = parse(
-        ["--method.type", "lora", "--method.rank_pattern", r"{k_proj: 8, layers\.0\..*: 2}", "--method.alpha_pattern",
-         "{model.layers.0.mlp.up_proj: 2.5}"]
-    )  # fmt: skip
+        [
+            "--method.type",
+            "lora",
+            "--method.rank_pattern",
+            r"{k_proj: 8, layers\.0\..*: 2}",
+            "--method.alpha_pattern",
+            "{model.layers.0.mlp.up_proj: 2.5}",
+        ]
+    )
     written = Path(tmp_path) / "recipe.yaml"
     written.write_text(r"""
 method:
@@ -216,7 +245,9 @@ method:
     again = Path(tmp_path) / "again.yaml"
     again.write_text(dump(typed))
     assert parse(["--config_path", str(again)]) == typed
-    assert parse(["--config_path", str(written), "--method.rank_pattern", "{o_proj: 3}"]).method.rank_pattern == {"o_proj": 3}
+    assert parse(["--config_path", str(written), "--method.rank_pattern", "{o_proj: 3}"]).method.rank_pattern == {
+        "o_proj": 3
+    }
 
 
 @pytest.mark.parametrize("value", ["8", "{k_proj: eight}", "{k_proj: 2.5}", "[k_proj, 8]"])

@@ -21,11 +21,24 @@ from tests.tiny import engine as make_engine
 
 MODULES = ["k_proj", "o_proj", "down_proj"]  # 14 x 42, 42 x 42, 42 x 43, twice each
 EXACT = dict(rank=4, target_modules=MODULES, svd_cache="", svd_exact=True)
-SCALES = {"s = 1": {}, "s = 2.5": dict(alpha=10), "s = 3, rslora": dict(alpha=6, use_rslora=True), "s = 0.25": dict(alpha=1)}
+SCALES = {
+    "s = 1": {},
+    "s = 2.5": dict(alpha=10),
+    "s = 3, rslora": dict(alpha=6, use_rslora=True),
+    "s = 0.25": dict(alpha=1),
+}
 ENGINES = [
-    ("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3),
+    ("plain", 1),
+    ("plain", 2),
+    ("zero1", 2),
+    ("zero2", 3),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("fsdp", 1),
+    ("fsdp", 2),
+    ("fsdp", 3),
     ("fsdp-hybrid", 2),
-]  # fmt: skip
+]
 ZERO = {"fsdp-hybrid": {"shard_size": 1}}
 every_engine = pytest.mark.parametrize("engine, world", ENGINES)
 
@@ -78,7 +91,9 @@ def test_w_plus_s_b_a_is_w0(engine, world, scale):
         assert (whole - w.double()).abs().max() <= 4 * 2**-24 * w.abs().max(), name
         assert relative(told["weights"][name], w) > 0.1, "nothing was taken out of W"
         assert 0 < told["loaded"].errors[name] <= 1e-7 and relative(whole, w) <= 1e-7, name
-    assert (told["loaded"].pairs, told["loaded"].modules) == (4 * 6, 6) and set(told["loaded"].errors) == set(told["original"])
+    assert (told["loaded"].pairs, told["loaded"].modules) == (4 * 6, 6) and set(told["loaded"].errors) == set(
+        told["original"]
+    )
 
 
 def test_a_bf16_w_is_rounded_once():
@@ -90,7 +105,8 @@ def test_a_bf16_w_is_rounded_once():
         assert torch.equal(told["weights"][name], rest.float().to(torch.bfloat16)), name
         assert relative(told["weights"][name].float(), rest) <= 2**-9, name
         error = relative(told["weights"][name].double() + trained(told, name, 1.0), w)
-        assert told["loaded"].errors[name] == pytest.approx(error, rel=1e-3) and 1e-4 < error < 2**-9  # measured and reported
+        # measured and reported
+        assert told["loaded"].errors[name] == pytest.approx(error, rel=1e-3) and 1e-4 < error < 2**-9
 
 
 def test_the_randomized_svd_is_within_a_percent_of_the_best():
@@ -98,7 +114,8 @@ def test_the_randomized_svd_is_within_a_percent_of_the_best():
     told = ranks.run(1, start, method, "plain")[0]
     for name, w in told["original"].items():
         best = torch.linalg.svdvals(w.double())[4:].norm()  # what the best approximation leaves
-        assert best * (1 - 1e-6) <= told["weights"][name].double().norm() <= 1.01 * best, name  # noise: the hardest of spectra
+        # noise: the hardest of spectra
+        assert best * (1 - 1e-6) <= told["weights"][name].double().norm() <= 1.01 * best, name
         whole = told["weights"][name].double() + trained(told, name, 1.0)
         assert (whole - w.double()).abs().max() <= 4 * 2**-24 * w.abs().max(), name  # exact all the same
 
@@ -191,7 +208,10 @@ def test_a_checkpoint_of_another_shape_is_refused_on_all_ranks(engine, placement
     for message in ranks.run(2, wrong_checkpoint, replace(PiSSA(**EXACT), svd_placement=placement), engine):
         assert "layers.0.mlp.down_proj: the checkpoint holds (3, 5), the model (42, 43)" in message
     for message in ranks.run(2, wrong_checkpoint, LoRA(rank=4, target_modules=MODULES), engine):
-        assert "layers.0.mlp.down_proj.weight: the checkpoint holds (3, 5), the model (42, 43); is config.json that of this" in message
+        assert (
+            "layers.0.mlp.down_proj.weight: the checkpoint holds (3, 5), the model (42, 43); is config.json that of "
+            "this" in message
+        )
 
 
 def test_the_default_cache_folder_is_not_used_when_none_is_wanted(tmp_path, monkeypatch):

@@ -16,11 +16,19 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def save_quantized(folder, double=True, dtype=torch.float32, shard="10MB", **options):
-    """A LLaMA with rows of whole blocks, quantized by transformers and bitsandbytes; lm_head and what is no linear stay plain."""
+    """A LLaMA with rows of whole blocks, quantized by transformers and bitsandbytes; lm_head and what is no linear stay
+    plain.
+    """
     plain = folder.with_name(f"{folder.name}-plain")
-    llama(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32).save_pretrained(plain)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, **options)
-    AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, dtype=dtype).save_pretrained(folder, max_shard_size=shard)
+    llama(
+        hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    ).save_pretrained(plain)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, **options
+    )
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, dtype=dtype).save_pretrained(
+        folder, max_shard_size=shard
+    )
     return folder
 
 
@@ -39,13 +47,17 @@ def checkpoint(request, tmp_path_factory):
 
 def quantized_linears(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return {f"{name}.weight": layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    return {
+        f"{name}.weight": layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"
+    }
 
 
 def test_decoded_weights_are_those_of_bitsandbytes(checkpoint):
     opened, linears = Source.open(checkpoint), quantized_linears(checkpoint)
     assert opened.prequantized and len(linears) == 14
-    assert [name for name in opened.names() if opened.is_nf4(name)] == [name for name in opened.names() if name in linears]
+    assert [name for name in opened.names() if opened.is_nf4(name)] == [
+        name for name in opened.names() if name in linears
+    ]
     for name, weight in linears.items():
         wanted = functional.dequantize_4bit(weight.data, weight.quant_state)
         assert opened.layout(name) == (wanted.dtype, list(wanted.shape))
@@ -64,11 +76,26 @@ def test_rows_are_rows_of_the_tensor(checkpoint):
         opened.rows(DOWN, 0, 129)
 
 
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 
 
 @pytest.mark.parametrize("name", [DOWN, QUERY])
@@ -103,7 +130,9 @@ def test_names_are_those_of_the_model(checkpoint):
     assert not plain.prequantized and not plain.is_nf4(DOWN) and not opened.is_nf4("model.norm.weight")
     if (checkpoint / INDEX).exists():
         home = json.loads((checkpoint / INDEX).read_text())["weight_map"]
-        assert any(home[name] != home[f"{name}.absmax"] for name in opened.names() if opened.is_nf4(name)), "parts should lie apart"
+        assert any(home[name] != home[f"{name}.absmax"] for name in opened.names() if opened.is_nf4(name)), (
+            "parts should lie apart"
+        )
     with pytest.raises(ValueError, match="no tensor named"):
         opened.tensor(f"{DOWN}.absmax")
     with pytest.raises(AssertionError):
@@ -115,7 +144,8 @@ def test_decoded_model_is_the_one_that_transformers_dequantizes(tmp_path):
     opened, model = Source.open(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "q-plain")
     before = logits(model)
     model.load_state_dict({name: opened.tensor(name) for name in opened.names()}, strict=False)  # lm_head is tied
-    # not the quantized model itself: on the CPU it computes about as precisely as bfloat16, whatever its compute dtype (measured 3e-3)
+    # not the quantized model itself: on the CPU it computes about as precisely as bfloat16, whatever its compute dtype
+    # (measured 3e-3)
     quantized = AutoModelForCausalLM.from_pretrained(folder)
     quantized.dequantize()
     assert torch.equal(logits(model), logits(quantized))
@@ -145,7 +175,12 @@ def write_weight(folder, tensors=None, config=None, state=None):
             stored[f"x.weight{value}"] = stored.pop(key)
         else:
             stored[key] = value
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **(config or {})}
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        **(config or {}),
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     save_file(stored, folder / SINGLE)
@@ -184,7 +219,8 @@ AGAIN = "download the checkpoint again"
         ({"state": {"dtype": "float5"}}, rf"not described completely.*float5.*{AGAIN}"),
         ({"state": {"shape": [8, 128]}}, rf"do not fit its shape \[8, 128\]; {AGAIN}"),
         ({"tensors": {".absmax": torch.zeros(7, dtype=torch.uint8)}}, rf"do not fit its shape.*{AGAIN}"),
-        ({"tensors": {".nested_absmax": None}}, rf"do not fit its shape.*{AGAIN}"),  # scales in bytes, and nothing to decode them
+        # scales in bytes, and nothing to decode them
+        ({"tensors": {".nested_absmax": None}}, rf"do not fit its shape.*{AGAIN}"),
         ({"tensors": {".nested_absmax": torch.zeros(2)}}, rf"do not fit its shape.*{AGAIN}"),
         ({"tensors": {f".{STATE}": ".other"}}, "there are none; if all are plain, delete its quantization_config"),
     ],

@@ -10,7 +10,21 @@ import torch
 from benchmarks import quality
 from llm_lowrank.adapters.adapter import generator
 
-TINY = ["--steps", "8", "--pretrain-steps", "24", "--methods", "lora", "losia", "--rates", "1e-2", "--tuning-seeds", "9", "--seeds", "0"]
+TINY = [
+    "--steps",
+    "8",
+    "--pretrain-steps",
+    "24",
+    "--methods",
+    "lora",
+    "losia",
+    "--rates",
+    "1e-2",
+    "--tuning-seeds",
+    "9",
+    "--seeds",
+    "0",
+]
 
 
 @pytest.fixture
@@ -28,14 +42,20 @@ def test_a_grid_is_made_once_and_tabulated(tmp_path, page, capsys):
     written = {f: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in files}
     counts = [run["result"]["trainable"] for _, run in written.values()]
     assert max(counts) < 1.02 * min(counts)
-    assert all(run["result"]["loss"] < run["result"]["held_out_curve"][0][1] for _, run in written.values()), "nothing was learned"
+    assert all(run["result"]["loss"] < run["result"]["held_out_curve"][0][1] for _, run in written.values()), (
+        "nothing was learned"
+    )
     quality.main(command)
     assert {f: f.stat().st_mtime_ns for f in files} == {f: time for f, (time, _) in written.items()}
     with pytest.raises(ValueError, match="other settings"):
         quality.main(["small", "--output", str(tmp_path / "runs"), *TINY, "--steps", "9"])
     quality.main(["table", "--output", str(tmp_path / "runs"), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- small -->\n| method ") and text.endswith("<!-- /small -->\nafter\n") and "old" not in text
+    assert (
+        text.startswith("before\n<!-- small -->\n| method ")
+        and text.endswith("<!-- /small -->\nafter\n")
+        and "old" not in text
+    )
     assert "| LoRA | " in text and "| LoSiA | " in text and (tmp_path / "page-small.png").stat().st_size > 10_000
 
 
@@ -44,7 +64,9 @@ def test_the_families_are_deterministic_and_differ():
         return quality.examples(rules, 200, generator(3, "test"))
 
     own, shifted = made(quality.OWN), made(quality.SHIFTED)
-    assert torch.equal(own, made(quality.OWN)) and not torch.equal(own, quality.examples(quality.OWN, 200, generator(4, "test")))
+    assert torch.equal(own, made(quality.OWN)) and not torch.equal(
+        own, quality.examples(quality.OWN, 200, generator(4, "test"))
+    )
     assert not set(quality.OWN) & set(quality.SHIFTED)
     x, y = torch.randint(10, (2, 1000, quality.LENGTH), generator=generator(5, "test"))
     for rule in quality.SHIFTED.values():  # no rule of one family answers many questions of the other

@@ -31,7 +31,9 @@ METHOD = RaSA(rank=R, alpha=6, k=K, target_modules=MODULES)
 SIZES = pytest.mark.parametrize("k", [0, 1, R], ids=["k0", "k1", "kr"])
 
 
-def adapted(method: RaSA | LoRA = METHOD, dtype: str = "fp32", fill: bool = False, **changes: object) -> tuple[PreTrainedModel, list]:
+def adapted(
+    method: RaSA | LoRA = METHOD, dtype: str = "fp32", fill: bool = False, **changes: object
+) -> tuple[PreTrainedModel, list]:
     """A tiny LLaMA under a method, without an engine; `fill`: as if it had been trained."""
     model = llama(dtype, **{"num_hidden_layers": L, **changes})
     adapters = attach(model, method, CODECS[dtype])
@@ -69,7 +71,7 @@ def pool_of(model: nn.Module, name: str) -> Pool:
     return model.rasa_pools[f"{name}_pool"]
 
 
-# --- 1: the start -----------------------------------------------------------------------------------------------------------------
+# --- 1: the start -----------------------------------------------------------------------------------------------------
 
 
 @SIZES
@@ -89,7 +91,7 @@ def test_at_the_start_the_change_is_zero_and_the_function_is_the_frozen_models_b
             assert 0.8 * bound < factor.abs().max() <= bound and factor.std() > 0.4 * bound
 
 
-# --- 2: what is left without a pool -----------------------------------------------------------------------------------------------
+# --- 2: what is left without a pool -----------------------------------------------------------------------------------
 
 
 def test_without_a_pool_it_is_lora_in_forward_and_in_gradients():
@@ -117,7 +119,7 @@ def test_a_pool_that_no_layer_uses_leaves_lora_of_rank_r_minus_k():
         assert relative(ours(input_ids=batch(99)).logits, theirs(input_ids=batch(99)).logits) < 1e-6
 
 
-# --- 3: LoRA is in it -------------------------------------------------------------------------------------------------------------
+# --- 3: LoRA is in it -------------------------------------------------------------------------------------------------
 
 
 def test_every_lora_of_rank_r_can_be_written_as_rasa_of_rank_r():
@@ -136,7 +138,7 @@ def test_every_lora_of_rank_r_can_be_written_as_rasa_of_rank_r():
             assert (layer_map(layer) - layer.weight.double() - b @ a).abs().max() <= 1e-12
 
 
-# --- 4: gradients -----------------------------------------------------------------------------------------------------------------
+# --- 4: gradients -----------------------------------------------------------------------------------------------------
 
 
 def untied(adapters: list[RaSALayer]) -> None:
@@ -167,9 +169,13 @@ def test_the_forward_of_a_layer_is_the_equation_and_its_gradients_are_autograds(
     for layer in adapters:
         x, g = torch.randn(5, layer.shape[1], requires_grad=True), torch.randn(5, layer.shape[0])
         inputs = [x, layer.A, layer.B, layer.d, layer.pool.A, layer.pool.B, layer.e]
-        naive = x @ layer.weight.T + (x @ layer.A.T * layer.d) @ layer.B.T + (x @ layer.pool.A.T * layer.e) @ layer.pool.B.T
+        naive = (
+            x @ layer.weight.T + (x @ layer.A.T * layer.d) @ layer.B.T + (x @ layer.pool.A.T * layer.e) @ layer.pool.B.T
+        )
         assert relative(layer(x), naive) < 1e-6
-        for found, wanted in zip(torch.autograd.grad(layer(x), inputs, g), torch.autograd.grad(naive, inputs, g), strict=True):
+        for found, wanted in zip(
+            torch.autograd.grad(layer(x), inputs, g), torch.autograd.grad(naive, inputs, g), strict=True
+        ):
             assert relative(found, wanted) < 1e-5
 
 
@@ -183,7 +189,7 @@ def test_dropout_is_on_the_input_of_both_products_and_off_in_eval():
     assert relative(found, x @ layer.weight.T + nn.functional.dropout(x, 0.5) @ change(layer).float().T) < 1e-5
 
 
-# --- 5: one Parameter -------------------------------------------------------------------------------------------------------------
+# --- 5: one Parameter -------------------------------------------------------------------------------------------------
 
 
 def test_each_pool_is_one_parameter_for_model_state_dict_and_all_layers():
@@ -250,7 +256,9 @@ def assert_same_run(found: dict, wanted: dict) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
-@pytest.mark.parametrize("engine, world", [("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    "engine, world", [("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
+)
 def test_every_engine_with_either_checkpointing_trains_as_one_process_without(engine, world, checkpointing):
     for told in ranks.run(world, trained, METHOD, engine, checkpointing):
         assert_same_run(told, one_process(K))
@@ -277,22 +285,32 @@ def once_in_the_optimizer(engine: str) -> tuple[int, int]:
     t = Trainee(METHOD, engine, num_hidden_layers=L)
     optimizer = t.engine.optimizer if engine in ("plain", "fsdp") else t.engine.zero
     groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None)
-    listed = [p for group in groups for p in group] if groups else [p for group in optimizer.param_groups for p in group["params"]]
+    listed = (
+        [p for group in groups for p in group]
+        if groups
+        else [p for group in optimizer.param_groups for p in group["params"]]
+    )
     return len(listed), len({id(p) for p in listed})
 
 
 @pytest.mark.parametrize("engine", ["plain", "zero2", "zero3", "fsdp"])
 def test_each_pool_is_in_the_optimizer_once(engine):
-    assert ranks.run(1, once_in_the_optimizer, engine)[0] == (2 * L * 4 + 2 * 2,) * 2  # A, B, d, e of 2 L layers; A, B of 2 pools
+    # A, B, d, e of 2 L layers; A, B of 2 pools
+    assert ranks.run(1, once_in_the_optimizer, engine)[0] == (2 * L * 4 + 2 * 2,) * 2
 
 
-# --- 6: how many parameters -------------------------------------------------------------------------------------------------------
+# --- 6: how many parameters -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank, count", [(8, 20_980_256), (16, 41_960_512), (32, 83_921_024)])
 def test_parameters_of_llama_3_1_8b_are_the_papers(rank, count):
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
     )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -309,7 +327,7 @@ def test_parameters_are_loras_and_the_weights_of_the_pairs(k):
     assert all(p.numel() for p in model.parameters())
 
 
-# --- 7: the change ----------------------------------------------------------------------------------------------------------------
+# --- 7: the change ----------------------------------------------------------------------------------------------------
 
 
 @SIZES
@@ -342,16 +360,21 @@ def test_the_exported_lora_and_the_merged_model_are_the_forward(tmp_path):
     assert (merged - t.logits()).abs().max() <= 1e-4
 
 
-# --- 8: d and e -------------------------------------------------------------------------------------------------------------------
+# --- 8: d and e -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "k, d_init, d, e",
     [
-        (1, "paper", 3 / 3, 3 / 3), (2, "paper", 3 / 2, 3 / 6), (0, "paper", 6 / 4, None), (R, "paper", None, 6 / 12),
-        (1, "lora", 6 / 4, 6 / 4), (0, "lora", 6 / 4, None), (R, "lora", None, 6 / 4),
+        (1, "paper", 3 / 3, 3 / 3),
+        (2, "paper", 3 / 2, 3 / 6),
+        (0, "paper", 6 / 4, None),
+        (R, "paper", None, 6 / 12),
+        (1, "lora", 6 / 4, 6 / 4),
+        (0, "lora", 6 / 4, None),
+        (R, "lora", None, 6 / 4),
     ],
-)  # fmt: skip
+)
 def test_the_weights_start_at_half_of_alpha_over_their_number_or_at_loras_scale(k, d_init, d, e):
     _, adapters = adapted(replace(METHOD, k=k, d_init=d_init))
     for a in adapters:
@@ -382,7 +405,7 @@ def test_k_is_an_eighth_of_the_rank_by_default_and_at_least_one():
     assert [RaSA(rank=rank).pooled(rank) for rank in (1, 4, 8, 15, 16, 32)] == [1, 1, 1, 1, 2, 4]
 
 
-# --- 9: what shares a pool --------------------------------------------------------------------------------------------------------
+# --- 9: what shares a pool --------------------------------------------------------------------------------------------
 
 
 def test_layers_of_unequal_shapes_have_pools_of_their_own():
@@ -396,16 +419,27 @@ def test_layers_of_unequal_shapes_have_pools_of_their_own():
 def test_only_adapted_layers_count_and_grouped_keys_have_their_own_width():
     every = RaSA(rank=R, k=K, target_modules=["q_proj", "layers.0.self_attn.k_proj", "layers.2.self_attn.k_proj"])
     model, adapters = adapted(every)
-    assert {name: tuple(pool.B.shape) for name, pool in model.rasa_pools.items()} == {"q_proj_pool": (42, 3), "k_proj_pool": (14, 2)}
+    assert {name: tuple(pool.B.shape) for name, pool in model.rasa_pools.items()} == {
+        "q_proj_pool": (42, 3),
+        "k_proj_pool": (14, 2),
+    }
     assert [len(a.e) for a in adapters if a.name.endswith("k_proj")] == [2, 2]
 
 
 FAMILIES = {
     "gptj": (GPTJConfig(n_embd=24, n_layer=3, n_head=2, rotary_dim=4, vocab_size=67), ["q_proj", "fc_in"]),
-    "falcon": (FalconConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=67), ["query_key_value", "dense"]),
+    "falcon": (
+        FalconConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=67),
+        ["query_key_value", "dense"],
+    ),
     "qwen2": (
         Qwen2Config(
-            hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, vocab_size=67
+            hidden_size=24,
+            intermediate_size=20,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=67,
         ),
         ["k_proj", "up_proj"],
     ),
@@ -430,7 +464,7 @@ def test_layers_of_any_naming_share_and_biases_stay(family):
     assert all(pool.B.grad.any() for pool in model.rasa_pools.values())
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -448,5 +482,8 @@ def test_settings_that_cannot_be_are_refused():
 def test_ranks_may_differ_between_pools_but_not_in_one():
     model, adapters = adapted(replace(METHOD, k=None, rank=4, rank_pattern={"up_proj": 16}))
     assert {a.name.rpartition(".")[2]: (len(a.A), len(a.e)) for a in adapters} == {"k_proj": (3, 3), "up_proj": (14, 6)}
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj has rank 4 and model.layers.1.mlp.up_proj rank 8, but they share a pool"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers.0.mlp.up_proj has rank 4 and model.layers.1.mlp.up_proj rank 8, but they share a pool",
+    ):
         adapted(replace(METHOD, rank_pattern={"layers.1.mlp.up_proj": 8}))

@@ -47,7 +47,7 @@ def refusal(*argv: str) -> str:
     return str(error.value)
 
 
-# --- what is meant ----------------------------------------------------------------------------------------------------------------
+# --- what is meant ----------------------------------------------------------------------------------------------------
 
 
 def test_no_arguments_are_the_demo():
@@ -62,7 +62,13 @@ def test_no_arguments_are_the_demo():
 
 @pytest.mark.parametrize("spelling", [["--{}", "{}"], ["--{}={}"]])
 def test_both_spellings_of_an_override(spelling):
-    given = {"learning_rate": "1e-5", "max_steps": "-1", "method.rank": "24", "data.task.max_digits": "3", "output_dir": "007"}
+    given = {
+        "learning_rate": "1e-5",
+        "max_steps": "-1",
+        "method.rank": "24",
+        "data.task.max_digits": "3",
+        "output_dir": "007",
+    }
     argv = [part for key, value in given.items() for part in ("\0".join(spelling).format(key, value)).split("\0")]
     recipe = parse(argv)
     assert (recipe.learning_rate, recipe.max_steps, recipe.method.rank, recipe.output_dir) == (1e-5, -1, 24, "007")
@@ -112,21 +118,29 @@ def test_what_the_deepspeed_launcher_adds_is_dropped(flag):
 
 def test_a_saved_recipe_parses_back(tmp_path):
     argv = "--method.type srlora --method.alpha 8 --method.target_modules q_proj,v_proj --learning_rate 3e-7 --adam_epsilon 1e-12"
-    recipe = parse([*argv.split(), "--data.dataset=r\u00e9ponses: #1.jsonl", "--output_dir", "null", "--data.split", "train[:5%]"])
-    sharded = dataclasses.replace(recipe, engine="fsdp", codec="nf4", codec_double_quant=True, fsdp=Sharding(False, True, 2))
+    recipe = parse(
+        [*argv.split(), "--data.dataset=r\u00e9ponses: #1.jsonl", "--output_dir", "null", "--data.split", "train[:5%]"]
+    )
+    sharded = dataclasses.replace(
+        recipe, engine="fsdp", codec="nf4", codec_double_quant=True, fsdp=Sharding(False, True, 2)
+    )
     for original in (recipe, Recipe(), dataclasses.replace(recipe, method=LoRA(use_rslora=True)), sharded):
         save(original, tmp_path / "out" / "recipe.yaml")
         assert parse(["--config_path", str(tmp_path / "out" / "recipe.yaml")]) == original
 
 
 def test_the_optimizer_gets_the_recipes_numbers():
-    argv = "--learning_rate 0.5 --adam_beta1 0.1 --adam_beta2 0.2 --adam_epsilon 0.3 --weight_decay 0.4 --max_grad_norm 0"
-    settings = optimization(parse([*argv.split(), "--gradient_accumulation_steps=6", "--per_device_train_batch_size=7"]))
+    argv = (
+        "--learning_rate 0.5 --adam_beta1 0.1 --adam_beta2 0.2 --adam_epsilon 0.3 --weight_decay 0.4 --max_grad_norm 0"
+    )
+    settings = optimization(
+        parse([*argv.split(), "--gradient_accumulation_steps=6", "--per_device_train_batch_size=7"])
+    )
     assert (settings.learning_rate, settings.betas, settings.eps, settings.weight_decay) == (0.5, (0.1, 0.2), 0.3, 0.4)
     assert (settings.max_grad_norm, settings.accumulation, settings.micro_batch) == (0.0, 6, 7)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,8 +179,10 @@ def test_an_unknown_setting_without_a_likeness(file):
 def test_all_mistakes_are_told_at_once():
     message = refusal("--lr", "1", "--epochs", "2", "--max_steps", "many")
     assert [line.partition(";")[0] for line in message.splitlines()] == [
-        "unknown setting 'lr'", "unknown setting 'epochs'", "max_steps: 'many' is not a value of type int",
-    ]  # fmt: skip
+        "unknown setting 'lr'",
+        "unknown setting 'epochs'",
+        "max_steps: 'many' is not a value of type int",
+    ]
 
 
 @pytest.mark.parametrize("argv", [["--method.type", "lora", "--method.target_rank", "9"], ["FILE"]])
@@ -199,7 +215,10 @@ def test_a_setting_of_another_method_is_refused(file, argv):
         ("--codec nf4 --merge_base dequantized --save_merged false", "save_merged: false that nothing is merged"),
         ("--merge_base trained", "merge_base: 'trained' is not one of original, dequantized"),
         ("--fsdp.cpu_offload", "the settings under fsdp are for engine: fsdp, not deepspeed"),
-        ("--fsdp.reshard_after_forward false --engine plain", "the settings under fsdp are for engine: fsdp, not plain"),
+        (
+            "--fsdp.reshard_after_forward false --engine plain",
+            "the settings under fsdp are for engine: fsdp, not plain",
+        ),
         ("--fsdp.shard_size -1 --engine fsdp", "fsdp.shard_size must be at least 0, not -1"),
         ("--fsdp.shard_size half", "fsdp.shard_size: 'half' is not a value of type int"),
         ("--fsdp 2", "fsdp is a section of settings, not a value"),
@@ -277,7 +296,9 @@ FLASH, CUDA = "flash_attention_2", "a CUDA device of capability 8.0 or more"
         ("float32", None, False, ["dtype: bfloat16", CUDA]),
     ],
 )
-def test_auto_attention_is_flash_attention_where_nothing_is_missing(monkeypatch, tmp_path, dtype, capability, installed, lacking):
+def test_auto_attention_is_flash_attention_where_nothing_is_missing(
+    monkeypatch, tmp_path, dtype, capability, installed, lacking
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     monkeypatch.setattr("llm_lowrank.run.recipe.is_flash_attn_2_available", lambda: installed)
@@ -296,10 +317,13 @@ def test_auto_attention_is_flash_attention_where_nothing_is_missing(monkeypatch,
 @pytest.mark.parametrize(
     "argv",
     [
-        "--engine fsdp", "--engine fsdp --codec nf4 --codec_double_quant", "--engine fsdp --codec int8 --fsdp.cpu_offload",
-        "--codec nf4 --dtype bfloat16", "--engine plain --codec int8 --merge_base dequantized",
+        "--engine fsdp",
+        "--engine fsdp --codec nf4 --codec_double_quant",
+        "--engine fsdp --codec int8 --fsdp.cpu_offload",
+        "--codec nf4 --dtype bfloat16",
+        "--engine plain --codec int8 --merge_base dequantized",
     ],
-)  # fmt: skip
+)
 def test_every_engine_takes_every_codec(argv, tmp_path):
     validate(parse([*argv.split(), "--output_dir", str(tmp_path)]))
 
@@ -311,7 +335,7 @@ def test_the_fsdp_section_is_its_sharding(file):
     assert "unknown setting 'fsdp.shards'" in refusal(*argv, "--fsdp.shards", "2")
 
 
-# --- help -------------------------------------------------------------------------------------------------------------------------
+# --- help -------------------------------------------------------------------------------------------------------------
 
 
 def test_help_has_every_setting_with_its_type_default_and_text(capsys):
@@ -324,10 +348,15 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
         entry = text.partition(f"  --{key} ")[2].partition("\n  --")[0]
         assert entry, f"--{key} is missing"
         assert all(part.count(f"  --{key} ") <= 1 for part in parts), f"--{key} comes twice"
-        assert "(default:" in entry or "by default" in " ".join(entry.split()), entry  # what is unset says what that means
+        # what is unset says what that means
+        assert "(default:" in entry or "by default" in " ".join(entry.split()), entry
         assert len(entry.split()) > 5 or key == "method.type", f"--{key} says too little: {entry}"
     assert "--learning_rate float\n" in text and f"(default: {Recipe().learning_rate})" in text
-    assert "--engine {deepspeed,fsdp,plain}" in text and "--codec {dense,nf4,int8}" in text and "--fsdp.shard_size int" in text
+    assert (
+        "--engine {deepspeed,fsdp,plain}" in text
+        and "--codec {dense,nf4,int8}" in text
+        and "--fsdp.shard_size int" in text
+    )
     assert "--method.type {lora," in text and "}  (default: srlora)" in text
     assert "--data.max_length int" in text and "(default: 128)" in text  # the demo's, not the class's
     for heading in HEADINGS.values():
@@ -336,7 +365,15 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
 
 
 def test_a_setting_that_the_optimizer_has_not_is_refused(tmp_path):
-    recipe = parse([f"--output_dir={tmp_path / 'out'}", "--engine=plain", "--report_to=none", "--optim=lion", "--adam_epsilon=1e-6"])
+    recipe = parse(
+        [
+            f"--output_dir={tmp_path / 'out'}",
+            "--engine=plain",
+            "--report_to=none",
+            "--optim=lion",
+            "--adam_epsilon=1e-6",
+        ]
+    )
     with pytest.raises(RecipeError, match="adam_epsilon is of AdamW, optim: lion has none; remove it"):
         validate(recipe)
 

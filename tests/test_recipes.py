@@ -1,6 +1,8 @@
-"""Every file in recipes/ is a run that would start: read, checked and planned from the model's config alone, without weights and hub.
+"""Every file in recipes/ is a run that would start: read, checked and planned from the model's config alone, without
+weights and hub.
 
-The shapes of the models stand in tests/configs, as they were published. The length of a run comes from the size of the published data.
+The shapes of the models stand in tests/configs, as they were published. The length of a run comes from the size of the
+published data.
 """
 
 import json
@@ -23,11 +25,20 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 STEMS = [path.stem for path in RECIPES]
 TASKS = {"math": "metamathqa", "code": "magicoder-evol-instruct", "chat": "alpaca"}
 METHODS = ("srlora", "rasa", "droplora", "losia")
-ROWS = {"metamathqa": 395_000, "magicoder-evol-instruct": 111_183, "alpaca": 52_002, "ultrachat": 207_865, "stdlib-code": 5_000}
+ROWS = {
+    "metamathqa": 395_000,
+    "magicoder-evol-instruct": 111_183,
+    "alpaca": 52_002,
+    "ultrachat": 207_865,
+    "stdlib-code": 5_000,
+}
 WHOLE = {  # planned with all of their layers, the others with two
-    "llama-3.1-8b-math-srlora", "llama-3.1-8b-code-rasa", "llama-2-7b-math-droplora", "llama-2-7b-code-losia-nf4",
+    "llama-3.1-8b-math-srlora",
+    "llama-3.1-8b-code-rasa",
+    "llama-2-7b-math-droplora",
+    "llama-2-7b-code-losia-nf4",
     "llama-3.1-70b-math-srlora-nf4-2nodes",
-}  # fmt: skip
+}
 
 
 @cache
@@ -117,9 +128,14 @@ def test_a_dry_run_from_the_config_alone(stem, tmp_path):
 
 
 def test_what_is_trained_is_what_the_papers_say():
-    """RaSA prints its number for LLaMA-3.1-8B; LoSiA's is p^2 of every weight of a LLaMA-2-7B and p_o of its output layer."""
+    """RaSA prints its number for LLaMA-3.1-8B; LoSiA's is p^2 of every weight of a LLaMA-2-7B and p_o of its output
+    layer.
+    """
     assert trained(recipe("llama-3.1-8b-code-rasa").method, shape("llama-3.1-8b-code-rasa")) == 83_921_024
-    assert trained(recipe("llama-2-7b-code-losia-nf4").method, shape("llama-2-7b-code-losia-nf4")) == 101_187_584 + 16_384_000
+    assert (
+        trained(recipe("llama-2-7b-code-losia-nf4").method, shape("llama-2-7b-code-losia-nf4"))
+        == 101_187_584 + 16_384_000
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=STEMS)
@@ -127,13 +143,17 @@ def test_a_recipe_says_how_it_is_started_and_what_it_is(path):
     stem, settings = path.stem, recipe(path.stem)
     assert commands(stem) and all(f"--config_path recipes/{path.name}" in command for command in commands(stem))
     launcher = commands(stem)[0].split()[0]
-    assert launcher in {"deepspeed": ["deepspeed"], "fsdp": ["torchrun", "sbatch"], "plain": ["python"]}[settings.engine]
+    assert (
+        launcher in {"deepspeed": ["deepspeed"], "fsdp": ["torchrun", "sbatch"], "plain": ["python"]}[settings.engine]
+    )
     assert settings.output_dir == f"output/{stem}"
     dataset = settings.data.dataset
     assert dataset in PRESETS or dataset == "stdlib-code" or dataset.startswith(REASONING_GYM)
     if stem != "demo":
         model = settings.model_name_or_path.rpartition("/")[2].lower().removesuffix("-hf").removesuffix("-instruct")
-        assert re.match(rf"{model}-(math|code|chat)-{settings.method.get_choice_name(type(settings.method))}(-|$)", stem)
+        assert re.match(
+            rf"{model}-(math|code|chat)-{settings.method.get_choice_name(type(settings.method))}(-|$)", stem
+        )
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
@@ -157,7 +177,11 @@ def test_every_paper_has_every_task_on_both_models():
                 stem = f"{model}-{task}-{method}"
                 settings = recipe(stem)
                 assert (settings.model_name_or_path, settings.data.dataset) == (name, dataset)
-                assert (settings.engine, settings.deepspeed, settings.codec) == ("deepspeed", "ds_configs/zero3.json", "dense")
+                assert (settings.engine, settings.deepspeed, settings.codec) == (
+                    "deepspeed",
+                    "ds_configs/zero3.json",
+                    "dense",
+                )
                 assert (world(stem), global_batch(stem), settings.data.packing) == (8, batch[method], False)
 
 
@@ -168,11 +192,15 @@ def test_both_models_are_trained_alike(task, method):
     assert {key for key in this if this[key] != other[key]} == {"model_name_or_path", "output_dir"}
 
 
-VARIANTS = [stem for stem in STEMS if re.search(r"-(fsdp|zero2)$", stem) and re.sub(r"-(fsdp|zero2)$", "", stem) in STEMS]
+VARIANTS = [
+    stem for stem in STEMS if re.search(r"-(fsdp|zero2)$", stem) and re.sub(r"-(fsdp|zero2)$", "", stem) in STEMS
+]
 
 
 def test_every_method_has_a_variant_on_fsdp2():
-    assert {recipe(stem).method.get_choice_name(type(recipe(stem).method)) for stem in VARIANTS if stem.endswith("-fsdp")} == set(METHODS)
+    assert {
+        recipe(stem).method.get_choice_name(type(recipe(stem).method)) for stem in VARIANTS if stem.endswith("-fsdp")
+    } == set(METHODS)
 
 
 @pytest.mark.parametrize("stem", VARIANTS)
@@ -190,5 +218,7 @@ def test_recipes_show_every_method():
 
 def test_recipes_that_others_name_are_there():
     files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("launch/**/*")]
-    named = {name for file in files if file.is_file() for name in re.findall(r"recipes/([\w.-]+)\.yaml", file.read_text())}
+    named = {
+        name for file in files if file.is_file() for name in re.findall(r"recipes/([\w.-]+)\.yaml", file.read_text())
+    }
     assert named - {"x"} <= set(STEMS)

@@ -1,7 +1,7 @@
 """ReLoRA against its algorithm (https://arxiv.org/abs/2307.05695), written out again here, densely and in float64.
 
-A story (steps, three restarts, of which the last finds a full bank) is told once per engine and destination, on all its ranks; the tests
-look at what it saw.
+A story (steps, three restarts, of which the last finds a full bank) is told once per engine and destination, on all its
+ranks; the tests look at what it saw.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ into_the_weight = over([story for story in STORIES if story[2] == "weight"])
 into_the_bank = over([story for story in STORIES if story[2] == "bank"])
 
 
-# --- a story ----------------------------------------------------------------------------------------------------------------------
+# --- a story ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -122,7 +122,7 @@ def best(w: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * sigma[:rank]) @ vt[:rank]
 
 
-# --- a restart --------------------------------------------------------------------------------------------------------------------
+# --- a restart --------------------------------------------------------------------------------------------------------
 
 
 @every_story
@@ -167,7 +167,9 @@ def test_a_is_fresh_and_different_at_each_restart_and_in_each_module_and_b_is_ze
             assert not any(value.any() for key, value in moment.values.items() if key.endswith(".B"))
         for step, (_, after) in zip(RESTARTS, told.restarts, strict=True):
             for name in told.original:
-                random = torch.empty(RANK, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator(0, name, step))
+                random = torch.empty(RANK, n).uniform_(
+                    -1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator(0, name, step)
+                )
                 assert torch.equal(after.values[f"{name}.A"], random)  # of (seed, name, step): the same after a resume
 
 
@@ -180,7 +182,8 @@ def test_w_and_its_ledger_equal_the_naive_merge(story):
             merged = merged + S * exact(before.trained(name))
             assert relative(after.weights[name], merged) <= 1e-7, name
             assert relative(exact(told.ledger[name][number]), S * exact(before.trained(name))) <= 1e-6
-        assert len(told.ledger[name]) == 3 and all(len(entry) == RANK for entry in told.ledger[name])  # nothing of the fresh pairs
+        # nothing of the fresh pairs
+        assert len(told.ledger[name]) == 3 and all(len(entry) == RANK for entry in told.ledger[name])
         assert relative(merged, w.double()) > 0.01
     assert not any(entries for other in others for entries in other.ledger.values())
 
@@ -196,9 +199,15 @@ def test_moments_are_pruned_exactly_as_an_independent_oracle_says(story, moments
                     m, v = (before.moments[f"{name}.{letter}.{k}"] for k in ("exp_avg", "exp_avg_sq"))
                     assert m.any() and v.any()
                     for found, wanted in zip(
-                        (after.moments[f"{name}.{letter}.{k}"] for k in ("exp_avg", "exp_avg_sq")), renewed(m, v, moments), strict=True
+                        (after.moments[f"{name}.{letter}.{k}"] for k in ("exp_avg", "exp_avg_sq")),
+                        renewed(m, v, moments),
+                        strict=True,
                     ):
-                        assert torch.equal(found, wanted) if moments != "seeded" else torch.allclose(found, wanted, rtol=1e-5, atol=0)
+                        assert (
+                            torch.equal(found, wanted)
+                            if moments != "seeded"
+                            else torch.allclose(found, wanted, rtol=1e-5, atol=0)
+                        )
 
 
 def renewed(m: Tensor, v: Tensor, moments: str = "pruned") -> tuple[Tensor, Tensor]:
@@ -218,14 +227,16 @@ def test_every_rank_holds_the_same(story):
     first, *others = stories(*story)
     assert len(others) == story[1] - 1
     for other in others:
-        for mine, theirs in zip([*sum(first.restarts, ()), first.end], [*sum(other.restarts, ()), other.end], strict=True):
+        for mine, theirs in zip(
+            [*sum(first.restarts, ()), first.end], [*sum(other.restarts, ()), other.end], strict=True
+        ):
             for part in ("values", "moments", "weights"):
                 one, two = getattr(mine, part), getattr(theirs, part)
                 assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), part
         assert other.used == first.used and other.losses == first.losses
 
 
-# --- the bank ---------------------------------------------------------------------------------------------------------------------
+# --- the bank ---------------------------------------------------------------------------------------------------------
 
 
 @into_the_bank
@@ -256,7 +267,9 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
         error = max(float((bank - best(bank, RANK)).norm() / bank.norm()) for bank in full)
         assert [event.lost for event in told.events] == pytest.approx([0.0, 0.0, error], rel=1e-5) and error > 0.01
     with Metrics(tmp_path, "none", main=True) as metrics:
-        lines = [log_exchange(metrics, step, "recompose", event) for step, event in zip(RESTARTS, told.events, strict=True)]
+        lines = [
+            log_exchange(metrics, step, "recompose", event) for step, event in zip(RESTARTS, told.events, strict=True)
+        ]
     assert [f"compressing the bank took {error:.1e} of it" in line for line in lines] == [False, False, True]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["lost"] for record in records] == [event.lost for event in told.events]
@@ -265,7 +278,9 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
 def test_a_bank_has_room_in_proportion_to_the_rank_of_its_module():
     pattern = {"layers.1.self_attn.k_proj": 6, "up_proj": 2}
     t = Trainee(replace(METHOD, into="bank", rank_pattern=pattern), "plain", total=STEPS)
-    assert [a.name for a in t.adapters] == [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.k_proj", "mlp.up_proj")]
+    assert [a.name for a in t.adapters] == [
+        f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.k_proj", "mlp.up_proj")
+    ]
     assert [(a.rank, len(a.bank_A)) for a in t.adapters] == [(4, 8), (2, 4), (6, 12), (2, 4)]
     for step in range(STEPS):
         t.step(step)
@@ -281,7 +296,7 @@ def test_a_larger_bank_is_compressed_later():
     assert told.used == [4, 8, 12] and not any(event.lost for event in told.events)
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 @over([story for story in STORIES if story[1] > 1])
@@ -348,7 +363,8 @@ def test_the_export_is_over_the_untouched_base(into, dtype, tmp_path):
         if step + 1 in RESTARTS:
             t.method.recompose(t.adapters, t.engine, step + 1)
     saved = save_adapter(t.engine, t.adapters, t.method, tmp_path / "adapter", "base")
-    assert saved is not None and saved.rank == (4 * RANK if into == "weight" else 3 * RANK)  # three restarts; a bank of 2 RANK
+    # three restarts; a bank of 2 RANK
+    assert saved is not None and saved.rank == (4 * RANK if into == "weight" else 3 * RANK)
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     logits, layers = t.probe()
     for a in t.adapters:
@@ -358,27 +374,38 @@ def test_the_export_is_over_the_untouched_base(into, dtype, tmp_path):
     if dtype == "fp32":
         llama().save_pretrained(tmp_path / "base")
         merge(Source.open(str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged")
-        through_peft = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        through_peft = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
         for model in (through_peft, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
             with torch.no_grad():
                 assert (model.eval()(input_ids=batch(99)).logits - logits).abs().max() <= 1e-4
 
 
-# --- when, and how fast -----------------------------------------------------------------------------------------------------------
+# --- when, and how fast -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "interval, warmup, total, restarts",
     [
-        (2, 1, 8, (2, 4, 6)), (2, 0, 8, (2, 4, 6)), (2, 1, 7, (2, 4)), (2, 1, 4, (2,)), (10, 5, 36, (10, 20, 30)), (10, 5, 35, (10, 20)),
-        (10, 9, 30, (10, 20)), (10, 0, 31, (10, 20, 30)),
+        (2, 1, 8, (2, 4, 6)),
+        (2, 0, 8, (2, 4, 6)),
+        (2, 1, 7, (2, 4)),
+        (2, 1, 4, (2,)),
+        (10, 5, 36, (10, 20, 30)),
+        (10, 5, 35, (10, 20)),
+        (10, 9, 30, (10, 20)),
+        (10, 0, 31, (10, 20, 30)),
     ],
-)  # fmt: skip
+)
 def test_restarts_are_multiples_of_interval_that_leave_a_step_at_the_full_rate(interval, warmup, total, restarts):
     method = ReLoRA(interval=interval, restart_warmup=warmup)
     assert method.schedule(total) == restarts
     for restart in restarts:
-        assert any(method.rates([], step, total, lambda step: 1.0) == [1.0] for step in range(restart + max(0, warmup - 1), total))
+        assert any(
+            method.rates([], step, total, lambda step: 1.0) == [1.0]
+            for step in range(restart + max(0, warmup - 1), total)
+        )
     assert restarts[-1] + warmup < total <= restarts[-1] + interval + warmup
 
 
@@ -392,7 +419,9 @@ def test_rates_equal_the_closed_form(warmup, shape):
     found = [method.rates([], step, total, lambda step: curve[step]) for step in range(total)]
     assert found == [[pytest.approx(rate * f)] for rate, f in zip(curve, factor, strict=True)]
     if warmup == 4:
-        assert [rate for (rate,) in found][10:14] == pytest.approx([curve[10] / 4, curve[11] / 2, curve[12] * 3 / 4, curve[13]])
+        assert [rate for (rate,) in found][10:14] == pytest.approx(
+            [curve[10] / 4, curve[11] / 2, curve[12] * 3 / 4, curve[13]]
+        )
 
 
 def test_before_the_first_restart_it_trains_exactly_like_lora():
@@ -404,7 +433,7 @@ def test_before_the_first_restart_it_trains_exactly_like_lora():
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-# --- where to ---------------------------------------------------------------------------------------------------------------------
+# --- where to ---------------------------------------------------------------------------------------------------------
 
 
 def test_auto_goes_into_a_float32_weight_and_beside_any_other():
@@ -416,7 +445,10 @@ def test_auto_goes_into_a_float32_weight_and_beside_any_other():
 
 @pytest.mark.parametrize("name, codec", [("nf4", Nf4()), ("int8", Int8())])
 def test_a_coded_weight_is_refused_as_a_destination_with_what_to_do(name, codec):
-    with pytest.raises(ValueError, match=rf"^method.into: weight cannot be used with codec: {name}: .*set method.into: bank \(or auto\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^method.into: weight cannot be used with codec: {name}: .*set method.into: bank \(or auto\)",
+    ):
         Trainee(replace(METHOD, into="weight"), "plain", codec=codec)
     assert Trainee(replace(METHOD, into="weight"), "plain", codec=Dense(torch.bfloat16)).adapters[0].bank_A is None
 
@@ -440,6 +472,9 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 @pytest.mark.parametrize("total", [1, 1000, 1050])
 def test_a_run_without_a_restart_is_refused_with_what_to_do(total):
-    with pytest.raises(ValueError, match=f"leaves no restart in a run of {total} steps; lower them, train longer or set method.type: lora"):
+    with pytest.raises(
+        ValueError,
+        match=f"leaves no restart in a run of {total} steps; lower them, train longer or set method.type: lora",
+    ):
         ReLoRA().schedule(total)
     assert ReLoRA().schedule(1051) == (1000,)

@@ -23,15 +23,21 @@ RUN = {"max_steps": STEPS, "engine": "plain", "learning_rate": 1e-3, "report_to"
 
 def start(launcher: tuple[str, ...], arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*launcher, str(ROOT / "launch/train.py"), *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        [*launcher, str(ROOT / "launch/train.py"), *arguments],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     me = psutil.Process(launcher.pid)
     commands = {p: " ".join(p.cmdline()) for p in me.children(recursive=True)}
-    return [p for p, command in commands.items() if "launch/train.py" in command and "torch.distributed" not in command] or [me]
+    return [
+        p for p, command in commands.items() if "launch/train.py" in command and "torch.distributed" not in command
+    ] or [me]
 
 
 def interrupted(launcher: tuple[str, ...], arguments: list[str], output: Path, kind: signal.Signals) -> tuple[int, str]:
@@ -63,7 +69,10 @@ def test_a_run_that_was_stopped_goes_on_bitwise(place, whole, tmp_path):  # noqa
     settings = {**RUN, "output_dir": output, "per_device_train_batch_size": 4, "save_steps": 1}
     code, said = interrupted(PYTHON, recipe(place, **settings), output, signal.SIGTERM)
     stopped = int((output / "checkpoints/LATEST").read_text().removeprefix("step-"))
-    assert code == 75 and f"stopped by a signal after step {stopped} of {STEPS}; go on with --resume_from_checkpoint auto" in said
+    assert (
+        code == 75
+        and f"stopped by a signal after step {stopped} of {STEPS}; go on with --resume_from_checkpoint auto" in said
+    )
     assert 0 < stopped < STEPS
     assert f"{stopped} of {STEPS} steps are done" in succeed(
         1, recipe(place, **{**settings, "save_steps": 0}, resume_from_checkpoint="auto")
@@ -94,7 +103,11 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name(place, tmp_path):  # noq
         return life.said
 
     said = refusal(learning_rate=5e-3, **{"method.rank": 3})
-    assert "was written by another run" in said and "learning_rate: 0.001 in the checkpoint, 0.005 now" in said and "'rank': 4" in said
+    assert (
+        "was written by another run" in said
+        and "learning_rate: 0.001 in the checkpoint, 0.005 now" in said
+        and "'rank': 4" in said
+    )
     assert "'global_batch': 4" in refusal(per_device_train_batch_size=2)
     assert "is no checkpoint" in refusal(resume_from_checkpoint=tmp_path / "nowhere")
     state = json.loads((output / "checkpoints/step-000006/state.json").read_text())
@@ -106,13 +119,18 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name(place, tmp_path):  # noq
         (damaged / "trained-00000.safetensors").write_bytes(b"")
     kept = sorted(path for path in output.rglob("*") if path.is_file())
     assert "no checkpoint is whole; move them away" in refusal()
-    assert sorted(path for path in output.rglob("*") if path.is_file()) == kept, "nothing was cleared for a start from the beginning"
+    assert sorted(path for path in output.rglob("*") if path.is_file()) == kept, (
+        "nothing was cleared for a start from the beginning"
+    )
 
 
 def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
     (tmp_path / "out/adapter").mkdir(parents=True)
     (tmp_path / "other/checkpoints/step-000002").mkdir(parents=True)
-    for resume, said in (("auto", "a finished run and no checkpoint"), (str(tmp_path / "other/checkpoints/step-000002"), "is not empty")):
+    for resume, said in (
+        ("auto", "a finished run and no checkpoint"),
+        (str(tmp_path / "other/checkpoints/step-000002"), "is not empty"),
+    ):
         assert said in (occupied(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or "")
     (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
     for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):

@@ -54,14 +54,22 @@ def test_a_run_learns_and_hands_back_what_it_trained(place, tmp_path, method, co
 
 
 def test_every_registered_method_has_a_run():
-    assert set(RUNS) == {name for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")}
+    assert set(RUNS) == {
+        name for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")
+    }
 
 
 def test_losia_over_nf4_on_zero3(place, tmp_path):  # noqa: F811
     changes = {"codec": "nf4", "per_device_train_batch_size": 4, "report_to": "none", "method.max_live_blocks": 1}
     refused = live(settings(place, "losia", tmp_path / "out", **{**changes, "method.period": 1}))
-    assert refused.codes == [2, 2] and "every layer moves 3 times in 6 steps, and the bank has room for 1 blocks" in refused.said
+    assert (
+        refused.codes == [2, 2]
+        and "every layer moves 3 times in 6 steps, and the bank has room for 1 blocks" in refused.said
+    )
     said = succeed(2, settings(place, "losia", tmp_path / "out", **changes))
     before, after = (r["loss"] for r in records(tmp_path / "out", "eval"))
-    assert after < before and [(e["step"], e["into"]) for e in records(tmp_path / "out", "exchange")] == [(2, "bank"), (4, "bank")]
+    assert after < before and [(e["step"], e["into"]) for e in records(tmp_path / "out", "exchange")] == [
+        (2, "bank"),
+        (4, "bank"),
+    ]
     assert "entries of 7 modules, frozen ones into the bank" in said

@@ -32,22 +32,38 @@ def refused(attempt):
 
 ENDINGS = {
     "right": ("def f(x):\n    return x + 1\nassert f(1) == 2", "passed", ""),
-    "prints and threads": ("import threading\nt = threading.Thread(target=print, args=('hello',))\nt.start()\nt.join()", "passed", ""),
+    "prints and threads": (
+        "import threading\nt = threading.Thread(target=print, args=('hello',))\nt.start()\nt.join()",
+        "passed",
+        "",
+    ),
     "asyncio": ("import asyncio\nasync def f():\n    return 1\nassert asyncio.run(f()) == 1", "passed", ""),
-    "looks itself up": ("import dataclasses, sys\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\n"
-                        "assert sys.modules[A.__module__].A is A and __name__ == '__main__'", "passed", ""),
-    "a thread that never ends": ("import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()", "passed", ""),
+    "looks itself up": (
+        "import dataclasses, sys\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\n"
+        "assert sys.modules[A.__module__].A is A and __name__ == '__main__'",
+        "passed",
+        "",
+    ),
+    "a thread that never ends": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
+        "passed",
+        "",
+    ),
     "wrong": ("assert 1 + 1 == 3, 'no'", "failed", "AssertionError: no$"),
     "no Python": ("def f(:", "failed", "SyntaxError"),
     "sys.exit before the checks": ("import sys\nsys.exit(0)\nassert False", "failed", "SystemExit: 0$"),
     "os._exit before the checks": ("import os\nos._exit(0)\nassert False", "failed", "exit code 0 before its end"),
-    "says that it is ready": ("import os\nfor fd in map(int, os.listdir('/proc/self/fd')):\n    try:\n        os.write(fd, b'ready\\n')\n"
-                              "    except OSError:\n        pass\nos._exit(0)", "failed", ""),
+    "says that it is ready": (
+        "import os\nfor fd in map(int, os.listdir('/proc/self/fd')):\n    try:\n        os.write(fd, b'ready\\n')\n"
+        "    except OSError:\n        pass\nos._exit(0)",
+        "failed",
+        "",
+    ),
     "reads": ("input()", "failed", "EOFError"),
     "crashes": ("import ctypes\nctypes.string_at(0)", "failed", "killed by SIGSEGV"),
     "memory": ("x = []\nwhile True:\n    x.append(bytearray(2**24))", "failed", "MemoryError"),
     "floods": ("while True:\n    print('x' * 10000)", "failed", "File too large"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ENDINGS)
@@ -58,21 +74,33 @@ def test_only_a_program_that_reaches_its_end_has_passed(case):
     assert len(found.message) <= sandbox.SHOWN and found.passed == (status == "passed")
 
 
-@pytest.mark.parametrize("code", ["while True:\n    pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(20)"])
+@pytest.mark.parametrize(
+    "code", ["while True:\n    pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(20)"]
+)
 def test_an_endless_program_is_killed(tmp_path, code):
     began = time.monotonic()
-    found = run(f"import os, signal, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{code}", timeout=1.5)
+    found = run(
+        f"import os, signal, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{code}", timeout=1.5
+    )
     assert found == Outcome("timed out", "killed after 1.5 s") and time.monotonic() - began < 10
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
 def test_it_starts_nothing_and_signals_nobody():
     """So there is no child that could outlive it."""
-    ways = ["os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])",
-            "subprocess.Popen(['/bin/true'], start_new_session=True)", "multiprocessing.Process(target=print).start()",
-            "os.kill(os.getppid(), 0)", "os.kill(1, 0)"]  # fmt: skip
+    ways = [
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.execv('/bin/true', ['true'])",
+        "subprocess.Popen(['/bin/true'], start_new_session=True)",
+        "multiprocessing.Process(target=print).start()",
+        "os.kill(os.getppid(), 0)",
+        "os.kill(1, 0)",
+    ]
     attempts = [f"refused(lambda: {way})" for way in ways]
-    code = "\n".join(["import multiprocessing, os, signal, subprocess", REFUSED, *attempts, "assert os.system('true') != 0"])
+    code = "\n".join(
+        ["import multiprocessing, os, signal, subprocess", REFUSED, *attempts, "assert os.system('true') != 0"]
+    )
     assert run(code) == Outcome("passed")
     assert run("import os\nos.kill(os.getpid(), 15)") == Outcome("failed", "killed by SIGTERM")  # itself it may
 
@@ -104,15 +132,21 @@ def test_it_has_no_network(tmp_path):
 
 
 def test_other_ways_to_the_network_are_closed():
-    calls = ["socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-             "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"]  # fmt: skip
-    numbers = [425] + ([41 | 0x40000000] if platform.machine() == "x86_64" else [])  # io_uring_setup; socket by its x32 number
+    calls = [
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    ]
+    # io_uring_setup; socket by its x32 number
+    numbers = [425] + ([41 | 0x40000000] if platform.machine() == "x86_64" else [])
     raw = f"""
 libc = ctypes.CDLL(None, use_errno=True)
 for number in {numbers}:
     assert libc.syscall(number, 2, 1, 0) == -1 and ctypes.get_errno() == {errno.EPERM}
 """
-    assert run("\n".join(["import ctypes, socket", REFUSED, *(f"refused(lambda: {call})" for call in calls), raw])) == Outcome("passed")
+    assert run(
+        "\n".join(["import ctypes, socket", REFUSED, *(f"refused(lambda: {call})" for call in calls), raw])
+    ) == Outcome("passed")
 
 
 def test_big_files_are_refused(tmp_path):
@@ -125,12 +159,17 @@ def test_it_sees_no_environment_and_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("A_SECRET", "1")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code = f"import os, sys\nopen({str(tmp_path / 'cwd')!r}, 'w').write(os.getcwd())\nopen('left', 'w').close()\n"
-    assert run(code + f"assert 'A_SECRET' not in os.environ and {str(tmp_path)!r} not in sys.path and sys.argv == ['program.py']").passed
+    assert run(
+        code
+        + f"assert 'A_SECRET' not in os.environ and {str(tmp_path)!r} not in sys.path and sys.argv == ['program.py']"
+    ).passed
     assert not Path((tmp_path / "cwd").read_text()).exists()
 
 
 def test_where_it_cannot_be_held_back_nothing_is_run(tmp_path, monkeypatch):
-    other = (sandbox.PROGRAM.read_text()).replace('"x86_64": NEW', '"vax": NEW').replace('"aarch64": NEW', '"pdp11": NEW')
+    other = (
+        (sandbox.PROGRAM.read_text()).replace('"x86_64": NEW', '"vax": NEW').replace('"aarch64": NEW', '"pdp11": NEW')
+    )
     (tmp_path / "sandbox.py").write_text(other)
     monkeypatch.setattr(sandbox, "PROGRAM", tmp_path / "sandbox.py")
     with pytest.raises(OSError, match=f"was not run: .*written for vax and pdp11, not for {platform.machine()}"):
@@ -183,6 +222,7 @@ def test_the_filter_refuses_what_it_names(machine):
     for name in ("kill", "tgkill"):
         assert answer(instructions, arch, numbers[name], pid, 9) == sandbox.ALLOW
         assert answer(instructions, arch, numbers[name], pid + 1, 9) == EPERM
-    assert answer(instructions, arch, numbers["socketpair"], 1, 1 | 0x80000) == sandbox.ALLOW  # SOCK_STREAM | SOCK_CLOEXEC
+    # SOCK_STREAM | SOCK_CLOEXEC
+    assert answer(instructions, arch, numbers["socketpair"], 1, 1 | 0x80000) == sandbox.ALLOW
     assert answer(instructions, arch, numbers["socketpair"], 1, 2) == EPERM
     assert (answer(instructions, arch, 0x40000000 | 41) == EPERM) == (machine == "x86_64")

@@ -30,8 +30,12 @@ def test_cosine_linear_and_constant_are_their_equations_after_warm_up():
     peak, warmup, total = 0.4, 3, 13
     for step in range(warmup, total):
         done = (step - warmup) / 10
-        assert learning_rate(step, total, peak, warmup, "cosine") == pytest.approx(peak * math.cos(math.pi * done / 2) ** 2, abs=1e-15)
-        assert learning_rate(step, total, peak, warmup, "linear") == pytest.approx(peak * (total - step) / 10, abs=1e-15)
+        assert learning_rate(step, total, peak, warmup, "cosine") == pytest.approx(
+            peak * math.cos(math.pi * done / 2) ** 2, abs=1e-15
+        )
+        assert learning_rate(step, total, peak, warmup, "linear") == pytest.approx(
+            peak * (total - step) / 10, abs=1e-15
+        )
         assert learning_rate(step, total, peak, warmup, "constant") == peak
     assert learning_rate(8, total, peak, warmup, "cosine") == pytest.approx(peak / 2)  # half way
     assert learning_rate(12, total, peak, warmup, "linear") == pytest.approx(peak / 10)  # the last step still moves
@@ -95,7 +99,9 @@ def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
     "total,paper", [(1, False), (2, False), (3, False), (4, False), (3, True), (1, True)], ids=lambda value: str(value)
 )
 def test_switches_are_refused_when_steps_do_not_suffice(total, paper):
-    with pytest.raises(ValueError, match=f"4 switches do not fit into {total} steps; lower target_rank, raise gamma or train longer"):
+    with pytest.raises(
+        ValueError, match=f"4 switches do not fit into {total} steps; lower target_rank, raise gamma or train longer"
+    ):
         switches(total, 4, 12, 2, paper)
 
 

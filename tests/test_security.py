@@ -17,7 +17,11 @@ from llm_lowrank.models.source import Source
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 
-SECRETS = {"HF_TOKEN": "hf_not-to-be-told", "WANDB_API_KEY": "wandb-not-to-be-told", "AWS_SECRET_ACCESS_KEY": "aws-not-to-be-told"}
+SECRETS = {
+    "HF_TOKEN": "hf_not-to-be-told",
+    "WANDB_API_KEY": "wandb-not-to-be-told",
+    "AWS_SECRET_ACCESS_KEY": "aws-not-to-be-told",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,13 @@ def written(place, tmp_path_factory) -> tuple[Path, str]:
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)
         output = tmp_path_factory.mktemp("run") / "out"
-        settings = {"report_to": "tensorboard", "save_merged": True, "codec": "nf4", "merge_base": "dequantized", "max_steps": 6}
+        settings = {
+            "report_to": "tensorboard",
+            "save_merged": True,
+            "codec": "nf4",
+            "merge_base": "dequantized",
+            "max_steps": 6,
+        }
         life = soak.live(soak.arguments_of(place, output, "deepspeed", **settings))
     assert life.codes == [0, 0], life.said[-3000:]
     return output, life.said
@@ -67,7 +77,9 @@ def test_code_that_comes_with_a_model_is_not_run(place, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (model / "config.json").write_text(json.dumps(config))
-    (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n")
+    (model / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
     arguments = soak.arguments_of(place, tmp_path / "out", "plain", model_name_or_path=model)
     with pytest.raises(ValueError, match="custom code"):
         train(parse(arguments))
@@ -102,7 +114,11 @@ def test_a_checkpoint_that_leads_out_of_its_folder_is_refused(written, tmp_path)
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
-    [("{place}/data.zip", "is not a .jsonl, .json, .parquet file"), ("../up/data", "no such file"), ("owner/../../data", "no such file")],
+    [
+        ("{place}/data.zip", "is not a .jsonl, .json, .parquet file"),
+        ("../up/data", "no such file"),
+        ("owner/../../data", "no such file"),
+    ],
 )
 def test_archives_and_names_that_lead_elsewhere_are_no_datasets(place, tmp_path, dataset, message):
     with zipfile.ZipFile(place / "data.zip", "w") as archive:

@@ -34,8 +34,14 @@ def submit(slurm: Slurm, place: Path, name: str, launcher: str, nodes: int = 2, 
     options = (*OPTIONS, "--nodes", nodes, "--job-name", name, "--output", f"{place}/%x.log")
     arguments = recipe(place, output_dir=place / name, **LAUNCHERS[launcher], **changes)
     return slurm(
-        "sbatch", *options, "launch/slurm/train.sbatch", *arguments, cwd=ROOT, LAUNCHER=launcher, RANK_LOGS=place / "ranks",
-    )  # fmt: skip
+        "sbatch",
+        *options,
+        "launch/slurm/train.sbatch",
+        *arguments,
+        cwd=ROOT,
+        LAUNCHER=launcher,
+        RANK_LOGS=place / "ranks",
+    )
 
 
 def reached(slurm: Slurm, job: str, log: Path, *states: str) -> dict[str, str]:
@@ -83,15 +89,20 @@ def test_a_stopped_job_is_requeued_and_ends_as_if_it_had_not_been(launcher, whol
     assert reached(slurm, job, log, "PENDING", *ENDED)["JobState"] == "PENDING", log.read_text()[-4000:]
     stopped = int((output / "checkpoints/LATEST").read_text().removeprefix("step-"))
     assert 0 < stopped < STEPS and not (output / "adapter").exists()
-    # not after the two minutes that SLURM waits, but not in the same second either: a node would take the job for the one that was ended
+    # not after the two minutes that SLURM waits, but not in the same second either: a node would take the job for the
+    # one that was ended
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now+2")
     done = reached(slurm, job, log, *ENDED)
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), log.read_text()[-4000:]
     said = "\n".join(file.read_text() for file in (place / "ranks" / job).rglob("*.log"))
-    assert f"stopped by a signal after step {stopped} of {STEPS}" in said and f"{stopped} of {STEPS} steps are done" in said
+    assert (
+        f"stopped by a signal after step {stopped} of {STEPS}" in said
+        and f"{stopped} of {STEPS} steps are done" in said
+    )
     if launcher == "torchrun":
         ranks = {node: (place / "ranks" / job).glob(f"node-{node}-start-1/**/stdout.log") for node in range(2)}
-        assert ["2 rank(s)" in file.read_text() for node in ranks for file in ranks[node]] == [True, False]  # rank 0 is the one that talks
+        # rank 0 is the one that talks
+        assert ["2 rank(s)" in file.read_text() for node in ranks for file in ranks[node]] == [True, False]
         assert losses(output) == losses(whole) and adapter(output) == adapter(whole)
     else:  # another engine than that of `whole`
         assert losses(output) == pytest.approx(losses(whole), rel=1e-3)
@@ -116,15 +127,23 @@ def test_a_sweep_trains_every_line_and_a_line_that_fails_is_not_requeued(slurm, 
     options = (*OPTIONS, "--cpus-per-task", 1, "--array", "1-2", "--output", f"{place}/sweep-%a.log")
     arguments = recipe(place, **{**RUN, "max_steps": 4})
     job = slurm(
-        "sbatch", *options, "launch/slurm/sweep.sbatch", place / "sweep.txt", *arguments, cwd=ROOT, SWEEP_DIR=place / "sweep",
+        "sbatch",
+        *options,
+        "launch/slurm/sweep.sbatch",
+        place / "sweep.txt",
+        *arguments,
+        cwd=ROOT,
+        SWEEP_DIR=place / "sweep",
         RANK_LOGS=place / "ranks",
-    )  # fmt: skip
+    )
     logs = {n: place / f"sweep-{n}.log" for n in (1, 2)}
     done = {n: reached(slurm, f"{job}_{n}", log, *ENDED) for n, log in logs.items()}
     assert [d["JobState"] for d in done.values()] == ["COMPLETED", "FAILED"]
     assert {d["Restarts"] for d in done.values()} == {"0"}
     made = yaml.safe_load((place / "sweep/1/recipe.yaml").read_text())
-    assert (made["method"]["rank"], made["learning_rate"], made["max_steps"]) == (3, 2e-3, 4) and adapter(place / "sweep/1")
+    assert (made["method"]["rank"], made["learning_rate"], made["max_steps"]) == (3, 2e-3, 4) and adapter(
+        place / "sweep/1"
+    )
     assert logs[2].read_text().count("unknown setting 'lora_r'") == 1 and not (place / "sweep/2").exists()
 
 

@@ -53,7 +53,11 @@ def test_streaming_asks_for_one_tensor_at_a_time(tmp_path):
 
     stream_safetensors(tmp_path / "x.safetensors", {name: (torch.float32, [2, 2]) for name in "abc"}, produce)
     assert sorted(asked) == ["a", "b", "c"]
-    assert {name: float(t[0, 0]) for name, t in load_file(tmp_path / "x.safetensors").items()} == {"a": 1, "b": 2, "c": 3}
+    assert {name: float(t[0, 0]) for name, t in load_file(tmp_path / "x.safetensors").items()} == {
+        "a": 1,
+        "b": 2,
+        "c": 3,
+    }
 
 
 def test_interrupted_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -110,7 +114,11 @@ def test_rows_are_a_slice_of_the_tensor(tmp_path, shard, dtype):
         whole = opened.tensor(name)
         for start, stop in ((0, len(whole)), (3, 11), (len(whole) - 1, len(whole)), (5, 5), (len(whole), len(whole))):
             rows = opened.rows(name, start, stop)
-            assert rows.dtype == whole.dtype == DTYPES[dtype] and torch.equal(rows, whole[start:stop]), (name, start, stop)
+            assert rows.dtype == whole.dtype == DTYPES[dtype] and torch.equal(rows, whole[start:stop]), (
+                name,
+                start,
+                stop,
+            )
         for start, stop in ((0, len(whole) + 1), (-1, 1), (2, 1)):
             with pytest.raises(AssertionError):
                 opened.rows(name, start, stop)
@@ -132,7 +140,9 @@ def test_rows_of_every_dtype_and_shape(tmp_path):
     opened = Source.open(tmp_path)
     for name, tensor in tensors.items():
         rows = opened.rows(name, 1, 3)
-        assert rows.dtype == tensor.dtype and rows.shape == tensor[1:3].shape and raw_bytes(rows) == raw_bytes(tensor[1:3])
+        assert (
+            rows.dtype == tensor.dtype and rows.shape == tensor[1:3].shape and raw_bytes(rows) == raw_bytes(tensor[1:3])
+        )
 
 
 def test_rows_are_a_private_copy_and_leave_nothing_mapped(tmp_path):
@@ -153,7 +163,8 @@ def test_rows_are_a_private_copy_and_leave_nothing_mapped(tmp_path):
 def test_reading_rows_costs_the_memory_of_the_rows(tmp_path):
     """The peak grows by the piece that is read, not by two (a map and its copy) and not by the file."""
     llama().config.save_pretrained(tmp_path)
-    piece, size = 2**10, 2**10 * 9000 * 4  # 37 MB: above 32 MiB the allocator returns what is freed, so that peaks can be compared
+    # 37 MB: above 32 MiB the allocator returns what is freed, so that peaks can be compared
+    piece, size = 2**10, 2**10 * 9000 * 4
     write_safetensors(tmp_path / SINGLE, {"w": torch.ones(3 * piece, 9000)})
     opened = Source.open(tmp_path)
     assert opened.rows("w", 0, 8).sum() == 8 * 9000
@@ -166,7 +177,9 @@ def test_reading_rows_costs_the_memory_of_the_rows(tmp_path):
 
 
 def _peak():
-    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
 
 
 def test_rows_of_a_file_that_was_cut_short_are_refused(tmp_path):
@@ -279,7 +292,12 @@ def write_gguf(path) -> None:
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     shapes = {"token_embd": (17, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
-    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }
     for name, shape in shapes.items():
         coded = gguf.quants.quantize(torch.randn(shape).numpy(), gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor(f"{name}.weight", coded, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -370,6 +388,8 @@ def test_demo_model_is_a_llama_with_a_chat_template():
     assert (config["model_type"], config["num_hidden_layers"], config["tie_word_embeddings"]) == ("llama", 30, True)
     assert len(opened.names()) == 272
     tokenizer = AutoTokenizer.from_pretrained(opened.path)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 + 2"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == config["eos_token_id"]

@@ -14,7 +14,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    return torch.linalg.qr(
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )[0]
 
 
 def decaying(m: int, n: int, decay: float = 0.8, seed: int = 0) -> Tensor:
@@ -49,7 +51,9 @@ def assert_triplets(found: Triplets, w: Tensor, k: int, vectors: float) -> None:
     # a product over n terms in float32 is off by about sqrt(n) eps |W|_2; a singular value by no more (Weyl)
     assert float((found.S.double() - s[:k]).abs().max()) <= 20 * EPS * float(s[0])
     for side, exact in ((found.U, u), (found.V, vt.T)):
-        torch.testing.assert_close(side.double().T @ side.double(), torch.eye(k, dtype=torch.float64), rtol=0, atol=20 * EPS)
+        torch.testing.assert_close(
+            side.double().T @ side.double(), torch.eye(k, dtype=torch.float64), rtol=0, atol=20 * EPS
+        )
         overlap = (side.double() * exact[:, :k]).sum(0).abs()
         assert float((1 - overlap).max()) <= vectors
     # both signs belong together: U^T W V = diag(S), not diag(+-S)
@@ -60,8 +64,8 @@ def assert_triplets(found: Triplets, w: Tensor, k: int, vectors: float) -> None:
 @pytest.mark.parametrize("shape", [(60, 45), (45, 60), (50, 50)], ids=str)
 def test_top_triplets_of_a_decaying_spectrum_are_those_of_the_full_svd(shape, exact):
     w, k = decaying(*shape), 6
-    # rounding turns a vector by about eps s_1 / gap <= 20 eps / (0.2 * 0.8^5), and 1 - cos = angle^2 / 2. What 4 iterations
-    # leave of the rest is (s_15 / s_6)^9 = 0.134^9 = 1e-8 of an angle: nothing.
+    # rounding turns a vector by about eps s_1 / gap <= 20 eps / (0.2 * 0.8^5), and 1 - cos = angle^2 / 2. What 4
+    # iterations leave of the rest is (s_15 / s_6)^9 = 0.134^9 = 1e-8 of an angle: nothing.
     angle = 20 * EPS / (0.2 * 0.8**5)
     assert_triplets(top_triplets(Matrix(w), k, niter=4, exact=exact), w, k, vectors=angle**2 / 2 + 4 * EPS)
 
@@ -71,19 +75,25 @@ def test_more_iterations_come_closer_on_a_slow_spectrum():
     exact = torch.linalg.svdvals(w.double())[:k]
     errors = [float((top_triplets(Matrix(w), k, niter=niter).S - exact).abs().max()) for niter in (0, 1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0.1 and errors[-1] < 1e-3  # none: the span of W X; 8: (s_14 / s_5)^17 = 0.76^17 = 1e-2 of an angle, squared
+    # none: the span of W X; 8: (s_14 / s_5)^17 = 0.76^17 = 1e-2 of an angle, squared
+    assert errors[0] > 0.1 and errors[-1] < 1e-3
 
 
-@pytest.mark.parametrize("shape,k", [((9, 7), 7), ((7, 9), 7), ((30, 20), 20), ((20, 30), 13), ((1, 5), 1), ((5, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape,k", [((9, 7), 7), ((7, 9), 7), ((30, 20), 20), ((20, 30), 13), ((1, 5), 1), ((5, 1), 1)], ids=str
+)
 @pytest.mark.parametrize("exact", [False, True], ids=["randomized", "exact"])
 def test_k_may_go_up_to_min_m_n(shape, k, exact):
     w = decaying(*shape, decay=0.7)
-    assert_triplets(top_triplets(Matrix(w), k, exact=exact), w, k, vectors=1e-5)  # gaps down to 0.3 * 0.7^19 = 3e-4: eps / gap, squared
+    # gaps down to 0.3 * 0.7^19 = 3e-4: eps / gap, squared
+    assert_triplets(top_triplets(Matrix(w), k, exact=exact), w, k, vectors=1e-5)
 
 
 @pytest.mark.parametrize("k", [8, 100, 0, -1])
 def test_k_beyond_min_m_n_is_refused_with_what_to_do(k):
-    with pytest.raises(ValueError, match=rf"{k} singular directions asked of a 9 x 7 matrix, which has 7; lower rank or target_rank"):
+    with pytest.raises(
+        ValueError, match=rf"{k} singular directions asked of a 9 x 7 matrix, which has 7; lower rank or target_rank"
+    ):
         top_triplets(Matrix(decaying(9, 7)), k)
 
 
@@ -202,7 +212,9 @@ def test_a_changed_algorithm_misses(tmp_path, computed, monkeypatch):
     assert len(computed) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a tensor", "half", "other"], ids=["empty", "garbage", "cut-short", "another-file"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"not a tensor", "half", "other"], ids=["empty", "garbage", "cut-short", "another-file"]
+)
 def test_a_damaged_entry_is_computed_and_written_anew(tmp_path, computed, damage):
     w = decaying(40, 30)
     first = cached_triplets(w, **ASK, cache=tmp_path)
@@ -234,7 +246,9 @@ def sharded(dtype: str, exact: bool) -> list[tuple[str, Triplets, bool]]:
     found = []
     for adapter in trainee.adapters:
         weight = trainee.engine.weight(adapter)
-        found.append((adapter.name, top_triplets(weight, 4, niter=3, exact=exact), weight.numel < adapter.weight.ds_numel))
+        found.append(
+            (adapter.name, top_triplets(weight, 4, niter=3, exact=exact), weight.numel < adapter.weight.ds_numel)
+        )
     return found
 
 
@@ -248,8 +262,8 @@ def test_a_sharded_weight_gives_the_pairs_of_the_whole_matrix(dtype, exact):
             assert name == adapter.name and cut
             w = adapter.weight.detach().float()
             alone = top_triplets(Matrix(w), 4, niter=3, exact=exact)
-            # the same random start, the same algorithm: only the order of summation over ranks differs. Rounding turns a
-            # vector by eps s_1 / gap; neighbouring values of these random matrices differ by 1 % of s_1 or more.
+            # the same random start, the same algorithm: only the order of summation over ranks differs. Rounding turns
+            # a vector by eps s_1 / gap; neighbouring values of these random matrices differ by 1 % of s_1 or more.
             tolerance = 20 * EPS / 0.01
             torch.testing.assert_close(found.S, alone.S, rtol=0, atol=20 * EPS * float(alone.S[0]))
             torch.testing.assert_close(found.U, alone.U, rtol=0, atol=tolerance)

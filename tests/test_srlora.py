@@ -1,6 +1,7 @@
 """SRLoRA against its equations (https://arxiv.org/abs/2505.12433), each derived again here, densely and in float64.
 
-A story (start, steps, two switches) is told once per engine and destination, on all its ranks; the tests look at what it saw.
+A story (start, steps, two switches) is told once per engine and destination, on all its ranks; the tests look at what
+it saw.
 """
 
 from __future__ import annotations
@@ -26,16 +27,30 @@ from tests import ranks
 from tests.tiny import Trainee
 
 MODULES = ["k_proj", "up_proj"]  # 14 x 42 and 43 x 42, twice each
-METHOD = SRLoRA(rank=4, alpha=6, target_rank=8, gamma=0.5, target_modules=MODULES, svd_cache="", svd_exact=True)  # s = 1.5, r' = 2
+# s = 1.5, r' = 2
+METHOD = SRLoRA(rank=4, alpha=6, target_rank=8, gamma=0.5, target_modules=MODULES, svd_cache="", svd_exact=True)
 STEPS, SWITCHES = 5, (2, 4)  # two windows of scores, of two steps each, and a step after the last switch
 ENGINES = [
-    ("plain", 1), ("plain", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("fsdp", 2), ("fsdp", 3), ("fsdp-hybrid", 2),
-]  # fmt: skip
+    ("plain", 1),
+    ("plain", 2),
+    ("zero2", 2),
+    ("zero2", 3),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp-hybrid", 2),
+]
 ZERO = {"fsdp-hybrid": {"shard_size": 1}}  # two replicas
 STORIES = [(engine, world, into) for engine, world in ENGINES for into in ("weight", "bank")]
 A_FEW = [  # an engine of each kind
-    ("plain", 1, "weight"), ("plain", 1, "bank"), ("zero2", 3, "weight"), ("zero3", 2, "bank"), ("fsdp", 3, "weight"), ("fsdp", 2, "bank"),
-]  # fmt: skip
+    ("plain", 1, "weight"),
+    ("plain", 1, "bank"),
+    ("zero2", 3, "weight"),
+    ("zero3", 2, "bank"),
+    ("fsdp", 3, "weight"),
+    ("fsdp", 2, "bank"),
+]
 
 
 def over(stories: list[tuple[str, int, str]]) -> pytest.MarkDecorator:
@@ -49,7 +64,7 @@ def started(method: PiSSA, engine: str, dtype: str = "fp32", **settings: object)
     return Trainee(method, engine, dtype, zero=ZERO.get(engine), **settings)
 
 
-# --- a story ----------------------------------------------------------------------------------------------------------------------
+# --- a story ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -96,7 +111,16 @@ class Story:
 
 def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -> Story:
     t = started(method, engine, dtype, **settings)
-    story = Story({a.name: t.original[f"{a.name}.weight"] for a in t.adapters}, t.loaded, Moment.now(t), [], [], Moment.now(t), [], [])
+    story = Story(
+        {a.name: t.original[f"{a.name}.weight"] for a in t.adapters},
+        t.loaded,
+        Moment.now(t),
+        [],
+        [],
+        Moment.now(t),
+        [],
+        [],
+    )
     for step in range(STEPS):
         loss = t.forward_backward(step)
         story.losses.append(float(t.engine.sum(torch.tensor(loss))))
@@ -104,7 +128,11 @@ def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -
         for a in t.adapters:
             for name in ("A", "B"):
                 p = getattr(a, name)
-                seen[f"{a.name}.{name}"] = (t.engine.local(p).start, t.engine.local(p).value.clone(), t.engine.gradient(p).clone())
+                seen[f"{a.name}.{name}"] = (
+                    t.engine.local(p).start,
+                    t.engine.local(p).value.clone(),
+                    t.engine.gradient(p).clone(),
+                )
         story.runs.append(seen)
         method.observe(t.adapters, t.engine)
         t.engine.step(1e-2)
@@ -140,7 +168,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).double().norm() / wanted.double().norm())
 
 
-# --- 1, 2: the function -----------------------------------------------------------------------------------------------------------
+# --- 1, 2: the function -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])
@@ -150,7 +178,8 @@ def test_a_switch_leaves_w_plus_s_b_a_unchanged(into, dtype, bound):
     for before, after in story.switches:
         for name in story.original:
             difference = relative(after.layer(name, METHOD.scale), before.layer(name, METHOD.scale))
-            assert difference <= (1e-12 if into == "bank" else bound), name  # the bank: float64 sums of the same numbers
+            # the bank: float64 sums of the same numbers
+            assert difference <= (1e-12 if into == "bank" else bound), name
             assert (difference > 1e-4) == (into == "weight" and dtype == "bf16")  # a bf16 W rounds
         if dtype == "fp32" or into == "bank":
             assert relative(after.logits, before.logits) <= (1e-6 if dtype == "fp32" else 2**-9)
@@ -172,7 +201,7 @@ def test_after_the_start_w_plus_s_b_a_is_w0_and_s_b_a_its_best_approximation(sto
     assert (told.loaded.modules, told.loaded.pairs) == (4, 4 * (8 if story[2] == "bank" else 4))
 
 
-# --- 3, 7: what a switch changes --------------------------------------------------------------------------------------------------
+# --- 3, 7: what a switch changes --------------------------------------------------------------------------------------
 
 
 @every_story
@@ -237,7 +266,10 @@ FLAT, RATE, BEFORE, AFTER = 1e-2, 1e-3, 200, 25
 
 
 def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
-    """|dL/dw| = FLAT for every entry, at all times. Largest update of a replaced entry over the rate, step by step after a switch."""
+    """|dL/dw| = FLAT for every entry, at all times.
+
+    Largest update of a replaced entry over the rate, step by step after a switch.
+    """
     method = replace(METHOD, target_modules=["k_proj"], moments=moments)
     t = started(method, engine)
     noise = torch.Generator().manual_seed(0)
@@ -265,7 +297,8 @@ def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2)])
 def test_no_update_of_a_replaced_entry_exceeds_the_rate_with_seeded_moments(engine, world):
-    """Adam at step T + t with |g| = c, m = 0 and v = (1 - b2^T) c^2 after T steps: v becomes (1 - b2^(T + t)) c^2, so that
+    """Adam at step T + t with |g| = c, m = 0 and v = (1 - b2^T) c^2 after T steps: v becomes (1 - b2^(T + t)) c^2, so
+    that
 
     |update| / lr = (1 - b1^t) / (1 - b1^(T + t)) <= 1       and with v = 0 instead     that * sqrt((1 - b2^(T + t)) / (1 - b2^t))
     """
@@ -280,7 +313,7 @@ def test_no_update_of_a_replaced_entry_exceeds_the_rate_with_seeded_moments(engi
     assert zeroed["ratios"] == pytest.approx(grown * np.sqrt((1 - 0.999 ** (BEFORE + t)) / (1 - 0.999**t)), abs=5e-3)
 
 
-# --- 4, 5, 6: which pairs, which directions ---------------------------------------------------------------------------------------
+# --- 4, 5, 6: which pairs, which directions ---------------------------------------------------------------------------
 
 
 @every_story
@@ -300,12 +333,15 @@ def test_chosen_are_the_r_prime_smallest_of_a_score_derived_from_recorded_w_and_
                     mean = 0.85 * mean + 0.15 * now
                     spread = 0.85 * spread + 0.15 * np.abs(now - mean)
                 for key, derived in (("mean", mean), ("spread", spread)):
-                    moment = [rank.switches[windows.index(window)][0].memory[name][f"{key}_{letter}"] for rank in everyone]
+                    moment = [
+                        rank.switches[windows.index(window)][0].memory[name][f"{key}_{letter}"] for rank in everyone
+                    ]
                     starts = [rank.runs[0][f"{name}.{letter}"][0] for rank in everyone]
                     kept = whole_runs(list(zip(starts, moment, moment, strict=True)), shape)[0]
                     assert np.allclose(kept, derived, rtol=1e-4, atol=1e-6 * derived.max()), (name, letter, key)
                 score = mean * spread
-                pair_scores += score.mean(1) if letter == "A" else score.mean(0)  # 1/n sum_j s(A[k, j]), 1/m sum_i s(B[i, k])
+                # 1/n sum_j s(A[k, j]), 1/m sum_i s(B[i, k])
+                pair_scores += score.mean(1) if letter == "A" else score.mean(0)
             smallest = sorted(np.argsort(pair_scores)[:2].tolist())
             assert chosen(before, after, name) == smallest, (name, pair_scores)
 
@@ -344,7 +380,9 @@ def test_no_direction_is_used_twice_and_fresh_ones_are_orthogonal_to_the_earlier
             size = (sigma[fresh] / METHOD.scale).sqrt()
             assert torch.allclose(b.norm(dim=0), size, rtol=1e-5) and torch.allclose(a.norm(dim=1), size, rtol=1e-5)
             assert (b.T @ u[:, :p]).abs().max() <= 1e-5 * size.max() and (a @ v[:, :p]).abs().max() <= 1e-5 * size.max()
-            assert torch.allclose((b * a.T.new_tensor(METHOD.scale)) @ a, (u[:, fresh] * sigma[fresh]) @ v[:, fresh].T, atol=1e-5)
+            assert torch.allclose(
+                (b * a.T.new_tensor(METHOD.scale)) @ a, (u[:, fresh] * sigma[fresh]) @ v[:, fresh].T, atol=1e-5
+            )
             used += fresh
         assert used == list(range(METHOD.target_rank))
 
@@ -364,7 +402,10 @@ def test_scores_start_anew_after_a_switch(story):
         for name in everyone[0].original:
             before, after = ([told.switches[number][when].memory[name] for told in everyone] for when in (0, 1))
             for key in keys:
-                assert sum(len(memory[key]) for memory in before) == 4 * everyone[0].original[name].shape[key.endswith("A")]
+                assert (
+                    sum(len(memory[key]) for memory in before)
+                    == 4 * everyone[0].original[name].shape[key.endswith("A")]
+                )
                 assert any(memory[key].any() for memory in before) and not any(memory[key].any() for memory in after)
 
 
@@ -402,10 +443,12 @@ def test_after_exhaustion_nothing_changes(engine, world, into):
         assert all(same.values()), same
 
 
-# --- 8: PiSSA ---------------------------------------------------------------------------------------------------------------------
+# --- 8: PiSSA ---------------------------------------------------------------------------------------------------------
 
 
-def trained(method: PiSSA, engine: str, dtype: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def trained(
+    method: PiSSA, engine: str, dtype: str
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     t = started(method, engine, dtype)
     losses = []
     for step in range(4):
@@ -427,7 +470,7 @@ def test_with_target_rank_equal_to_rank_it_trains_exactly_like_pissa(engine, wor
         assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
 
 
-# --- 9: the rank of the change ----------------------------------------------------------------------------------------------------
+# --- 9: the rank of the change ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])
@@ -445,13 +488,14 @@ def test_the_whole_change_has_at_most_rank_two_r_target_and_the_export_reproduce
     for a in t.adapters:
         change = layers[a.name] - t.original[f"{a.name}.weight"].double()
         values = torch.linalg.svdvals(change)  # up to 14 of them
-        assert values[8:].max() <= 1e-5 * values[0], a.name  # rounding of a float32 W: entries of 0.15 x 2^-25, spread over all directions
+        # rounding of a float32 W: entries of 0.15 x 2^-25, spread over all directions
+        assert values[8:].max() <= 1e-5 * values[0], a.name
         assert values[7] > 1e-3 * values[0], "rank r_target would have been enough"
         b, a_ = (exported[f"base_model.model.{a.name}.lora_{letter}.weight"].double() for letter in "BA")
         assert relative(b @ a_, change) <= 1e-5, a.name
 
 
-# --- 10, 11: ranks, schedule, accumulation ----------------------------------------------------------------------------------------
+# --- 10, 11: ranks, schedule, accumulation ----------------------------------------------------------------------------
 
 
 @every_story
@@ -486,13 +530,17 @@ def test_ranks_train_as_one_process_does(story):
     assert_same_run(stories(*story)[0], stories("plain", 1, story[2])[0])
 
 
-@pytest.mark.parametrize("engine, world", [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("fsdp-hybrid", 2)])
+@pytest.mark.parametrize(
+    "engine, world", [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("fsdp-hybrid", 2)]
+)
 def test_gradient_accumulation_4_makes_the_same_choices_as_a_batch_4_times_as_large(engine, world):
     wanted = ranks.run(1, tell, METHOD, "plain", samples=8)[0]
     assert_same_run(ranks.run(world, tell, METHOD, engine, accumulation=4, samples=8)[0], wanted)
 
 
-@pytest.mark.parametrize("rank, target, gamma, swap", [(4, 8, 0.5, 2), (4, 9, 0.5, 2), (2, 5, 1.0, 2), (4, 7, 0.1, 1), (3, 3, 0.5, 2)])
+@pytest.mark.parametrize(
+    "rank, target, gamma, swap", [(4, 8, 0.5, 2), (4, 9, 0.5, 2), (2, 5, 1.0, 2), (4, 7, 0.1, 1), (3, 3, 0.5, 2)]
+)
 def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target, gamma, swap):
     method = replace(METHOD, rank=rank, target_rank=target, gamma=gamma)
     count = -(-(target - rank) // swap)
@@ -516,7 +564,7 @@ def test_a_switch_reports_its_modules_pairs_and_destination(story):
         assert event.seconds > 0 and (event.traffic > 0) == (world > 1)
 
 
-# --- where the SVD runs -----------------------------------------------------------------------------------------------------------
+# --- where the SVD runs -----------------------------------------------------------------------------------------------
 
 
 def placed(placement: str, engine: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -527,7 +575,9 @@ def placed(placement: str, engine: str) -> tuple[dict[str, Tensor], dict[str, Te
         t = started(method, engine)
     finally:
         PiSSA._decompose = decompose
-    reserve = {f"{a.name}.reserve": torch.cat([a.reserve.B.T, a.reserve.A], 1) for a in t.adapters if a.reserve is not None}
+    reserve = {
+        f"{a.name}.reserve": torch.cat([a.reserve.B.T, a.reserve.A], 1) for a in t.adapters if a.reserve is not None
+    }
     return t.values() | reserve, t.weights(), len(done)
 
 
@@ -544,7 +594,7 @@ def test_spread_svd_gives_bitwise_the_start_of_rank0(engine, world):
     assert any(k.endswith("reserve") for k in alone[0][0])
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def caught(function: Callable[[], object]) -> str:
@@ -560,7 +610,9 @@ def not_finite(engine: str, number: float) -> tuple[str, list[str]]:
     t.step(0)
     t.forward_backward(1)
     real, broken = t.engine.gradient, t.adapters[2].B
-    t.engine.gradient = lambda p: torch.full_like(real(p), number) if p is broken and t.engine.rank == t.engine.world - 1 else real(p)
+    t.engine.gradient = lambda p: (
+        torch.full_like(real(p), number) if p is broken and t.engine.rank == t.engine.world - 1 else real(p)
+    )
     t.method.observe(t.adapters, t.engine)
     t.engine.step(1e-2)
     return caught(lambda: t.method.recompose(t.adapters, t.engine, 1)), [a.name for a in t.adapters]
@@ -590,7 +642,8 @@ def tampered(method: SRLoRA, engine: str) -> str:
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])
-@pytest.mark.parametrize("engine, world", [("plain", 2), ("zero2", 3)])  # where factors are sharded, reading them back notices it first
+# where factors are sharded, reading them back notices it first
+@pytest.mark.parametrize("engine, world", [("plain", 2), ("zero2", 3)])
 def test_a_rank_that_received_other_pairs_ends_the_run_on_all_ranks(engine, world, into):
     for message in ranks.run(world, tampered, replace(METHOD, into=into), engine):
         assert message.startswith("the exchanged pairs differ between ranks"), message
@@ -606,13 +659,20 @@ def test_settings_that_cannot_be_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             replace(METHOD, **change)
-    with pytest.raises(ValueError, match=r"k_proj: method.target_rank 15 is more than min\(m, n\) = 14 of its 14 x 42 weight"):
+    with pytest.raises(
+        ValueError, match=r"k_proj: method.target_rank 15 is more than min\(m, n\) = 14 of its 14 x 42 weight"
+    ):
         Trainee(replace(METHOD, target_rank=15), "plain")
 
 
-@pytest.mark.parametrize("name, codec", [("nf4", Nf4()), ("nf4", Nf4(torch.bfloat16, double_quant=True)), ("int8", Int8())])
+@pytest.mark.parametrize(
+    "name, codec", [("nf4", Nf4()), ("nf4", Nf4(torch.bfloat16, double_quant=True)), ("int8", Int8())]
+)
 def test_a_coded_weight_is_refused_as_a_destination_with_what_to_do(name, codec):
-    with pytest.raises(ValueError, match=rf"^method.into: weight cannot be used with codec: {name}: .*set method.into: bank \(or auto\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^method.into: weight cannot be used with codec: {name}: .*set method.into: bank \(or auto\)",
+    ):
         Trainee(replace(METHOD, into="weight"), "plain", codec=codec)
     for into in ("bank", "auto"):
         assert replace(METHOD, into=into).bank(codec) == METHOD.target_rank - METHOD.rank

@@ -37,7 +37,9 @@ def test_every_pair_of_the_library_is_one_function_with_its_docstring(corpus: li
         assert pair.prompt.endswith("\n") and pair.completion.endswith("\n") and pair.completion.split("\n")[0].strip()
 
 
-@pytest.mark.parametrize("module, name", [("textwrap", "dedent"), ("fnmatch", "filter"), ("collections", "Counter.most_common")])
+@pytest.mark.parametrize(
+    "module, name", [("textwrap", "dedent"), ("fnmatch", "filter"), ("collections", "Counter.most_common")]
+)
 def test_a_pair_is_what_inspect_finds(corpus: list[Pair], module: str, name: str) -> None:
     """`inspect` reads the same function by another way: from the imported object."""
     value = importlib.import_module(module)
@@ -104,7 +106,10 @@ class Outer:
         "    # a comment before the first statement\n    if default:\n        return await default\n"
         "    return self.value  # and one behind\n"
     )
-    assert hidden.completion == f"    def inner(x):\n        {DOC}\n        return x + 1 + self.something\n    return inner\n"
+    assert (
+        hidden.completion
+        == f"    def inner(x):\n        {DOC}\n        return x + 1 + self.something\n    return inner\n"
+    )
     assert not left_out
 
 
@@ -142,14 +147,22 @@ def test_a_text_that_the_margin_belongs_to_is_not_changed(tmp_path: Path) -> Non
 def test_the_same_body_or_prompt_is_taken_once(tmp_path: Path) -> None:
     first = f"def f(x):\n    {DOC}\n    return x + 1 + 2 + 3 + 4\n"
     same_body = '# here\ndef g(x):\n    """Says something quite different."""\n    return (x  +1+2 + 3 + 4)  # spaced\n'
-    same_prompt = first.replace("4", "5").replace("def f(x):\n   ", "def f(x):\n         ").replace("   return", "         return")
+    same_prompt = (
+        first.replace("4", "5")
+        .replace("def f(x):\n   ", "def f(x):\n         ")
+        .replace("   return", "         return")
+    )
     found, left_out = collect(write(tmp_path, a=first, b=same_body, c=same_prompt))
     assert [(pair.module, pair.name) for pair in found] == [("a", "f")]
     assert left_out == {"same prompt or same body as an earlier one": 2}
 
 
 def test_files_that_are_not_python_are_counted(tmp_path: Path) -> None:
-    write(tmp_path, good=f"def f(x):\n    {DOC}\n    return x + 1 + 2 + 3 + 4\n", print_statement="print 'of another Python'\n")
+    write(
+        tmp_path,
+        good=f"def f(x):\n    {DOC}\n    return x + 1 + 2 + 3 + 4\n",
+        print_statement="print 'of another Python'\n",
+    )
     (tmp_path / "bytes.py").write_bytes(b"x = '\xff\xfe'\n")
     (tmp_path / "coding.py").write_bytes(b"# -*- coding: no-such-code -*-\n")
     (tmp_path / "zero.py").write_bytes(b"x = 1\0\n")

@@ -1,4 +1,6 @@
-"""Data that is read while it is trained on: the same batches on any hardware, again after a resume, and what is left out is counted."""
+"""Data that is read while it is trained on: the same batches on any hardware, again after a resume, and what is left
+out is counted.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def path(tmp_path_factory) -> str:
 
 
 def stream(path: str, **changes) -> Stream:
-    return Stream(Data(path, streaming=True, **{"held_out": 5, "bad_rows": "drop", **changes}), byte_tokenizer(CHATML), 3)
+    return Stream(
+        Data(path, streaming=True, **{"held_out": 5, "bad_rows": "drop", **changes}), byte_tokenizer(CHATML), 3
+    )
 
 
 def asked(ids) -> str:
@@ -61,7 +65,10 @@ def test_what_is_cut_and_what_is_left_out_before_training_begins_counts_too(tmp_
     data = stream(write_jsonl(tmp_path / "a.jsonl", rows), max_length=60)
     assert data.dropped == {"the answer is empty": 1} and len(data.held_out) == 5
     list(islice(data.examples(), 14))
-    lengths = [len("<s>user\nq1<e>\n<s>assistant\n<e>\n") - 4 * 2 + len(row["prompt"]) - 2 + len(row["completion"]) for row in rows[1:]]
+    lengths = [
+        len("<s>user\nq1<e>\n<s>assistant\n<e>\n") - 4 * 2 + len(row["prompt"]) - 2 + len(row["completion"])
+        for row in rows[1:]
+    ]
     assert data.truncated == sum(length > 60 for length in lengths) > 5
 
 
@@ -77,7 +84,9 @@ def test_a_corpus_of_a_stream(path):
 
 
 def test_streams_that_cannot_be(path, tmp_path):
-    with pytest.raises(ValueError, match=r"row \d+ of the stream as it is read: the answer is empty.*data.bad_rows: drop"):
+    with pytest.raises(
+        ValueError, match=r"row \d+ of the stream as it is read: the answer is empty.*data.bad_rows: drop"
+    ):
         list(islice(stream(path, bad_rows="refuse").examples(), 43))
     with pytest.raises(ValueError, match="data.held_out=60 is more than the distinct examples"):
         stream(path, held_out=60)

@@ -14,7 +14,11 @@ def test_the_page_is_current():
 
 
 def test_it_says_no_where_a_weight_cannot_be_written_and_yes_elsewhere():
-    rows = [line.split(" | ") for line in support.table().splitlines() if line.startswith(("| lora |", "| pissa |", "| srlora"))]
+    rows = [
+        line.split(" | ")
+        for line in support.table().splitlines()
+        if line.startswith(("| lora |", "| pissa |", "| srlora"))
+    ]
     assert len(rows) == 5
     for method, engine, *cells in rows:
         assert engine == "every one"

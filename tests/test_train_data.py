@@ -1,4 +1,6 @@
-"""Whole runs over other data than prompts and completions: packed, streamed, grouped by length, with a chat template of one's own."""
+"""Whole runs over other data than prompts and completions: packed, streamed, grouped by length, with a chat template of
+one's own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from tests.test_launch import place, recipe, records  # noqa: F401 - place is a 
 
 
 def settings(place: Path, output: Path, **changes: object) -> list[str]:  # noqa: F811
-    chosen = {"engine": "plain", "report_to": "none", "output_dir": output, "save_merged": False, "max_steps": 4, **changes}
+    chosen = {
+        "engine": "plain",
+        "report_to": "none",
+        "output_dir": output,
+        "save_merged": False,
+        "max_steps": 4,
+        **changes,
+    }
     common = [a for a in recipe(place) if not a.startswith("--method.") and a.split("=")[0][2:] not in chosen]
     return [*common, "--method.type=lora", "--method.rank=4", *(f"--{name}={value}" for name, value in chosen.items())]
 
@@ -54,8 +63,15 @@ def test_a_template_of_ones_own_is_handed_back(tmp_path):
     tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "mine.jinja").write_text(CHATML)
-    rows = [{"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": str(i + 1)}]} for i in range(20)]
-    data = {"data.dataset": write_jsonl(tmp_path / "chat.jsonl", rows), "data.chat_template": tmp_path / "mine.jinja", "data.held_out": 4}
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": str(i + 1)}]}
+        for i in range(20)
+    ]
+    data = {
+        "data.dataset": write_jsonl(tmp_path / "chat.jsonl", rows),
+        "data.chat_template": tmp_path / "mine.jinja",
+        "data.held_out": 4,
+    }
     run = settings(tmp_path, tmp_path / "out", model_name_or_path=tmp_path / "model", save_merged=True, **data)
     train(parse(run))
     for folder in ("adapter", "merged"):
@@ -67,8 +83,14 @@ def test_a_template_of_ones_own_is_handed_back(tmp_path):
 
 def test_what_cannot_be_packed_or_streamed_is_refused_before_anything_is_loaded(place, tmp_path):  # noqa: F811
     for changes, message in (
-        ({"data.packing": True, "method.type": "droplora", "method.mask": "sample"}, "method.mask: sample cannot tell them apart"),
-        ({"data.streaming": True, "max_steps": -1}, "data.streaming: how long the data is cannot be known; set max_steps"),
+        (
+            {"data.packing": True, "method.type": "droplora", "method.mask": "sample"},
+            "method.mask: sample cannot tell them apart",
+        ),
+        (
+            {"data.streaming": True, "max_steps": -1},
+            "data.streaming: how long the data is cannot be known; set max_steps",
+        ),
     ):
         with pytest.raises(RecipeError, match=message):
             validate(parse(settings(place, tmp_path / "out", **changes)))

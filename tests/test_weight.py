@@ -42,7 +42,15 @@ class Cut:
         """One Weight per rank, views into `flat` as an engine's storage is."""
         spans = zip(self.bounds[:-1], self.bounds[1:], strict=True)
         return [
-            Weight((self.m, self.n), Dense(flat.dtype), {"weight": flat[start:stop]}, start, stop - start, CPU, sum=lambda t: t)
+            Weight(
+                (self.m, self.n),
+                Dense(flat.dtype),
+                {"weight": flat[start:stop]},
+                start,
+                stop - start,
+                CPU,
+                sum=lambda t: t,
+            )
             for start, stop in spans
         ]
 
@@ -109,7 +117,9 @@ def test_write_stores_my_elements_and_ignores_those_of_others(cut, dtype):
         weight.write(block)
         mine = slice(weight.start, weight.start + weight.numel)
         assert bool((flat[mine] == 77).all())
-        assert torch.equal(flat[: mine.start], before[: mine.start]) and torch.equal(flat[mine.stop :], before[mine.stop :])
+        assert torch.equal(flat[: mine.start], before[: mine.start]) and torch.equal(
+            flat[mine.stop :], before[mine.stop :]
+        )
         assert bool((block == 77).all())
 
 
@@ -138,7 +148,9 @@ def test_add_on_one_rank_leaves_elements_of_others_untouched_and_counts_its_own_
         before, weight = flat.clone(), cut.weights(flat)[which]
         counts = weight.add_(Pairs(left, right)).tolist()
         mine = slice(weight.start, weight.start + weight.numel)
-        assert torch.equal(flat[: mine.start], before[: mine.start]) and torch.equal(flat[mine.stop :], before[mine.stop :])
+        assert torch.equal(flat[: mine.start], before[: mine.start]) and torch.equal(
+            flat[mine.stop :], before[mine.stop :]
+        )
         assert torch.equal(flat[mine].double(), before[mine].double() + update[mine])
         assert counts == [float(update[mine].square().sum()), 0.0, float((update[mine] != 0).sum())]
 
@@ -155,9 +167,12 @@ def test_add_measures_what_bf16_rounding_took(cut, size):
     # the product of a run of rows may round in float32 otherwise than that of all rows: asked is off by 1e-7 of itself
     assert float(found[0]) == pytest.approx(float(asked.square().sum()), rel=1e-5)
     # |stored - asked| itself is what remains of two such numbers, so its bound is absolute
-    assert float(found[1]) ** 0.5 == pytest.approx(float((stored - asked).norm()), rel=1e-3, abs=1e-6 * float(asked.norm()))
+    assert float(found[1]) ** 0.5 == pytest.approx(
+        float((stored - asked).norm()), rel=1e-3, abs=1e-6 * float(asked.norm())
+    )
     assert float(found[2]) == float((stored != 0).sum())
-    assert float((stored - asked).norm()) <= 2**-8 * float((before + asked).norm()) + 1e-6 * float(asked.norm())  # half an ulp each
+    # half an ulp each
+    assert float((stored - asked).norm()) <= 2**-8 * float((before + asked).norm()) + 1e-6 * float(asked.norm())
 
 
 @law
@@ -178,7 +193,17 @@ def test_add_to_a_float32_weight_loses_its_rounding_only(cut, size):
 @pytest.mark.parametrize("bounds", [[0, 15], [0, 4, 11, 15]], ids=["whole", "cut"])
 @pytest.mark.parametrize(
     "ulps,stored",
-    [(0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 1.0), (1.0, 1.0), (1.25, 1.0), (2.0, 2.0), (-0.25, 0.0), (-0.375, -0.5)],
+    [
+        (0.0, 0.0),
+        (0.25, 0.0),
+        (0.5, 0.0),
+        (0.75, 1.0),
+        (1.0, 1.0),
+        (1.25, 1.0),
+        (2.0, 2.0),
+        (-0.25, 0.0),
+        (-0.375, -0.5),
+    ],
 )
 def test_lost_and_changed_follow_the_rounding_of_a_bf16_one(bounds, ulps, stored):
     # around 1 the spacing of bf16 is u = 2^-7 above and u / 2 below; ties go to the even neighbour, which 1 is
@@ -199,7 +224,11 @@ def test_an_update_far_below_the_spacing_of_bf16_is_reported_as_lost():
 
 
 def test_products_are_made_on_the_device_in_float32_at_least():
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         (weight,) = Cut(2, 3, [0, 6], 0).weights(torch.ones(6, dtype=dtype))
         assert weight.read().dtype == wide
 
@@ -247,12 +276,15 @@ def test_rows_of_a_coded_weight_with_filling_give_the_products_of_the_whole(code
     whole = codec.decode(parts, n)
     weights = []
     for rank in range(world):
-        rows = {name: part.new_full((each, part.shape[1]), 7) for name, part in parts.items()}  # filling of anything but zeros
+        # filling of anything but zeros
+        rows = {name: part.new_full((each, part.shape[1]), 7) for name, part in parts.items()}
         mine = slice(min(rank * each, m), min((rank + 1) * each, m))
         for name, part in parts.items():
             rows[name][: mine.stop - mine.start] = part[mine]
         weights.append(Weight.of_rows((m, n), codec, rows, rank * each, (rank + 1) * each, CPU, lambda t: t))
-        assert (weights[-1].start, weights[-1].numel) == (mine.start * n, (mine.stop - mine.start) * n) and weights[-1].whole_rows
+        assert (weights[-1].start, weights[-1].numel) == (mine.start * n, (mine.stop - mine.start) * n) and weights[
+            -1
+        ].whole_rows
         assert torch.equal(weights[-1].read(), whole[mine])
     x, y = torch.eye(n), torch.eye(m)
     for found in over_ranks(weights, lambda weight: weight.matmul(x)):
@@ -286,10 +318,14 @@ def test_a_coded_weight_is_never_written(codec: Codec):
 def test_adding_a_block_changes_its_entries_alone_whoever_holds_them(cut, data):
     rows = sorted(data.draw(st.sets(st.integers(0, cut.m - 1))))
     columns = sorted(data.draw(st.sets(st.integers(0, cut.n - 1))))
-    values, before = cut.integers(len(rows), len(columns)) * 2 + 1, cut.integers(cut.m * cut.n)  # odd: no zero among them
+    # odd: no zero among them
+    values, before = cut.integers(len(rows), len(columns)) * 2 + 1, cut.integers(cut.m * cut.n)
     flat = before.clone()
     at = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
-    measured = sum((weight.add_(Block(*at, values, (cut.m, cut.n))) for weight in cut.weights(flat)), torch.zeros(3, dtype=torch.float64))
+    measured = sum(
+        (weight.add_(Block(*at, values, (cut.m, cut.n))) for weight in cut.weights(flat)),
+        torch.zeros(3, dtype=torch.float64),
+    )
     wanted = before.view(cut.m, cut.n).clone()
     wanted[at[0][:, None], at[1]] += values
     assert torch.equal(flat.view(cut.m, cut.n), wanted)

@@ -1,4 +1,6 @@
-"""The DeepSpeed configuration: every "auto" is replaced, and what cannot be right is refused by name before anything starts."""
+"""The DeepSpeed configuration: every "auto" is replaced, and what cannot be right is refused by name before anything
+starts.
+"""
 
 import copy
 import json
@@ -81,7 +83,11 @@ def test_there_are_the_four_shipped_files():
 
 def test_pinned_memory_follows_the_machine():
     found = resolved(json.loads(SHIPPED[3].read_text()))["zero_optimization"]
-    assert found["offload_param"] == found["offload_optimizer"] == {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    assert (
+        found["offload_param"]
+        == found["offload_optimizer"]
+        == {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    )
 
 
 def test_no_clipping_is_told_to_deepspeed_which_clips_at_one_otherwise():
@@ -100,7 +106,12 @@ def test_our_own_optimizer_is_always_allowed():
 
 def test_numbers_that_the_user_wrote_stay():
     config = minimal(reduce_bucket_size=7, stage3_param_persistence_threshold=0, overlap_comm=False)
-    config |= {"steps_per_print": 5, "wall_clock_breakdown": True, "gradient_accumulation_steps": 3, "train_batch_size": 24}
+    config |= {
+        "steps_per_print": 5,
+        "wall_clock_breakdown": True,
+        "gradient_accumulation_steps": 3,
+        "train_batch_size": 24,
+    }
     found = resolved(config)
     assert found["zero_optimization"]["reduce_bucket_size"] == 7
     assert found["zero_optimization"]["stage3_param_persistence_threshold"] == 0  # 0 is a number, not "not set"
@@ -158,18 +169,26 @@ def test_what_the_recipe_sets_is_no_engine_knob(key):
 @pytest.mark.parametrize(
     "key,value,recipe",
     [
-        ("train_micro_batch_size_per_gpu", 8, 2), ("gradient_accumulation_steps", 1, 3), ("train_batch_size", 6, 24),
-        ("gradient_clipping", 1.0, 0.5), ("gradient_clipping", 0.0, 0.5),
+        ("train_micro_batch_size_per_gpu", 8, 2),
+        ("gradient_accumulation_steps", 1, 3),
+        ("train_batch_size", 6, 24),
+        ("gradient_clipping", 1.0, 0.5),
+        ("gradient_clipping", 0.0, 0.5),
     ],
-)  # fmt: skip
+)
 def test_a_conflict_with_the_recipe_names_both_values(key, value, recipe):
-    with pytest.raises(ValueError, match=f'DeepSpeed config: {key} is {value} but the recipe asks for {recipe}; write "auto" in the JSON'):
+    with pytest.raises(
+        ValueError,
+        match=f'DeepSpeed config: {key} is {value} but the recipe asks for {recipe}; write "auto" in the JSON',
+    ):
         resolved({**minimal(), key: value})
 
 
 @pytest.mark.parametrize("stage", [0, None, 4, "3", "auto"])
 def test_a_stage_without_sharding_is_refused(stage):
-    with pytest.raises(ValueError, match=f"zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain`"):
+    with pytest.raises(
+        ValueError, match=f"zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain`"
+    ):
         resolved(minimal(stage))
 
 
@@ -199,6 +218,8 @@ def test_everything_trained_may_stay_gathered_but_no_frozen_weight():
         return persistent_size(model)
 
     assert size(LoRA(rank=3), Dense()) == 3 * 43  # the largest factor
-    assert size(LoRA(rank=14), Dense()) == 14 * 42 - 1, "k_proj (14 x 42) is no larger than A (14 x 43): it would stay whole on every rank"
+    assert size(LoRA(rank=14), Dense()) == 14 * 42 - 1, (
+        "k_proj (14 x 42) is no larger than A (14 x 43): it would stay whole on every rank"
+    )
     assert size(LoSiA(factor=0.5, output_factor=0.5), Dense()) == 14 * 42 - 1
     assert size(LoRA(rank=14), Nf4()) == 14 * 32 - 1  # codes

@@ -24,9 +24,16 @@ CODECS: dict[str, Codec] = {"fp32": Dense(torch.float32), "bf16": Dense(torch.bf
 def config(**changes: object) -> LlamaConfig:
     # 43 rows over 2 ranks and 14 over 3 are cut within a row; 43 x 14 elements leave padding
     settings = dict(
-        vocab_size=VOCABULARY, hidden_size=42, intermediate_size=43, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=14, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=42,
+        intermediate_size=43,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=14,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     return LlamaConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -98,19 +105,36 @@ class Trainee:
     """A tiny model under a method and an engine, stepped on the same global batch whatever the world size."""
 
     def __init__(
-        self, method: Method, engine_name: str, dtype: str = "fp32", accumulation: int = 1, samples: int = 6, max_grad_norm: float = 0.0,
-        zero: dict | None = None, optimization: dict | None = None, codec: Codec | None = None, total: int = 100,
-        resumed: checkpoint.Checkpoint | None = None, **changes: object,
-    ) -> None:  # fmt: skip
+        self,
+        method: Method,
+        engine_name: str,
+        dtype: str = "fp32",
+        accumulation: int = 1,
+        samples: int = 6,
+        max_grad_norm: float = 0.0,
+        zero: dict | None = None,
+        optimization: dict | None = None,
+        codec: Codec | None = None,
+        total: int = 100,
+        resumed: checkpoint.Checkpoint | None = None,
+        **changes: object,
+    ) -> None:
         self.total = total  # steps of the run, as far as a method wants to know
-        self.engine, self.method, self.samples, self.accumulation = engine(engine_name, **(zero or {})), method, samples, accumulation
+        self.engine, self.method, self.samples, self.accumulation = (
+            engine(engine_name, **(zero or {})),
+            method,
+            samples,
+            accumulation,
+        )
         self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
         self.checkpoint = Checkpoint(self.original)
         bind(self.model, self.adapters, self.checkpoint)
         settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
-        self.wrapped, self.loaded = load(self.engine, self.model, self.adapters, method, self.checkpoint, settings, resumed)
+        self.wrapped, self.loaded = load(
+            self.engine, self.model, self.adapters, method, self.checkpoint, settings, resumed
+        )
         if resumed is not None:
             checkpoint.restore(self.engine, self.model, self.adapters, resumed)
 
@@ -120,7 +144,9 @@ class Trainee:
             return self.wrapped(input_ids=batch(step)).logits.float()
 
     def probe(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Answers, and the linear map that every adapted layer is, in float64, as its own forward computes it: (m, n) each."""
+        """Answers, and the linear map that every adapted layer is, in float64, as its own forward computes it: (m, n)
+        each.
+        """
         found: dict[str, Tensor] = {}
 
         def look(layer: Adapter, args: tuple[Tensor]) -> None:
@@ -145,7 +171,9 @@ class Trainee:
         for part, samples in zip(parts, numbers, strict=True):
             self.method.batch(self.adapters, step, samples)
             logits = self.wrapped(input_ids=part).logits
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
+            )
             loss = loss / (tokens.shape[0] * (tokens.shape[1] - 1))
             engine.backward(loss)
             total += float(loss.detach())

@@ -4,8 +4,8 @@
     PairAdapter    y = W x + s B A x + s bank_B bank_A x + bias        https://arxiv.org/abs/2106.09685 eq. 3, with a bank
     Shared         parameters that several adapters use, owned by one module
 
-m out, n in, r pairs, k bank pairs. What one layer alone uses sits on that layer, since ZeRO-3 gathers for a forward only what
-the module itself owns, or says that it borrows.
+m out, n in, r pairs, k bank pairs. What one layer alone uses sits on that layer, since ZeRO-3 gathers for a forward
+only what the module itself owns, or says that it borrows.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def uniform_rows(r: int, n: int, random: torch.Generator) -> Tensor:
 class Shared(nn.Module):
     """Parameters that several adapters use: once in the optimizer, the gradient norm and a checkpoint.
 
-    One module outside of the decoder layers owns them (FSDP2 shards them with the root); a layer names it in `borrows` and takes
-    them by `read` at each forward, as engines swap parameters.
+    One module outside of the decoder layers owns them (FSDP2 shards them with the root); a layer names it in `borrows`
+    and takes them by `read` at each forward, as engines swap parameters.
 
-    Reentrant checkpointing runs a backward of its own for every layer, so that a shared parameter's gradient would come layer by layer;
-    DDP and ZeRO-2/3 refuse one that comes twice. In there all layers but the first read leaves in the place of the parameters. What
-    these receive waits here for the first layer's gradient, which comes last.
+    Reentrant checkpointing runs a backward of its own for every layer, so that a shared parameter's gradient would come
+    layer by layer; DDP and ZeRO-2/3 refuse one that comes twice. In there all layers but the first read leaves in the
+    place of the parameters. What these receive waits here for the first layer's gradient, which comes last.
     """
 
     def __init__(self) -> None:
@@ -78,9 +78,11 @@ class Shared(nn.Module):
             return leaf
         if not in_backward and name in self.waiting:
             raise RuntimeError(
-                f"the first layer that shares {name} took no part in the last backward, others did; checkpoint all layers or none"
+                f"the first layer that shares {name} took no part in the last backward, others did; checkpoint all "
+                "layers or none"
             )
-        if p.requires_grad and not hasattr(p, "complete"):  # FSDP2 shows another object in forward than it gives the optimizer
+        # FSDP2 shows another object in forward than it gives the optimizer
+        if p.requires_grad and not hasattr(p, "complete"):
             p.complete = p.register_hook(partial(self._complete, name))  # type: ignore[attr-defined]
         return p
 
@@ -108,8 +110,8 @@ class Adapter(FrozenLinear):
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Change] = []
         self.taken = 0  # entries that left W before it was encoded
-        # What a method remembers; anything here is part of a checkpoint. `runs` says of a key whose run of this rank it lies along: a
-        # parameter's, or W (the rows of engine.part); what is not in it is the same on every rank.
+        # What a method remembers; anything here is part of a checkpoint. `runs` says of a key whose run of this rank it
+        # lies along: a parameter's, or W (the rows of engine.part); what is not in it is the same on every rank.
         self.memory: dict[str, Tensor] = {}
         self.runs: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
@@ -120,7 +122,10 @@ class Adapter(FrozenLinear):
         return nn.Parameter(torch.empty(size, device=self.parts()[0].device), requires_grad=trained)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """Whole starting values, on the host, of every parameter but W's parts and the bias. `pairs` were taken out of W."""
+        """Whole starting values, on the host, of every parameter but W's parts and the bias.
+
+        `pairs` were taken out of W.
+        """
         raise NotImplementedError
 
     @property
@@ -144,7 +149,15 @@ class PairAdapter(Adapter):
     """
 
     def __init__(
-        self, name: str, linear: nn.Linear, codec: Codec, rank: int, scale: float, bank: int = 0, dropout: float = 0.0, seed: int = 0
+        self,
+        name: str,
+        linear: nn.Linear,
+        codec: Codec,
+        rank: int,
+        scale: float,
+        bank: int = 0,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__(name, linear, codec, seed)
         m, n = self.shape
@@ -156,7 +169,9 @@ class PairAdapter(Adapter):
         self.reserve: Pairs | None = None
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """With pairs (taken out of W): the first r are trained, the others fill the bank. Without: A uniform, B and the bank zero, so that
+        """With pairs (taken out of W): the first r are trained, the others fill the bank.
+
+        Without: A uniform, B and the bank zero, so that
         the layer starts as it was.
         """
         (m, n), r, bank = self.shape, self.rank, 0 if self.bank_A is None else len(self.bank_A)
@@ -164,7 +179,9 @@ class PairAdapter(Adapter):
             start = uniform_rows(r, n, generator(self.seed, self.name))
             with torch.device("cpu"):
                 pairs = Pairs(torch.zeros(m, r + bank), torch.cat([start, torch.zeros(bank, n)]))
-        assert len(pairs) == r + bank, f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
+        assert len(pairs) == r + bank, (
+            f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
+        )
         values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
         return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
 
@@ -181,11 +198,17 @@ class PairAdapter(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
-        return adapter_linear(x, self.parts(), self.decode, self.products(x), self.scale, self.bias, bank, dropped, self.direction())
+        return adapter_linear(
+            x, self.parts(), self.decode, self.products(x), self.scale, self.bias, bank, dropped, self.direction()
+        )
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """A, B and, if there is one, the bank's."""
-        return (self.A, self.B) if self.bank_A is None or self.bank_B is None else (self.A, self.B, self.bank_A, self.bank_B)
+        return (
+            (self.A, self.B)
+            if self.bank_A is None or self.bank_B is None
+            else (self.A, self.B, self.bank_A, self.bank_B)
+        )
 
     @property
     def only_pairs(self) -> bool:

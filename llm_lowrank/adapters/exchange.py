@@ -4,15 +4,15 @@
     a swap               (b, a)_K  <->  (b', a')_bank slots                 W is never touched
     into a growing bank  empty bank slots <- (b, a)_K                       then  (b, a)_K <- (0, a')
 
-W + s B A (+ s bank_B bank_A) stays. Into a float32 weight the move is exact to its rounding. A bfloat16, float16 or coded
-weight would round small updates away; there pairs go to the bank, bitwise. Every exchange checks itself: what the forward
-sees is read back and compared, the drift of the layer's function on a probe is measured, and what rounding took from an
-update of W is measured too. A bank that has no empty slots left is compressed before the move (compress_bank_): that is the
-one thing here that may change the function, by an error that is measured and told.
+W + s B A (+ s bank_B bank_A) stays. Into a float32 weight the move is exact to its rounding. A bfloat16, float16 or
+coded weight would round small updates away; there pairs go to the bank, bitwise. Every exchange checks itself: what the
+forward sees is read back and compared, the drift of the layer's function on a probe is measured, and what rounding took
+from an update of W is measured too. A bank that has no empty slots left is compressed before the move (compress_bank_):
+that is the one thing here that may change the function, by an error that is measured and told.
 
-Adam: the first moment of a fresh pair is 0, its second moment the mean over the pairs of the same matrix that stay. With
-zero the first updates would be up to 6.5 times too large, for the step count is shared and stays high. A method that
-lowers the rate after an exchange may keep the largest entries of the old moments instead ("pruned").
+Adam: the first moment of a fresh pair is 0, its second moment the mean over the pairs of the same matrix that stay.
+With zero the first updates would be up to 6.5 times too large, for the step count is shared and stays high. A method
+that lowers the rate after an exchange may keep the largest entries of the old moments instead ("pruned").
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Exchanged:
     pairs: int  # trainable pairs replaced; of LoSiA entries
     into: str  # weight or bank
     drift: float  # |f(x) - f_before(x)| / |f_before(x)| on a random probe
-    # Into the weight |stored - asked| / |asked| of the update of W: what rounding took. Into the bank |dropped| / |bank|: what
-    # compressing it took, 0 while it had room.
+    # Into the weight |stored - asked| / |asked| of the update of W: what rounding took. Into the bank |dropped| /
+    # |bank|: what compressing it took, 0 while it had room.
     lost: float
     seconds: float
     traffic: int  # bytes that this rank gave to collectives
@@ -72,15 +72,22 @@ def measured(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged 
     """What a method's hook did, with all of its time and traffic: deciding and sending fresh pairs too. Collective."""
     began, traffic = time.perf_counter(), engine.traffic
     event = hook()
-    return None if event is None else replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
+    return (
+        None if event is None else replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
+    )
 
 
 def needs_bank(into: Into, codec: Codec) -> bool:
-    """Whether frozen pairs are kept beside such a weight; auto: unless it holds small updates. ValueError if it takes none at all."""
+    """Whether frozen pairs are kept beside such a weight; auto: unless it holds small updates.
+
+    ValueError if it takes none at all.
+    """
     if into == "weight" and not codec.writable:
         raise ValueError(
-            f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}: encoding W again would round away all "
-            "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank (or auto), "
+            f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}: encoding W again would "
+            "round away all "
+            "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank "
+            "(or auto), "
             "which loses nothing"
         )
     return into == "bank" or (into == "auto" and not codec.holds_small_updates)
@@ -88,14 +95,21 @@ def needs_bank(into: Into, codec: Codec) -> bool:
 
 @torch.no_grad()
 def exchange_(
-    engine: Engine, adapter: PairAdapter, index: Tensor, *, fresh: Pairs | None = None, slots: slice | None = None,
-    moments: Moments = "seeded", prune: float = 0.99,
-) -> Exchanged:  # fmt: skip
+    engine: Engine,
+    adapter: PairAdapter,
+    index: Tensor,
+    *,
+    fresh: Pairs | None = None,
+    slots: slice | None = None,
+    moments: Moments = "seeded",
+    prune: float = 0.99,
+) -> Exchanged:
     """pairs[index] freeze; `fresh` pairs, or those in the bank's `slots`, become trainable. Collective.
 
-    With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. With both they fill
-    empty slots, and the fresh pairs must add nothing yet, for nothing leaves W. `prune`: the share of the replaced pairs' moments that
-    "pruned" sets to zero. Arguments are the same on every rank. Object identity, shape and requires_grad of every Parameter stay.
+    With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. With both
+    they fill empty slots, and the fresh pairs must add nothing yet, for nothing leaves W. `prune`: the share of the
+    replaced pairs' moments that "pruned" sets to zero. Arguments are the same on every rank. Object identity, shape and
+    requires_grad of every Parameter stay.
     """
     assert fresh is not None or slots is not None, "an exchange has a destination"
     began, traffic = time.perf_counter(), engine.traffic
@@ -121,7 +135,8 @@ def exchange_(
         else:
             assert fresh is not None
             update = Pairs.cat([old, fresh.to(engine.device).scaled(-1)]).scaled(adapter.scale)
-            lost = into_weight_(engine, adapter, update.take(update.B.any(0)))  # of a pair that adds nothing the ledger keeps nothing
+            # of a pair that adds nothing the ledger keeps nothing
+            lost = into_weight_(engine, adapter, update.take(update.B.any(0)))
         trained.put_(index, fresh.to(engine.device))
         renew_moments_(a, b, index, moments, prune)
         expected = [s.value for s in (a, b, *bank)]
@@ -163,7 +178,8 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
         def compressed() -> list[Tensor]:
             small, dropped = bank.compress(most=most)
-            sizes = small.B.norm(dim=0).double() * small.A.norm(dim=1).double()  # what is kept is an SVD: |b_k| |a_k| are its values
+            # what is kept is an SVD: |b_k| |a_k| are its values
+            sizes = small.B.norm(dim=0).double() * small.A.norm(dim=1).double()
             whole = math.hypot(float(sizes.norm()), dropped)
             return [small.B, small.A, torch.tensor(dropped / whole if whole else 0.0, dtype=torch.float64)]
 
@@ -180,8 +196,8 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 def renew_moments_(a: Slot, b: Slot, index: Tensor, moments: Moments, prune: float) -> None:
     """The moments of the pairs that were replaced, those of A and of B each for itself; all others stay as they are.
 
-    Pruned: the largest (1 - prune) of each moment stay. A first moment goes where its second went too: over a second moment of zero,
-    and A's gradient is zero while B is, its first update would be the rate times m / eps.
+    Pruned: the largest (1 - prune) of each moment stay. A first moment goes where its second went too: over a second
+    moment of zero, and A's gradient is zero while B is, its first update would be the rate times m / eps.
     """
     for mine in (a.moments, {name: moment.T for name, moment in b.moments.items()}):  # each (r, n or m), views
         replaced = {name: moment[index] for name, moment in mine.items()}  # copies
@@ -214,11 +230,17 @@ def probe(engine: Engine, adapter: Adapter) -> Tensor:
 
 
 def checked_drift(adapter: Adapter, before: Tensor, after: Tensor, exact: bool) -> float:
-    """|after - before| / |before| of what a layer answers to a probe; RuntimeError if it is no rounding. `exact`: W took nothing."""
+    """|after - before| / |before| of what a layer answers to a probe; RuntimeError if it is no rounding.
+
+    `exact`: W took nothing.
+    """
     drift = float((after - before).norm() / before.norm().clamp_min(1e-30))
     limit = EXACT_DRIFT if exact or adapter.codec.holds_small_updates else ROUNDED_DRIFT
     if not drift <= limit:
-        raise RuntimeError(f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not training on")
+        raise RuntimeError(
+            f"{adapter.name}: an exchange changed the layer's function by {drift:.1e}, more than {limit:g}: not "
+            "training on"
+        )
     return drift
 
 

@@ -1,7 +1,7 @@
 """What a method owes, the registry of methods, and attaching one to a model.
 
-A method is a frozen dataclass: its fields are its settings, the strings under them the help text. It is told when things
-happen; what it remembers lives on the adapters.
+A method is a frozen dataclass: its fields are its settings, the strings under them the help text. It is told when
+things happen; what it remembers lives on the adapters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Method(draccus.ChoiceRegistry):
 
     @property
     def export_rank(self) -> int | None:
-        """The largest rank of the exported LoRA; the error of cutting a change down to it is printed. None: what the change needs."""
+        """The largest rank of the exported LoRA; the error of cutting a change down to it is printed.
+
+        None: what the change needs.
+        """
         return None
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
@@ -56,21 +59,30 @@ class Method(draccus.ChoiceRegistry):
         return targets(model, self.target_modules)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        """What takes the place of a linear module, perhaps without values. ValueError if the method cannot work on such a weight."""
+        """What takes the place of a linear module, perhaps without values.
+
+        ValueError if the method cannot work on such a weight.
+        """
         raise NotImplementedError
 
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        """Once, when all adapters are in their places, before there are values: what they share, what they must agree on."""
+        """Once, when all adapters are in their places, before there are values: what they share, what they must agree
+        on.
+        """
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        """Completed steps after which `recompose` is called. ValueError if the method, or these adapters, cannot do with so many steps."""
+        """Completed steps after which `recompose` is called.
+
+        ValueError if the method, or these adapters, cannot do with so many steps.
+        """
         return ()
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        """For each adapter in turn the pairs that leave W at the start: the first `rank` become trainable, the others the bank.
+        """For each adapter in turn the pairs that leave W at the start: the first `rank` become trainable, the others
+        the bank.
 
-        None: W stays whole. Asked for while the model is being loaded, before W is encoded or sharded: `adapter.source` reads the
-        untouched W. Collective; the pairs are the same on every rank.
+        None: W stays whole. Asked for while the model is being loaded, before W is encoded or sharded: `adapter.source`
+        reads the untouched W. Collective; the pairs are the same on every rank.
         """
         for _ in adapters:
             yield None
@@ -78,26 +90,33 @@ class Method(draccus.ChoiceRegistry):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         """Once, when everything is loaded and sharded, before the first step. Collective."""
 
-    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+    def rates(
+        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
+    ) -> list[float]:
         """The learning rate of 0-based `step` for every group of the optimizer. rate(step) is the recipe's."""
         return [rate(step)]
 
     @property
     def tells_samples_apart(self) -> str:
-        """The setting that would have to tell samples of one row apart in the forward: with it they cannot be packed. Empty: none."""
+        """The setting that would have to tell samples of one row apart in the forward: with it they cannot be packed.
+        Empty: none.
+        """
         return ""
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         """Before the forward of every micro-batch: the 0-based step and the number of each sample in it. Local.
 
-        A sample has the same number on whichever rank and in whichever micro-batch it is. Packed ones: the first of each row.
+        A sample has the same number on whichever rank and in whichever micro-batch it is. Packed ones: the first of
+        each row.
         """
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         """After the last backward of every step, before the step itself. Collective."""
 
     def discard(self, adapters: list[Adapter]) -> None:
-        """Instead of observe, when a gradient is not finite and the step is left out: forgets what its backward told. Local."""
+        """Instead of observe, when a gradient is not finite and the step is left out: forgets what its backward told.
+        Local.
+        """
 
     def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         """After a step of the schedule; `step` steps are done. Collective."""
@@ -122,7 +141,9 @@ def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
     if wanted == [ALL_LINEAR]:
         found = {name: m for name, m in linears.items() if m is not output}
         if not found:
-            raise ValueError("method.target_modules = [all-linear], but the model has no linear module besides its output layer")
+            raise ValueError(
+                "method.target_modules = [all-linear], but the model has no linear module besides its output layer"
+            )
         return found
     found = {}
     for target in wanted:
@@ -131,7 +152,9 @@ def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
             near = difflib.get_close_matches(target, kinds, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"method.target_modules: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})")
+            raise ValueError(
+                f"method.target_modules: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})"
+            )
         found.update(hits)
     return {name: m for name, m in linears.items() if name in found}
 
@@ -139,13 +162,15 @@ def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
 def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> list[Adapter]:
     """Freezes the model and puts an Adapter in the place of every targeted linear module. Works on the meta device too.
 
-    With a codec that is not dense the linear modules that are not targeted are coded as well; the output layer, embeddings and
-    norms stay as they are.
+    With a codec that is not dense the linear modules that are not targeted are coded as well; the output layer,
+    embeddings and norms stay as they are.
     """
     model.requires_grad_(False)
     wanted = method.targets(model)
     output = output_layer(model)
-    others = {} if codec.writable else {name: m for name, m in targets(model, [ALL_LINEAR]).items() if name not in wanted}
+    others = (
+        {} if codec.writable else {name: m for name, m in targets(model, [ALL_LINEAR]).items() if name not in wanted}
+    )
     adapters = []
     for name, linear in (wanted | others).items():
         stored = Dense(linear.weight.dtype) if linear is output else codec

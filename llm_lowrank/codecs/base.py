@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """decode(encode(W)) ~ W, and bit for bit  encode(W)[a:b] = encode(W[a:b])  and  decode(parts)[a:b] = decode(parts[a:b]).
+    """decode(encode(W)) ~ W, and bit for bit  encode(W)[a:b] = encode(W[a:b])  and  decode(parts)[a:b] =
+    decode(parts[a:b]).
 
     Blocks never cross a row, so a shard of rows decodes alone and every part has W's rows as its dim 0.
     """
@@ -63,21 +64,32 @@ def row_slices(x: Tensor) -> Iterator[slice]:
 
 
 def absmax(x: Tensor) -> Tensor:
-    """max |x| over the last dimension: (..., n) -> (..., 1). The one place where a codec meets every element, so it refuses here."""
+    """max |x| over the last dimension: (..., n) -> (..., 1).
+
+    The one place where a codec meets every element, so it refuses here.
+    """
     largest = x.abs().amax(-1, keepdim=True)
     if not largest.isfinite().all():
-        raise ValueError("W holds NaN, infinity or a value beyond float32, and no scale can hold that; use codec: dense")
+        raise ValueError(
+            "W holds NaN, infinity or a value beyond float32, and no scale can hold that; use codec: dense"
+        )
     return largest
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """float32 (m, k) -> uint8 (m, 4k): sharding engines cast floating parameters to the type of the model, and leave bytes alone."""
+    """float32 (m, k) -> uint8 (m, 4k): sharding engines cast floating parameters to the type of the model, and leave
+    bytes alone.
+    """
     return x.contiguous().view(torch.uint8)
 
 
 def aligned(part: Tensor) -> Tensor:
     """Contiguous and at a multiple of 4 bytes; a view into an engine's flat buffer may be neither, and is copied then."""
-    return part.clone(memory_format=torch.contiguous_format) if part.data_ptr() % 4 or part.storage_offset() % 4 else part.contiguous()
+    return (
+        part.clone(memory_format=torch.contiguous_format)
+        if part.data_ptr() % 4 or part.storage_offset() % 4
+        else part.contiguous()
+    )
 
 
 def from_bytes(part: Tensor) -> Tensor:

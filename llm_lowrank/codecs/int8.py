@@ -14,10 +14,10 @@ from llm_lowrank.codecs.base import Coded, absmax, empty_parts, from_bytes, row_
 class Int8(Coded):
     """W_ij ~ s_i c_ij / 127,  s_i = max_j |W_ij|,  c_ij = round(127 W_ij / s_i).
 
-    https://arxiv.org/abs/2208.07339 section 2.1, without the outlier columns, which belong to activations. The formula of
-    bitsandbytes' int8_vectorwise_quant, in torch: its CUDA kernel takes float16 only, which would round W before it is encoded
-    and overflow above 65504, and a row of zeros divides by zero. Here W is encoded in float32 and decoded with one rounding, by
-    the same arithmetic on every device.
+    https://arxiv.org/abs/2208.07339 section 2.1, without the outlier columns, which belong to activations. The formula
+    of bitsandbytes' int8_vectorwise_quant, in torch: its CUDA kernel takes float16 only, which would round W before it
+    is encoded and overflow above 65504, and a row of zeros divides by zero. Here W is encoded in float32 and decoded
+    with one rounding, by the same arithmetic on every device.
 
     codes   int8  (m, n)
     scales  uint8 (m, 4)    float32 s_i as bytes
@@ -33,7 +33,8 @@ class Int8(Coded):
         parts = empty_parts(self, m, n, w.device)
         for rows in row_slices(w):
             block = w.detach()[rows].float()  # (rows, n)
-            scales = absmax(block).clamp(min=1e-36)  # (rows, 1); 127 / s must be finite, and a row of zeros has codes of zero
+            # (rows, 1); 127 / s must be finite, and a row of zeros has codes of zero
+            scales = absmax(block).clamp(min=1e-36)
             parts["codes"][rows] = (block * (127.0 / scales)).round_().to(torch.int8)
             parts["scales"][rows] = to_bytes(scales)
         return parts

@@ -16,11 +16,12 @@ BLOCK = 64  # elements that share a scale
 
 @dataclass(frozen=True)
 class Nf4(Coded):
-    """W_ij ~ s_ib t[c_ij], b = j // 64.  s_ib = max |W_ij| over block b,  c_ij = the nearest of the 16 levels t to W_ij / s_ib.
+    """W_ij ~ s_ib t[c_ij], b = j // 64.  s_ib = max |W_ij| over block b,  c_ij = the nearest of the 16 levels t to W_ij
+    / s_ib.
 
-    https://arxiv.org/abs/2305.14314 section 3; levels and kernels are those of bitsandbytes. With `double_quant` the scales of
-    a row are stored in 8 bits,  s ~ lo + step q,  q = round((s - lo) / step),  step = (hi - lo) / 255, with lo and hi of that
-    row alone; QLoRA shares them among 256 blocks, which would tie rows together.
+    https://arxiv.org/abs/2305.14314 section 3; levels and kernels are those of bitsandbytes. With `double_quant` the
+    scales of a row are stored in 8 bits,  s ~ lo + step q,  q = round((s - lo) / step),  step = (hi - lo) / 255, with
+    lo and hi of that row alone; QLoRA shares them among 256 blocks, which would tie rows together.
 
     codes        uint8 (m, N / 2)       two to a byte, the left one in the high bits; N = n up to a multiple of 64, filled with zeros
     scales       uint8 (m, 4 N / 64)    float32 as bytes; with double_quant q itself, (m, N / 64)
@@ -59,7 +60,9 @@ class Nf4(Coded):
         if m == 0:  # a rank may hold no row; no kernel takes that
             return torch.empty(0, n, dtype=self.dtype, device=device)
         functional, shape = kernels(), torch.Size((m, -(-n // BLOCK) * BLOCK))
-        state = functional.QuantState(self._scales(parts).flatten(), shape, levels(device), BLOCK, quant_type="nf4", dtype=self.dtype)
+        state = functional.QuantState(
+            self._scales(parts).flatten(), shape, levels(device), BLOCK, quant_type="nf4", dtype=self.dtype
+        )
         # codes as a column: given a single row, bitsandbytes returns the transpose
         w = functional.dequantize_4bit(aligned(codes).view(-1, 1), state)  # (m, N)
         return w[:, :n].contiguous()
@@ -73,10 +76,11 @@ class Nf4(Coded):
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes and scales of bitsandbytes, bit for bit, 4 times as fast on a CPU: (m, N) -> uint8 (m, N / 2), (m, N / 64).
+    """The codes and scales of bitsandbytes, bit for bit, 4 times as fast on a CPU: (m, N) -> uint8 (m, N / 2), (m, N /
+    64).
 
-    c = #{midpoints of neighbouring levels below x / s}. Counting 15 comparisons is vectorized (with a float32 result: torch's
-    comparisons into bool are not), the binary search of `torch.bucketize` is not.
+    c = #{midpoints of neighbouring levels below x / s}. Counting 15 comparisons is vectorized (with a float32 result:
+    torch's comparisons into bool are not), the binary search of `torch.bucketize` is not.
     """
     scales = absmax(x.view(x.shape[0], -1, BLOCK))  # (m, N / 64, 1)
     steps = levels(x.device)

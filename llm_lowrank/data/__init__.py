@@ -28,7 +28,28 @@ from llm_lowrank.data.settings import Data
 from llm_lowrank.data.streaming import Stream
 
 __all__ = [
-    "FORMATS", "IGNORE", "PRESETS", "Batches", "Corpus", "Data", "Encoded", "Example", "MicroBatch", "Question", "Stream", "StreamBatches",
-    "Turn", "best_fit", "collate", "encode", "encode_messages", "encode_prompt", "load", "pad_id", "style_of",
-    "tokenizer_of", "training_batches", "with_template",
-]  # fmt: skip
+    "FORMATS",
+    "IGNORE",
+    "PRESETS",
+    "Batches",
+    "Corpus",
+    "Data",
+    "Encoded",
+    "Example",
+    "MicroBatch",
+    "Question",
+    "Stream",
+    "StreamBatches",
+    "Turn",
+    "best_fit",
+    "collate",
+    "encode",
+    "encode_messages",
+    "encode_prompt",
+    "load",
+    "pad_id",
+    "style_of",
+    "tokenizer_of",
+    "training_batches",
+    "with_template",
+]

@@ -1,7 +1,8 @@
 """From examples to batches of tokens. One law: the global batch of a step does not depend on the hardware.
 
-A row of a batch is one example, or with packing as many as fit. The examples of a row are kept apart by their positions, which start again
-at 0: transformers makes the attention of every kernel end there when it gets `position_ids` and no mask.
+A row of a batch is one example, or with packing as many as fit. The examples of a row are kept apart by their
+positions, which start again at 0: transformers makes the attention of every kernel end there when it gets
+`position_ids` and no mask.
 """
 
 from bisect import bisect_left, insort
@@ -34,12 +35,18 @@ class MicroBatch(NamedTuple):
     samples: tuple[int, ...]  # the first example of each row in it; fewer than per_device when the epoch ran out
 
     def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Tensor]:
-        """What the model is called with. `flat`: packed rows in one, as flash-attn's variable-length path wants them."""
+        """What the model is called with.
+
+        `flat`: packed rows in one, as flash-attn's variable-length path wants them.
+        """
         if self.position_ids is None:
             assert self.attention_mask is not None
             return {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.to(device)}
         shape = (1, -1) if flat else self.input_ids.shape
-        return {"input_ids": self.input_ids.reshape(shape).to(device), "position_ids": self.position_ids.reshape(shape).to(device)}
+        return {
+            "input_ids": self.input_ids.reshape(shape).to(device),
+            "position_ids": self.position_ids.reshape(shape).to(device),
+        }
 
     def targets(self, flat: bool = False) -> Tensor:
         """The labels, in the shape of the inputs, on the host."""
@@ -47,7 +54,9 @@ class MicroBatch(NamedTuple):
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows whose lengths add up to `capacity` at most: the longest first, each into the fullest row that has room for it."""
+    """Indices in rows whose lengths add up to `capacity` at most: the longest first, each into the fullest row that has
+    room for it.
+    """
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)  # room left -> rows
     rooms: list[int] = []  # those that any row has, sorted
@@ -82,8 +91,8 @@ class Batches:
         global batch of step t = permutation(seed, t div S)[(t mod S) G : (t mod S + 1) G],
         G = per_device * accumulation * world,  S = ceil(rows / G) steps in an epoch
 
-    dealt out to the ranks in turn. The last batch of an epoch is filled up with empty rows (one token, no label), so all
-    ranks run the same number of forwards and no sample comes twice in an epoch. Divide the summed loss by `tokens`.
+    dealt out to the ranks in turn. The last batch of an epoch is filled up with empty rows (one token, no label), so
+    all ranks run the same number of forwards and no sample comes twice in an epoch. Divide the summed loss by `tokens`.
     """
 
     def __init__(
@@ -102,7 +111,13 @@ class Batches:
         if not len(examples):
             raise ValueError("there are no examples to make batches of")
         assert 0 <= rank < world
-        self.examples, self.per_device, self.accumulation, self.rank, self.world = examples, per_device, accumulation, rank, world
+        self.examples, self.per_device, self.accumulation, self.rank, self.world = (
+            examples,
+            per_device,
+            accumulation,
+            rank,
+            world,
+        )
         self.seed, self.pad_id, self.pack, self.grouped = seed, pad_id, pack, grouped
         if isinstance(examples, Encoded):
             trained, self.lengths = examples.trained, examples.lengths
@@ -145,7 +160,13 @@ class StreamBatches:
     """Batches over a stream: the global batch of step t is its examples t G .. (t + 1) G - 1."""
 
     def __init__(self, stream: Stream, per_device: int, accumulation: int, rank: int, world: int, pad_id: int) -> None:
-        self.stream, self.per_device, self.accumulation, self.rank, self.world = stream, per_device, accumulation, rank, world
+        self.stream, self.per_device, self.accumulation, self.rank, self.world = (
+            stream,
+            per_device,
+            accumulation,
+            rank,
+            world,
+        )
         self.pad_id = pad_id
         self.global_batch = per_device * accumulation * world
         self.next = 0
@@ -171,13 +192,23 @@ class StreamBatches:
 
 
 def training_batches(
-    corpus: Corpus, settings: Data, per_device: int, accumulation: int, rank: int, world: int, seed: int, pad_id: int, epochs: float
+    corpus: Corpus,
+    settings: Data,
+    per_device: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+    seed: int,
+    pad_id: int,
+    epochs: float,
 ) -> Batches | StreamBatches:
     """The batches that a run is trained on."""
     if isinstance(corpus.train, Stream):
         return StreamBatches(corpus.train, per_device, accumulation, rank, world, pad_id)
     pack = settings.max_length if settings.packing else 0
-    return Batches(corpus.train, per_device, accumulation, rank, world, seed, pad_id, epochs, pack, settings.group_by_length)
+    return Batches(
+        corpus.train, per_device, accumulation, rank, world, seed, pad_id, epochs, pack, settings.group_by_length
+    )
 
 
 def collate(

@@ -2,8 +2,9 @@
 
     row --formats.read--> turns --encoding.encode--> example --split--> Corpus(train, held_out, questions)
 
-The tokens of files and hub datasets are kept in the cache under a key made of everything they depend on; a lock lets one process of a node
-write them while the others wait. Their own digest goes into the run's checkpoints: going on with other data is refused.
+The tokens of files and hub datasets are kept in the cache under a key made of everything they depend on; a lock lets
+one process of a node write them while the others wait. Their own digest goes into the run's checkpoints: going on with
+other data is refused.
 """
 
 import hashlib
@@ -87,7 +88,13 @@ class Corpus:
 
     def some(self, count: int) -> list[Example]:
         """A few examples, held-out ones if there are any; the same on every rank."""
-        from_ = self.held_out if len(self.held_out) else self.train.examples() if isinstance(self.train, Stream) else self.train
+        from_ = (
+            self.held_out
+            if len(self.held_out)
+            else self.train.examples()
+            if isinstance(self.train, Stream)
+            else self.train
+        )
         return list(islice(from_, count))
 
 
@@ -115,8 +122,10 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
     train, held_out = _split(keys, usable, settings.held_out, seed, grouped=any(part.group for part in parts))
     if len(held_out) < settings.held_out or not train:
         raise ValueError(
-            f"{settings.dataset}: data.held_out={settings.held_out} leaves nothing to train on, for {len(set(keys))} distinct examples "
-            f"are there and {int((good & ~usable).sum())} lost their completion to data.max_length={settings.max_length}; "
+            f"{settings.dataset}: data.held_out={settings.held_out} leaves nothing to train on, for {len(set(keys))} "
+            "distinct examples "
+            f"are there and {int((good & ~usable).sum())} lost their completion to "
+            f"data.max_length={settings.max_length}; "
             "lower data.held_out, raise data.max_length or get more data"
         )
     dropped["no completion token left within max_length"] = int((good & ~usable).sum())
@@ -133,7 +142,7 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
     )
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------------------
 
 
 def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str) -> tuple[datasets.Dataset, str]:
@@ -147,7 +156,8 @@ def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, styl
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"  # the note is written last: with it the table is whole
+    # the note is written last: with it the table is whole
+    arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):
         if not note.is_file():
             table = _mapped(part, options, arrow)
@@ -161,9 +171,16 @@ def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, styl
 
 def _mapped(part: Part, options: dict[str, Any], path: Path | None) -> datasets.Dataset:
     return part.rows.map(
-        encode_row, fn_kwargs=options, remove_columns=part.rows.column_names, features=FEATURES, load_from_cache_file=False,
-        cache_file_name=str(path) if path else None, keep_in_memory=path is None, new_fingerprint="tokens", desc=f"tokenize {part.name}",
-    )  # fmt: skip
+        encode_row,
+        fn_kwargs=options,
+        remove_columns=part.rows.column_names,
+        features=FEATURES,
+        load_from_cache_file=False,
+        cache_file_name=str(path) if path else None,
+        keep_in_memory=path is None,
+        new_fingerprint="tokens",
+        desc=f"tokenize {part.name}",
+    )
 
 
 def _digest(table: datasets.Dataset) -> str:
@@ -190,21 +207,31 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _unusable(settings: Data, parts: Sequence[Part], problems: Sequence[Sequence[str]]) -> dict[str, int]:
     """How many rows cannot be used for which reason; ValueError with their numbers unless they may be dropped."""
-    found = [(part.name, number, text) for part, texts in zip(parts, problems, strict=True) for number, text in enumerate(texts) if text]
+    found = [
+        (part.name, number, text)
+        for part, texts in zip(parts, problems, strict=True)
+        for number, text in enumerate(texts)
+        if text
+    ]
     if found and settings.bad_rows == "refuse":
         lines = [f"{name}, row {number} (the first is 0): {text}" for name, number, text in found[:NAMED]]
         more = f"\nand {len(found) - NAMED} more rows" if len(found) > NAMED else ""
-        raise ValueError("\n".join(lines) + f"{more}\nmend or remove them, or leave them out and count them: data.bad_rows: drop")
+        raise ValueError(
+            "\n".join(lines) + f"{more}\nmend or remove them, or leave them out and count them: data.bad_rows: drop"
+        )
     return dict(Counter(text for _, _, text in found).most_common())
 
 
-# --- splitting and mixing ---------------------------------------------------------------------------------------------------------
+# --- splitting and mixing ---------------------------------------------------------------------------------------------
 
 
-def _split(keys: Sequence[str], usable: np.ndarray, held_out: int, seed: int, grouped: bool = False) -> tuple[list[int], list[int]]:
+def _split(
+    keys: Sequence[str], usable: np.ndarray, held_out: int, seed: int, grouped: bool = False
+) -> tuple[list[int], list[int]]:
     """Indices to train on and indices held out; nothing whose key is held out is trained on.
 
-    Of every key that is held out one example is taken, so that the questions differ; `grouped`: all of them, as long as there is room.
+    Of every key that is held out one example is taken, so that the questions differ; `grouped`: all of them, as long as
+    there is room.
     """
     held: dict[str, list[int]] = {}
     order = np.random.default_rng(seed).permutation(len(keys)).tolist()
@@ -237,14 +264,22 @@ def _weighted(train: list[int], sizes: Sequence[int], weights: Sequence[float], 
     return taken
 
 
-def questions_of(part: Part, rows: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, system: str) -> list[Question]:
+def questions_of(
+    part: Part, rows: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, system: str
+) -> list[Question]:
     """Rows whose answers can be scored, as questions."""
     asked = [(part.rows[row]["prompt"], *part.answers[row]) for row in rows]
-    return [Question(encode_prompt(tokenizer, text, style, system), text, score, answer) for text, answer, score in asked]
+    return [
+        Question(encode_prompt(tokenizer, text, style, system), text, score, answer) for text, answer, score in asked
+    ]
 
 
 def _questions(
-    parts: Sequence[Part], styles: Sequence[str], held_out: Sequence[int], settings: Data, tokenizer: PreTrainedTokenizerBase
+    parts: Sequence[Part],
+    styles: Sequence[str],
+    held_out: Sequence[int],
+    settings: Data,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Question]:
     """The held-out examples whose answers can be scored."""
     found: list[Question] = []

@@ -1,8 +1,8 @@
 """From turns to tokens, and which of them are trained: the answers and the end-of-turn token after them.
 
-Where a tokenizer has a chat template, prompts are written with it. Otherwise a prompt style frames one question and its answer, and the
-answer ends with the eos token. A pad token is never needed: what fills a batch up is masked and its label is -100 (IGNORE), so that eos
-may stand for it without being trained or left untrained by it.
+Where a tokenizer has a chat template, prompts are written with it. Otherwise a prompt style frames one question and its
+answer, and the answer ends with the eos token. A pad token is never needed: what fills a batch up is masked and its
+label is -100 (IGNORE), so that eos may stand for it without being trained or left untrained by it.
 """
 
 import re
@@ -34,15 +34,18 @@ class Frame:
 _TASK = "Below is an instruction that describes a task"
 _RESPOND = "Write a response that appropriately completes the request.\n\n### Instruction:\n{question}\n\n"
 _CODER = (
-    "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses to user "
+    "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
+    "to user "
     "instructions.\n\n@@ Instruction\n{question}%s\n\n@@ Response\n"
 )
 FRAMES = {
     "plain": Frame("{question}", "{question}\n\n{context}"),
-    # https://github.com/tatsu-lab/stanford_alpaca; the answer on a line of its own, as in LLM-Adapters (arXiv 2304.01933)
+    # https://github.com/tatsu-lab/stanford_alpaca; the answer on a line of its own, as in LLM-Adapters (arXiv
+    # 2304.01933)
     "alpaca": Frame(
         f"{_TASK}. {_RESPOND}### Response:\n",
-        f"{_TASK}, paired with an input that provides further context. {_RESPOND}### Input:\n{{context}}\n\n### Response:\n",
+        f"{_TASK}, paired with an input that provides further context. {_RESPOND}### Input:\n{{context}}\n\n### "
+        "Response:\n",
     ),
     # MetaMath, arXiv 2309.12284
     "metamath": Frame(
@@ -60,7 +63,8 @@ def style_of(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto", without_t
         return CHAT if tokenizer.chat_template else without_template
     if wanted == CHAT and not tokenizer.chat_template:
         raise ValueError(
-            "data.prompt_style: chat needs a chat template and the tokenizer has none; give one with data.chat_template FILE.jinja, "
+            "data.prompt_style: chat needs a chat template and the tokenizer has none; give one with "
+            "data.chat_template FILE.jinja, "
             f"or choose from {', '.join(FRAMES)}"
         )
     return wanted
@@ -94,11 +98,14 @@ def encode(
     if turns[0].role == TEXT:
         return encode_text(tokenizer, turns[0].content)
     if style == CHAT:
-        return encode_messages(tokenizer, [{**turn.beside, "role": turn.role, "content": _whole(turn)} for turn in turns], train_on)
+        return encode_messages(
+            tokenizer, [{**turn.beside, "role": turn.role, "content": _whole(turn)} for turn in turns], train_on
+        )
     roles = [turn.role for turn in turns]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(
-            f"a conversation of {', '.join(roles)} does not fit data.prompt_style: {style}, which is one question and one answer; "
+            f"a conversation of {', '.join(roles)} does not fit data.prompt_style: {style}, which is one question and "
+            "one answer; "
             "use chat, with data.chat_template FILE.jinja if the tokenizer has no template"
         )
     system, user, answer = turns[0].content if len(turns) > 2 else "", turns[-2], turns[-1]
@@ -129,7 +136,9 @@ def _framed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) ->
     if not completion.strip():
         raise ValueError("the answer is empty")
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has neither a chat template nor an eos token to end the completion with; set one of them")
+        raise ValueError(
+            "the tokenizer has neither a chat template nor an eos token to end the completion with; set one of them"
+        )
     start, whole = _plain(tokenizer, prompt), _plain(tokenizer, prompt + completion)
     if whole[: len(start)] != start:  # a token would straddle the border, which never happens when answering: cut there
         whole = start + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
@@ -140,11 +149,15 @@ def _framed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) ->
 def encode_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], train_on: str = "all"
 ) -> tuple[list[int], list[bool]]:
-    """Every assistant turn is trained, or the last one. A template that marks its answers is believed; otherwise, with ids(n) the
+    """Every assistant turn is trained, or the last one.
+
+    A template that marks its answers is believed; otherwise, with ids(n) the
     tokens of the first n messages, the answer that is message n is what ids(n + 1) adds to ids(n) + generation prompt.
     """
     if not tokenizer.chat_template:
-        raise ValueError("messages need a chat template and the tokenizer has none; give one with data.chat_template FILE.jinja")
+        raise ValueError(
+            "messages need a chat template and the tokenizer has none; give one with data.chat_template FILE.jinja"
+        )
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last":
         answers = answers[-1:]
@@ -169,7 +182,8 @@ def encode_messages(
         borders.append((len(before), len(through)))
     trained = [False] * len(whole)
     for start, end in borders:
-        while eos in whole[start:end] and whole[end - 1] != eos:  # what the template writes after the end of turn is never generated
+        # what the template writes after the end of turn is never generated
+        while eos in whole[start:end] and whole[end - 1] != eos:
             end -= 1
         trained[start:end] = [True] * (end - start)
     return whole, trained
@@ -178,8 +192,8 @@ def encode_messages(
 def _cut_at_answers(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answers: list[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The conversation in pieces that end where answers begin and end, for a token would straddle such a border (the line end of the
-    template with the indentation of an answer), which never happens when answering.
+    """The conversation in pieces that end where answers begin and end, for a token would straddle such a border (the
+    line end of the template with the indentation of an answer), which never happens when answering.
     """
 
     def text(count: int, **options: Any) -> str:
@@ -188,10 +202,16 @@ def _cut_at_answers(
     conversation, ids, borders, done = text(len(messages)), [], [], 0
     for number in answers:
         before, through = text(number, add_generation_prompt=True), text(number + 1)
-        if not conversation.startswith(before) or not conversation.startswith(through) or not done <= len(before) <= len(through):
+        if (
+            not conversation.startswith(before)
+            or not conversation.startswith(through)
+            or not done <= len(before) <= len(through)
+        ):
             raise ValueError(
-                f"message {number}: the chat template does not render a conversation as the beginning of a longer one, so the tokens of "
-                "this answer cannot be told; mark the answers with {% generation %} in the template, or keep one answer a row"
+                f"message {number}: the chat template does not render a conversation as the beginning of a longer one, "
+                "so the tokens of "
+                "this answer cannot be told; mark the answers with {% generation %} in the template, or keep one "
+                "answer a row"
             )
         ids += _piece(tokenizer, conversation[done : len(before)])
         start = len(ids)
@@ -200,7 +220,10 @@ def _cut_at_answers(
         done = len(through)
     ids += _piece(tokenizer, conversation[done:])
     if tokenizer.decode(ids) != tokenizer.decode(_piece(tokenizer, conversation)):
-        raise ValueError("the tokenizer changes a text that is cut where its answers begin; mark the answers with {% generation %} instead")
+        raise ValueError(
+            "the tokenizer changes a text that is cut where its answers begin; mark the answers with {% generation %} "
+            "instead"
+        )
     return ids, borders
 
 

@@ -1,4 +1,6 @@
-"""From a row of a dataset to the turns of a conversation. Whatever cannot be read in full is a ValueError: nothing is guessed.
+"""From a row of a dataset to the turns of a conversation.
+
+Whatever cannot be read in full is a ValueError: nothing is guessed.
 
     alpaca              instruction, input (may be missing), output, system (may be missing)
     sharegpt            conversations: a list of {from, value}
@@ -12,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Row = dict[str, Any]
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 TEXT = "text"  # the role of a row that is no conversation
 
 
@@ -46,9 +55,14 @@ PRESETS = {
     "alpaca": Preset("tatsu-lab/alpaca", "alpaca", "alpaca"),
     "commonsense-170k": Preset("zwhe99/commonsense_170k", "alpaca", "alpaca"),
     "magicoder-evol-instruct": Preset(
-        "ise-uiuc/Magicoder-Evol-Instruct-110K", "prompt_completion", "magicoder", {"prompt": "instruction", "completion": "response"}
+        "ise-uiuc/Magicoder-Evol-Instruct-110K",
+        "prompt_completion",
+        "magicoder",
+        {"prompt": "instruction", "completion": "response"},
     ),
-    "metamathqa": Preset("meta-math/MetaMathQA", "prompt_completion", "metamath", {"prompt": "query", "completion": "response"}),
+    "metamathqa": Preset(
+        "meta-math/MetaMathQA", "prompt_completion", "metamath", {"prompt": "query", "completion": "response"}
+    ),
     "ultrachat": Preset("HuggingFaceH4/ultrachat_200k", "messages", "plain", split="train_sft"),
 }
 
@@ -63,7 +77,11 @@ def _alpaca(row: Row) -> list[Turn]:
     context, system = _text(row, "input", ""), _text(row, "system", "")
     if not instruction.strip():
         raise ValueError("the instruction is empty")
-    return [*([Turn("system", system)] if system else []), Turn("user", instruction, context), Turn("assistant", output)]
+    return [
+        *([Turn("system", system)] if system else []),
+        Turn("user", instruction, context),
+        Turn("assistant", output),
+    ]
 
 
 def _prompt_completion(row: Row) -> list[Turn]:
@@ -91,7 +109,9 @@ def _conversation(messages: Any, column: str, role: str, content: str) -> list[T
         if not isinstance(who, str) or who not in ROLES:
             raise ValueError(f"message {number}: the {role} {who!r} is none of {', '.join(ROLES)}")
         if not isinstance(text, str):
-            raise ValueError(f"message {number}: {content} is {'missing' if text is None else type(text).__name__ + ', not text'}")
+            raise ValueError(
+                f"message {number}: {content} is {'missing' if text is None else type(text).__name__ + ', not text'}"
+            )
         beside = {name: value for name, value in message.items() if name not in (role, content) and value is not None}
         turns.append(Turn(ROLES[who], text, beside=beside))
     return turns
@@ -120,7 +140,10 @@ def format_of(name: str, wanted: str, columns: dict[str, str], found: list[str])
     """The format of a dataset with these columns; ValueError if none or more than one fits."""
     for ours, theirs in columns.items():
         if theirs not in found:
-            raise ValueError(f"data.columns: {name} has no column {theirs!r} to take {ours} from; it has {', '.join(found) or 'none'}")
+            raise ValueError(
+                f"data.columns: {name} has no column {theirs!r} to take {ours} from; it has "
+                f"{', '.join(found) or 'none'}"
+            )
     there = {*found, *columns}
     formats = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
     fitting = [kind for kind, format in formats.items() if {*format.required} <= there]
@@ -129,8 +152,11 @@ def format_of(name: str, wanted: str, columns: dict[str, str], found: list[str])
     if not fitting:
         choices = "; ".join(f"{' and '.join(format.required)} ({kind})" for kind, format in formats.items())
         raise ValueError(
-            f"{name} has the columns {', '.join(found) or 'none'}; wanted: {choices}. Say which is which: data.columns {{prompt: question}}"
+            f"{name} has the columns {', '.join(found) or 'none'}; wanted: {choices}. Say which is which: data.columns "
+            f"{{prompt: question}}"
         )
     if len(fitting) > 1:
-        raise ValueError(f"{name} has the columns of the formats {' and '.join(fitting)}; set data.format to one of them")
+        raise ValueError(
+            f"{name} has the columns of the formats {' and '.join(fitting)}; set data.format to one of them"
+        )
     return fitting[0]

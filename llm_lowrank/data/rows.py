@@ -25,9 +25,16 @@ class Example:
 
 
 def encode_row(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, format: str, columns: dict[str, str], group: str, style: str, train_on: str,
-    system: str, max_length: int,
-) -> dict[str, Any]:  # fmt: skip
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    format: str,
+    columns: dict[str, str],
+    group: str,
+    style: str,
+    train_on: str,
+    system: str,
+    max_length: int,
+) -> dict[str, Any]:
     """The row as corpus.FEATURES: what is wrong with it, if it cannot be used, stands in `problem`."""
     try:
         turns = read(row, format, columns)
@@ -35,7 +42,9 @@ def encode_row(
             turns = [Turn("system", system), *turns]
         ids, trained = encode(tokenizer, turns, style, train_on)
         if not any(trained[1:]):
-            raise ValueError("the example has no completion token to train on; check the chat template or remove the row")
+            raise ValueError(
+                "the example has no completion token to train on; check the chat template or remove the row"
+            )
     except (ValueError, TemplateError) as error:
         why = " ".join(str(error).split())
         return {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "problem": why, "key": ""}
@@ -50,6 +59,12 @@ def encode_row(
 def row_options(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str) -> dict[str, Any]:
     """What encode_row needs beside the row."""
     return {
-        "tokenizer": tokenizer, "format": part.format, "columns": part.columns, "group": part.group, "style": style,
-        "train_on": settings.train_on, "system": settings.system, "max_length": settings.max_length,
-    }  # fmt: skip
+        "tokenizer": tokenizer,
+        "format": part.format,
+        "columns": part.columns,
+        "group": part.group,
+        "style": style,
+        "train_on": settings.train_on,
+        "system": settings.system,
+        "max_length": settings.max_length,
+    }

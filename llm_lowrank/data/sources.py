@@ -72,7 +72,9 @@ def check_read(settings: Data, parts: Sequence[Part]) -> None:
     if all(part.format == "text" for part in parts):
         for name in ("system", "prompt_style", "train_on", "chat_template"):
             if getattr(settings, name) != getattr(Data, name):
-                raise ValueError(f"data.{name} is for questions and answers and {settings.dataset} is plain text; remove it")
+                raise ValueError(
+                    f"data.{name} is for questions and answers and {settings.dataset} is plain text; remove it"
+                )
     if settings.preset != "none" and all(part.name in PRESETS for part in parts):
         raise ValueError(f"data.preset is for local copies and {settings.dataset} names its own; remove it")
 
@@ -82,7 +84,7 @@ def hint(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# --- files and the hub ------------------------------------------------------------------------------------------------------------
+# --- files and the hub ------------------------------------------------------------------------------------------------
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:
@@ -115,17 +117,23 @@ def _load(name: str, split: str, streaming: bool) -> Any:
 
 
 def _check_text(name: str, rows: Any, column: str) -> None:
-    """ValueError for a column of text and other things: `datasets` keeps such a column as JSON, and the text "5" would come back as 5."""
+    """ValueError for a column of text and other things: `datasets` keeps such a column as JSON, and the text "5" would
+    come back as 5.
+    """
     if not isinstance((rows.features or {}).get(column), datasets.Json):
         return
     where = ""
     for path in _files(Path(name).expanduser()):
         with path.open(encoding="utf-8-sig") as file:
             found = (json.loads(line) for line in file if line.strip()) if path.suffix == ".jsonl" else json.load(file)
-            other = next(((n, row[column]) for n, row in enumerate(found) if not isinstance(row.get(column), str | None)), None)
+            other = next(
+                ((n, row[column]) for n, row in enumerate(found) if not isinstance(row.get(column), str | None)), None
+            )
         if other and not where:
             where = f", {path.name}, row {other[0]} (the first is 0): it is {type(other[1]).__name__} there"
-    raise ValueError(f"{name}: the column {column} holds text and other things{where}; mend it, for texts would change on the way")
+    raise ValueError(
+        f"{name}: the column {column} holds text and other things{where}; mend it, for texts would change on the way"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -168,14 +176,16 @@ def _digest(name: str, rows: Any) -> str:
     return digest.hexdigest()
 
 
-# --- made here --------------------------------------------------------------------------------------------------------------------
+# --- made here --------------------------------------------------------------------------------------------------------
 
 
 def _stdlib_code() -> Part:
     pairs = stdlib_code.pairs()
     columns = {name: [getattr(pair, name) for pair in pairs] for name in ("module", "prompt", "completion")}
     content = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-    return Part(STDLIB_CODE, datasets.Dataset.from_dict(columns), "prompt_completion", {}, content=content, group="module")
+    return Part(
+        STDLIB_CODE, datasets.Dataset.from_dict(columns), "prompt_completion", {}, content=content, group="module"
+    )
 
 
 def _generated(name: str, settings: Data, seed: int) -> Part:
@@ -193,13 +203,17 @@ def _generate(dataset: str, settings: Data, seed: int) -> tuple[list[dict[str, A
     except ImportError as error:
         raise ValueError(f"{dataset} needs the reasoning-gym package: pip install 'llm-lowrank[demo]'") from error
     if settings.held_out >= settings.size:
-        raise ValueError(f"data.held_out={settings.held_out} must be smaller than data.size={settings.size}, for both come from it")
+        raise ValueError(
+            f"data.held_out={settings.held_out} must be smaller than data.size={settings.size}, for both come from it"
+        )
     name = dataset.removeprefix(REASONING_GYM)
     if name not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {name!r}{hint(name, DATASETS)}")
     known = {setting.name for setting in fields(DATASETS[name][1])} - {"seed", "size"}
     for key in settings.task.keys() - known:
-        raise ValueError(f"{dataset} has no setting {key!r}{hint(key, known)}; it has {', '.join(sorted(known)) or 'none'}")
+        raise ValueError(
+            f"{dataset} has no setting {key!r}{hint(key, known)}; it has {', '.join(sorted(known)) or 'none'}"
+        )
     # Entry i is drawn with seed + i: without spreading the seeds, neighbouring ones would give nearly the same entries.
     spread = random.Random(f"{REASONING_GYM}{seed}").getrandbits(31)
     try:

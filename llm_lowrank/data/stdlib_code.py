@@ -1,11 +1,13 @@
-"""Pairs of a function's head and its body, from the source of the Python that is running: a corpus of real code that needs no hub.
+"""Pairs of a function's head and its body, from the source of the Python that is running: a corpus of real code that
+needs no hub.
 
     prompt      the decorators, the signature and the docstring, with the line end after it
     completion  the body, indented as it stands below the prompt, comments included
 
-prompt + completion is the function as one would type it at the left margin. It is parsed again and compared with what stands in the file,
-so nothing is changed on the way; what cannot be moved to the margin unchanged is left out. What the corpus holds depends on the version
-of Python. `python -m llm_lowrank.data.stdlib_code` prints what was taken, and what was left out for which reason.
+prompt + completion is the function as one would type it at the left margin. It is parsed again and compared with what
+stands in the file, so nothing is changed on the way; what cannot be moved to the margin unchanged is left out. What the
+corpus holds depends on the version of Python. `python -m llm_lowrank.data.stdlib_code` prints what was taken, and what
+was left out for which reason.
 """
 
 import ast
@@ -22,7 +24,9 @@ COMPLETION = range(20, 2001)
 WORDS = 3  # of a docstring that says something
 
 # Test suites, programs with their own ways, other people's packages, tables and what the interpreter is built with.
-NOT_LIBRARY = set("test tests idle_test idlelib turtledemo lib2to3 encodings pydoc_data site-packages dist-packages".split())
+NOT_LIBRARY = set(
+    "test tests idle_test idlelib turtledemo lib2to3 encodings pydoc_data site-packages dist-packages".split()
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -36,7 +40,10 @@ class Pair:
 
 
 def pairs() -> list[Pair]:
-    """The pairs of the running Python's standard library, in the order of modules and lines. ValueError if it came without source."""
+    """The pairs of the running Python's standard library, in the order of modules and lines.
+
+    ValueError if it came without source.
+    """
     return collect(Path(sysconfig.get_path("stdlib")))[0]
 
 
@@ -54,7 +61,8 @@ def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
                 warnings.simplefilter("ignore", SyntaxWarning)  # of other people's escapes
                 source = handle.read()
                 tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # no encoding that Python knows, bytes that are not of it, Python of another version
+        # no encoding that Python knows, bytes that are not of it, Python of another version
+        except (SyntaxError, ValueError):
             left_out["file cannot be read as Python"] += 1
             continue
         lines = source.split("\n")  # as ast counts them: a form feed ends no line
@@ -73,7 +81,10 @@ def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
             bodies.add(body)
             taken.append(Pair(module, name, prompt, completion))
     if not taken:
-        raise ValueError(f"stdlib-code: no function with a docstring under {folder}; this Python came without the source of its library")
+        raise ValueError(
+            f"stdlib-code: no function with a docstring under {folder}; this Python came without the source of its "
+            "library"
+        )
     return taken, left_out
 
 
@@ -143,7 +154,9 @@ def _empty(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Raise):
         raised = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
         return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
-    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
 
 
 def _module(path: Path) -> str:

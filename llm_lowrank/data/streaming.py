@@ -1,7 +1,8 @@
 """Examples of a dataset that is read while it is trained on: nothing is stored, and its length is not known.
 
-Every rank reads and encodes the whole stream, which costs a processor little beside a training step, and takes its share of each global
-batch: so the batch of a step is the same on any hardware here too. Going on at a later step reads the stream up to it again.
+Every rank reads and encodes the whole stream, which costs a processor little beside a training step, and takes its
+share of each global batch: so the batch of a step is the same on any hardware here too. Going on at a later step reads
+the stream up to it again.
 """
 
 from collections import Counter
@@ -42,7 +43,9 @@ class Stream:
                 self.held_keys.add(encoded["key"])
                 self.held_out.append(_example(encoded))
         if len(self.held_out) < settings.held_out:
-            raise ValueError(f"{self.part.name}: data.held_out={settings.held_out} is more than the distinct examples in the stream")
+            raise ValueError(
+                f"{self.part.name}: data.held_out={settings.held_out} is more than the distinct examples in the stream"
+            )
 
     def examples(self) -> Iterator[Example]:
         """For ever, in another order each epoch."""
@@ -57,7 +60,9 @@ class Stream:
                 any_left = True
                 yield _example(encoded)
             if not any_left:
-                raise ValueError(f"{self.part.name}: the stream holds nothing to train on beyond the {len(self.held_out)} held out")
+                raise ValueError(
+                    f"{self.part.name}: the stream holds nothing to train on beyond the {len(self.held_out)} held out"
+                )
 
     def _usable(self, rows: Any, first: int) -> Iterator[dict[str, Any]]:
         in_a_row = 0
@@ -66,7 +71,8 @@ class Stream:
             reason = encoded["problem"] or ("" if encoded["trained"] else "no completion token left within max_length")
             if encoded["problem"] and self.settings.bad_rows == "refuse":
                 raise ValueError(
-                    f"{self.part.name}, row {number} of the stream as it is read: {encoded['problem']}; mend or remove it, or leave such "
+                    f"{self.part.name}, row {number} of the stream as it is read: {encoded['problem']}; mend or remove "
+                    "it, or leave such "
                     "rows out and count them: data.bad_rows: drop"
                 )
             if not reason:

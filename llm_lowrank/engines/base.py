@@ -3,8 +3,8 @@
 One contract, several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py), PyTorch FSDP2 (fsdp.py).
 Above this floor no code knows how many ranks there are; what takes a decision takes it on rank 0 and broadcasts it.
 
-A model comes without values, its parameters on the meta device. `wrap` asks for the rows that this rank will hold, module
-by module, and keeps nothing else: no rank ever holds the whole model because it was on its way to the others.
+A model comes without values, its parameters on the meta device. `wrap` asks for the rows that this rank will hold,
+module by module, and keeps nothing else: no rank ever holds the whole model because it was on its way to the others.
 
 Loss: `backward` wants this rank's share, such that the shares of all ranks and micro-batches sum to the loss of the
 global batch. Gradients are sums over ranks and micro-batches, whatever the library underneath divides by.
@@ -38,8 +38,8 @@ TIMEOUT, PATIENCE = 1800.0, 120.0  # seconds
 
 RELEASE = 2**25  # bytes
 
-# read(module name, module, {parameter name: rows of its dim 0}) -> those rows. All ranks ask for the modules in the same order,
-# each for its own rows, so that a reader may communicate.
+# read(module name, module, {parameter name: rows of its dim 0}) -> those rows. All ranks ask for the modules in the
+# same order, each for its own rows, so that a reader may communicate.
 Read = Callable[[str, nn.Module, dict[str, slice]], dict[str, Tensor]]
 
 
@@ -53,7 +53,9 @@ class LostContact(RuntimeError):
 
 @dataclass(frozen=True)
 class Optimization:
-    """What an engine needs to know to build and step the optimizer: AdamW, or Lion with the same decoupled weight decay."""
+    """What an engine needs to know to build and step the optimizer: AdamW, or Lion with the same decoupled weight
+    decay.
+    """
 
     learning_rate: float = 1e-4
     optim: Literal["adamw", "lion"] = "adamw"
@@ -71,7 +73,8 @@ class Local:
 
     start: int  # flat position of the run
     value: Tensor  # (numel,) the master value, a view of it outside of autograd
-    moments: dict[str, Tensor]  # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
+    # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
+    moments: dict[str, Tensor]
 
 
 @dataclass
@@ -124,7 +127,9 @@ def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
 
 
 def share(total: int, index: int, of: int) -> slice:
-    """The index-th of so many even shares of 0 .. total: ceil(total / of) each, so that the last may be smaller or empty."""
+    """The index-th of so many even shares of 0 .. total: ceil(total / of) each, so that the last may be smaller or
+    empty.
+    """
     size = -(-total // of)
     start = min(index * size, total)
     return slice(start, min(start + size, total))
@@ -134,17 +139,26 @@ class Engine(ABC):
     def __init__(self, timeout: float = TIMEOUT) -> None:
         """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-        timeout: seconds without progress after which a guarded run ends, see watch.py. The group's own is longer: it names nobody.
+        timeout: seconds without progress after which a guarded run ends, see watch.py. The group's own is longer: it
+        names nobody.
         """
         self.device = self._device()
         if not dist.is_initialized() and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or self.always_a_group):
-            for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            for key, value in (
+                ("RANK", "0"),
+                ("WORLD_SIZE", "1"),
+                ("LOCAL_RANK", "0"),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", "0"),
+            ):
                 os.environ.setdefault(key, value)
             try:
                 self._join(datetime.timedelta(seconds=timeout + PATIENCE))
             except dist.DistError as error:
                 who, where, reason = os.environ["RANK"], os.environ["MASTER_ADDR"], str(error).partition("\n")[0]
-                raise LostContact(f"rank {who} did not meet the others at {where}; did every node start? {reason}") from error
+                raise LostContact(
+                    f"rank {who} did not meet the others at {where}; did every node start? {reason}"
+                ) from error
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.main = self.rank == 0
@@ -173,7 +187,10 @@ class Engine(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
-        """Shards the model, fills it, builds the optimizer over its trainable parameters, returns what to call. Collective."""
+        """Shards the model, fills it, builds the optimizer over its trainable parameters, returns what to call.
+
+        Collective.
+        """
 
     @abstractmethod
     def weight(self, linear: FrozenLinear) -> Weight:
@@ -185,7 +202,10 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient(self, p: nn.Parameter) -> Tensor:
-        """The gradient of the same run: reduced, accumulated, unscaled, unclipped. Only between the last backward and step."""
+        """The gradient of the same run: reduced, accumulated, unscaled, unclipped.
+
+        Only between the last backward and step.
+        """
 
     @abstractmethod
     def whole(self, p: nn.Parameter) -> Tensor:
@@ -197,19 +217,27 @@ class Engine(ABC):
 
     @abstractmethod
     def put(self, p: nn.Parameter, slot: Slot) -> None:
-        """Writes every copy of p: the one of the forward, the master, the moments. The slot is the same on every rank. Collective."""
+        """Writes every copy of p: the one of the forward, the master, the moments.
+
+        The slot is the same on every rank. Collective.
+        """
 
     @abstractmethod
     def prime(self, steps: int) -> None:
-        """Gives an optimizer that has made no step the state of one that has made so many, its moments zero, to be `put`."""
+        """Gives an optimizer that has made no step the state of one that has made so many, its moments zero, to be
+        `put`.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of this micro-batch's share of the loss; reduces it at the last micro-batch of a step."""
+        """Accumulates the gradient of this micro-batch's share of the loss; reduces it at the last micro-batch of a
+        step.
+        """
 
     @abstractmethod
     def step(self, *rates: float) -> float:
-        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before clipping.
+        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before
+        clipping.
 
         Of a gradient that is not finite no step is made: no value and no moment changes.
         """
@@ -261,7 +289,10 @@ class Engine(ABC):
         return nn.Parameter(rows.to(self.device), p.requires_grad)
 
     def part(self, linear: FrozenLinear) -> Weight:
-        """Some rows of the frozen weight, such that the parts of all ranks cover W once: for statistics. No communication."""
+        """Some rows of the frozen weight, such that the parts of all ranks cover W once: for statistics.
+
+        No communication.
+        """
         whole = self.weight(linear)
         rows = share(linear.shape[0], self.rank, self.world)
         if self.shards_parameters or self.world == 1:
@@ -277,7 +308,10 @@ class Engine(ABC):
         return not self.sum(bad.double())
 
     def _fill(self, model: nn.Module, read: Read) -> None:
-        """Gives every parameter its values, one module at a time; a parameter of two modules is read once. Collective."""
+        """Gives every parameter its values, one module at a time; a parameter of two modules is read once.
+
+        Collective.
+        """
         model.register_forward_pre_hook(lambda *_: self.call() if model.training else self.beat())
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for name, module in model.named_modules():
@@ -296,8 +330,9 @@ class Engine(ABC):
     def release(self, nbytes: int) -> None:
         """Gives freed host memory back to the system, once so much has been worked on since the last time.
 
-        glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this a rank that loads 1.5 GB
-        peaked at nearly twice its bound (benchmarks/memory.py). After every small weight it would double the time of an exchange.
+        glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this a rank that
+        loads 1.5 GB peaked at nearly twice its bound (benchmarks/memory.py). After every small weight it would double
+        the time of an exchange.
         """
         self.worked_on += nbytes
         if self.worked_on >= RELEASE and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -308,8 +343,8 @@ class Engine(ABC):
     def edit(self, *params: nn.Parameter) -> Iterator[list[Slot]]:
         """Whole values and moments of some parameters; what the block leaves in them is written everywhere on exit.
 
-        All ranks must leave the same values. Shapes, dtypes and the identity of every Parameter stay. What was written is
-        read back from the optimizer's side here; whether the forward sees it, `whole` tells. Collective.
+        All ranks must leave the same values. Shapes, dtypes and the identity of every Parameter stay. What was written
+        is read back from the optimizer's side here; whether the forward sees it, `whole` tells. Collective.
         """
         slots = [self.slot(p) for p in params]
         shapes = [s.value.shape for s in slots]
@@ -322,7 +357,9 @@ class Engine(ABC):
                 run = slice(mine.start, mine.start + mine.value.numel())
                 assert torch.equal(mine.value, s.value.view(-1)[run]), "an edited master did not persist"
                 assert mine.moments.keys() == s.moments.keys(), (mine.moments.keys(), s.moments.keys())
-                assert all(torch.equal(v, s.moments[k].view(-1)[run]) for k, v in mine.moments.items()), "edited moments did not persist"
+                assert all(torch.equal(v, s.moments[k].view(-1)[run]) for k, v in mine.moments.items()), (
+                    "edited moments did not persist"
+                )
 
     def sum(self, t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Sum over ranks, those of a group or all, in place. Collective."""
@@ -383,13 +420,20 @@ class Engine(ABC):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Local work that can fail on one rank and not on another: if it fails anywhere, it fails everywhere. Collective."""
+        """Local work that can fail on one rank and not on another: if it fails anywhere, it fails everywhere.
+
+        Collective.
+        """
         error: Exception | None = None
         try:
             yield
         except Exception as e:  # noqa: BLE001 - told to every rank, then raised
             error = e
-        unexpected = "" if error is None or isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        unexpected = (
+            ""
+            if error is None or isinstance(error, (ValueError, OSError, ImportError))
+            else f"{type(error).__name__}: "
+        )
         messages = self.gather(None if error is None else f"{unexpected}{error}")
         first = next((rank for rank, message in enumerate(messages) if message is not None), None)
         if first == self.rank and error is not None:

@@ -18,7 +18,8 @@ class FrozenLinear(nn.Module):
     """
 
     rowwise = True  # whether what becomes of a row of x is the same wherever it stands and whatever stands beside it
-    borrows: tuple[nn.Module, ...] = ()  # modules whose parameters the forward reads too; a tuple, so that they are not registered here
+    # modules whose parameters the forward reads too; a tuple, so that they are not registered here
+    borrows: tuple[nn.Module, ...] = ()
 
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:
         super().__init__()
@@ -26,7 +27,9 @@ class FrozenLinear(nn.Module):
         self.codec = codec
         self.stored_rows = self.shape[0]
         self.part_names = tuple(codec.layout(self.shape[1]))
-        self._own(empty_parts(codec, *self.shape, "meta") if linear.weight.is_meta else codec.encode(linear.weight.data))
+        self._own(
+            empty_parts(codec, *self.shape, "meta") if linear.weight.is_meta else codec.encode(linear.weight.data)
+        )
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
 
     def _own(self, parts: dict[str, Tensor]) -> None:
@@ -34,7 +37,8 @@ class FrozenLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     def pad_rows(self, multiple: int) -> None:
-        """Room for rows of zeros up to a multiple, before values: then each of so many ranks holds whole rows of a coded W.
+        """Room for rows of zeros up to a multiple, before values: then each of so many ranks holds whole rows of a
+        coded W.
 
         A dense W is left alone, as its rows may be cut.
         """
@@ -61,7 +65,8 @@ class FrozenLinear(nn.Module):
 def persistent_size(model: nn.Module) -> int:
     """Elements up to which ZeRO-3 may leave a parameter gathered between uses: everything trained, but no frozen W.
 
-    What is trained can be larger than a W: LoSiA's rows of an output layer are larger than the projections of a small head.
+    What is trained can be larger than a W: LoSiA's rows of an output layer are larger than the projections of a small
+    head.
     """
     trained = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     weights = [max(part.numel() for part in m.parts()) for m in model.modules() if isinstance(m, FrozenLinear)]

@@ -1,8 +1,9 @@
-"""PyTorch FSDP2: every parameter a DTensor, cut along its rows.  https://arxiv.org/abs/2304.11277, torch.distributed.fsdp.fully_shard
+"""PyTorch FSDP2: every parameter a DTensor, cut along its rows.  https://arxiv.org/abs/2304.11277,
+torch.distributed.fsdp.fully_shard
 
-One group per decoder layer, gathered for its forward and backward, and a root group for the rest: embeddings, the output
-layer, the last norm, and whatever layers share, which stays gathered from the first forward to the last backward. Ranks
-form a mesh (replicas, shards); with one replica that is plain sharding, with more hybrid sharding.
+One group per decoder layer, gathered for its forward and backward, and a root group for the rest: embeddings, the
+output layer, the last norm, and whatever layers share, which stays gathered from the first forward to the last
+backward. Ranks form a mesh (replicas, shards); with one replica that is plain sharding, with more hybrid sharding.
 
 No mixed precision policy of FSDP's is used beyond float32 reduction: it would cast every floating parameter in its
 all-gather, the float32 pairs of the bank and a codec's scales with them. The backbone is stored in its dtype, codes and
@@ -33,7 +34,8 @@ class Sharding:
     """How FSDP2 spreads the model."""
 
     reshard_after_forward: bool = True
-    """free a layer's gathered parameters after its forward and gather them again for backward; false: more memory, less traffic"""
+    """free a layer's gathered parameters after its forward and gather them again for backward; false: more memory, less
+    traffic"""
     cpu_offload: bool = False
     """keep parameters, gradients and optimizer in host memory between uses"""
     shard_size: int = 0
@@ -45,7 +47,10 @@ class Sharding:
 
     def shards(self, world: int) -> int:
         if self.shard_size and world % self.shard_size:
-            raise ValueError(f"fsdp.shard_size ({self.shard_size}) does not divide the {world} ranks; take one that does, or 0 for all")
+            raise ValueError(
+                f"fsdp.shard_size ({self.shard_size}) does not divide the {world} ranks; take one that does, or 0 for "
+                "all"
+            )
         return self.shard_size or world
 
 
@@ -70,8 +75,8 @@ class FSDP(TorchEngine):
         for module in self.groups:  # gradients are sums over ranks
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        # The root stays gathered after a forward, for its backward. Without a backward to come it would stay so, and the module
-        # would answer with the gathered parameters, whose edits are lost.
+        # The root stays gathered after a forward, for its backward. Without a backward to come it would stay so, and
+        # the module would answer with the gathered parameters, whose edits are lost.
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._reshard())
         return model
 
@@ -82,7 +87,9 @@ class FSDP(TorchEngine):
             fully_shard,
             mesh=self.mesh,
             mp_policy=MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False),
-            offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.sharding.cpu_offload else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if self.sharding.cpu_offload
+            else OffloadPolicy(),
         )
         for layer in layers:
             shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
@@ -108,16 +115,21 @@ class FSDP(TorchEngine):
         assert isinstance(p, DTensor), "a parameter escaped sharding"
         local = rows.to(self._host, copy=True)
         return nn.Parameter(
-            DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()), p.requires_grad
+            DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()),
+            p.requires_grad,
         )
 
     def weight(self, linear: FrozenLinear) -> Weight:
         parts = {name: _local(part) for name, part in linear.named_parts().items()}
         rows = self._rows(next(iter(linear.named_parts().values())))
-        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, partial(self.sum, group=self.group))
+        return Weight.of_rows(
+            linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, partial(self.sum, group=self.group)
+        )
 
     def _run(self, p: nn.Parameter) -> tuple[int, slice]:
-        """Where this rank's run starts in the flattened p, and where it lies in the local tensor: replicas share the work."""
+        """Where this rank's run starts in the flattened p, and where it lies in the local tensor: replicas share the
+        work.
+        """
         run = share(_local(p).numel(), self.replica, self.replicas)
         width = p.numel() // max(1, p.shape[0])
         return self._rows(p).start * width + run.start, run
@@ -169,14 +181,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """What transformers says must not be split over devices."""
     found = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
     if not found:
-        raise ValueError(f"cannot tell the decoder layers of {type(model).__name__}, which transformers should name; use engine: deepspeed")
+        raise ValueError(
+            f"cannot tell the decoder layers of {type(model).__name__}, which transformers should name; use engine: "
+            "deepspeed"
+        )
     return found
 
 
 def _refuse_shared(model: nn.Module, layers: list[nn.Module]) -> None:
     """A parameter that layers share must belong to the root group, so that one module outside of the layers owns it.
 
-    FSDP2 swaps a parameter for its gathered values in the modules of one group only: in another group it would stay a shard.
+    FSDP2 swaps a parameter for its gathered values in the modules of one group only: in another group it would stay a
+    shard.
     """
     users: dict[nn.Parameter, set[int]] = defaultdict(set)
     for i, layer in enumerate(layers):
@@ -190,6 +206,7 @@ def _refuse_shared(model: nn.Module, layers: list[nn.Module]) -> None:
     for name, p in model.named_parameters():
         if len(users[p]) > 1:
             raise ValueError(
-                f"{name} is registered in several decoder layers, which FSDP2 cannot share; let one module outside of the layers own "
+                f"{name} is registered in several decoder layers, which FSDP2 cannot share; let one module outside of "
+                "the layers own "
                 "it, and let the layers read it from there"
             )

@@ -60,8 +60,9 @@ class Plain(TorchEngine):
         return norm
 
     def close(self) -> None:
-        # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go of the
-        # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without it the group goes first.
+        # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go
+        # of the interpreter lock that they may be waiting for: now and then a rank hung at its end. Without it the
+        # group goes first.
         ddp = getattr(self, "ddp", None)
         if ddp is not None:
             ddp.reducer = ddp.logger = None

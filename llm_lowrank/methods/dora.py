@@ -22,7 +22,9 @@ from llm_lowrank.numerics.pairs import Pairs
 
 
 class DirectionAdapter(PairAdapter):
-    """M is trained; |w_i| of the stored W is kept, so that |W + s B A| costs as much as r more tokens (functional.row_norms)."""
+    """M is trained; |w_i| of the stored W is kept, so that |W + s B A| costs as much as r more tokens
+    (functional.row_norms).
+    """
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, *settings: Any) -> None:
         super().__init__(name, linear, codec, *settings)

@@ -1,4 +1,5 @@
-"""DropLoRA: train with some of the pairs left out, others every time; answer with all.  https://arxiv.org/abs/2508.17337
+"""DropLoRA: train with some of the pairs left out, others every time; answer with all.
+https://arxiv.org/abs/2508.17337
 
     training    y = W x + s B ((A x) * M / (1 - p))          M = 0 with probability p, else 1
     answering   y = W x + s B A x                             which is LoRA
@@ -6,8 +7,9 @@
 What M is drawn for, `mask`:  token  each token and pair (the published code)     sample  each sample and pair
                               step   each pair of a module, once a step (the paper's text)    model  each pair number, once a step
 
-In `step` and `model` the dropped pairs are left out of the products: a larger p is a faster step. M of an entry is a hash of (seed, module,
-step, sample, token, pair) and nothing else: the same in a recomputed forward, after a resume and on any number of ranks.
+In `step` and `model` the dropped pairs are left out of the products: a larger p is a faster step. M of an entry is a
+hash of (seed, module, step, sample, token, pair) and nothing else: the same in a recomputed forward, after a resume and
+on any number of ranks.
 """
 
 from __future__ import annotations
@@ -64,9 +66,12 @@ class DropAdapter(PairAdapter):
     def kept_entries(self, x: Tensor) -> Tensor:
         """x (samples, tokens, n) or (tokens, n) -> 1 where an entry of A x is kept, 0 where not: (t, r)."""
         tokens = x.shape[-2] if x.ndim > 2 and self.mask == "token" else 1
-        samples = torch.tensor(self.samples, device=x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
+        samples = (
+            torch.tensor(self.samples, device=x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
+        )
         count = x.shape[0]
-        samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)  # the last batch of an epoch is filled up
+        # the last batch of an epoch is filled up
+        samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)
         key = int.from_bytes(digest(self.seed, self.name, self.step)[:7], "little")
         where = samples[:, None, None] * 2**20 + torch.arange(tokens, device=x.device)[:, None]  # (samples, tokens, 1)
         entry = mixed(mixed(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
@@ -75,7 +80,10 @@ class DropAdapter(PairAdapter):
 
 
 def mixed(x: Tensor) -> Tensor:
-    """Another int64 in which every bit depends on every bit: the finalizer of MurmurHash3. Integers are exact on every device."""
+    """Another int64 in which every bit depends on every bit: the finalizer of MurmurHash3.
+
+    Integers are exact on every device.
+    """
     for shift, factor in ((33, -49064778989728563), (33, -4265267296055464877), (33, 1)):
         x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
     return x
@@ -93,7 +101,8 @@ class DropLoRA(LoRA):
     p: float = 0.5
     """probability that a pair is left out"""
     mask: Mask = "token"
-    """what it is drawn for: token or sample (and pair), step (each pair of a module, once a step) or model (the same for all modules)"""
+    """what it is drawn for: token or sample (and pair), step (each pair of a module, once a step) or model (the same
+    for all modules)"""
     use_dora: bool = False
     """train the lengths of W's rows too, as method.type: dora"""
 

@@ -1,6 +1,7 @@
 """LoRA: y = W x + s B A x, W frozen, B zero at the start.  https://arxiv.org/abs/2106.09685
 
-With use_rslora s = alpha / sqrt(rank), so that the learning does not slow down as the rank grows.  https://arxiv.org/abs/2312.03732
+With use_rslora s = alpha / sqrt(rank), so that the learning does not slow down as the rank grows.
+https://arxiv.org/abs/2312.03732
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranks = {"method.rank": self.rank, **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()}}
+        ranks = {
+            "method.rank": self.rank,
+            **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()},
+        }
         for setting, rank in ranks.items():
             if rank < 1:
                 raise ValueError(f"{setting} must be at least 1, not {rank}")
-        alphas = {"method.alpha": self.alpha, **{f"method.alpha_pattern[{key}]": alpha for key, alpha in self.alpha_pattern.items()}}
+        alphas = {
+            "method.alpha": self.alpha,
+            **{f"method.alpha_pattern[{key}]": alpha for key, alpha in self.alpha_pattern.items()},
+        }
         for setting, alpha in alphas.items():
             if alpha is not None and alpha <= 0:
                 raise ValueError(f"{setting} must be positive, not {alpha}")
@@ -50,7 +57,8 @@ class LoRA(Method):
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(
-                        f"method.{setting}: {pattern!r} is not a regular expression ({error}); write .* for any characters"
+                        f"method.{setting}: {pattern!r} is not a regular expression ({error}); write .* for any "
+                        "characters"
                     ) from None
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be in [0, 1), not {self.dropout}")
@@ -96,7 +104,9 @@ class LoRA(Method):
         for setting in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, setting):
                 if not any(matching({pattern: True}, adapter.name, False) for adapter in adapters):
-                    raise ValueError(f"method.{setting}: {pattern!r} matches none of the {len(adapters)} adapted modules")
+                    raise ValueError(
+                        f"method.{setting}: {pattern!r} matches none of the {len(adapters)} adapted modules"
+                    )
 
     def peft(self) -> dict[str, Any]:
         alpha = self.rank if self.alpha is None else self.alpha

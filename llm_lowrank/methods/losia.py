@@ -3,17 +3,21 @@
     y = x W^T + x_Y S^T placed at the outputs X                S (p, q) trained, W[X, Y] + S is what the layer computes with
     dS = g_X^T x_Y                                             LoSiA-Pro: the compact gradient, never dL/dW; of x only x_Y is kept
 
-Slots of `period` steps belong to the layers in turn. In its slot a layer records the importance of all its entries, from dL/dW:
+Slots of `period` steps belong to the layers in turn. In its slot a layer records the importance of all its entries,
+from dL/dW:
 
     I = |w dL/dw - (w dL/dw)^2 / 2|      mean, spread: moving averages (importance.py)      Q = mean * spread
 
-At the end of its slot it chooses rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy choices. Then W[X, Y] += S
-(or, where W cannot be written, S stays beside it as a live block), S = 0 at the new place, its moments start anew, its rate warms up.
+At the end of its slot it chooses rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy choices.
+Then W[X, Y] += S (or, where W cannot be written, S stays beside it as a live block), S = 0 at the new place, its
+moments start anew, its rate warms up.
 
-m out, n in, |X| = p = floor(factor m), |Y| = q = floor(factor n). Of the output layer X is chosen alone, floor(output_factor m) rows.
+m out, n in, |X| = p = floor(factor m), |Y| = q = floor(factor n). Of the output layer X is chosen alone,
+floor(output_factor m) rows.
 
-The published code writes S into W at every step. Here S is the change since the slot began, as float32: a bfloat16 W is rounded once a slot
-instead of at every step, a coded W is never touched, and no rank writes its shard of W while training. docs/design/0003 has the comparison.
+The published code writes S into W at every step. Here S is the change since the slot began, as float32: a bfloat16 W is
+rounded once a slot instead of at every step, a coded W is never touched, and no rank writes its shard of W while
+training. docs/design/0003 has the comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ class Subnet(Adapter):
     X and Y are in `memory`: numbers of rows and columns, in ascending order, the same on every rank.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int, size: tuple[int, int], live: int, pro: bool) -> None:
+    def __init__(
+        self, name: str, linear: nn.Linear, codec: Codec, seed: int, size: tuple[int, int], live: int, pro: bool
+    ) -> None:
         super().__init__(name, linear, codec, seed)
         self.size, self.live, self.pro = size, live, pro
         self.S = self.factor(*size)
@@ -56,7 +62,8 @@ class Subnet(Adapter):
         for axis, (key, count) in enumerate(zip(("rows", "columns"), size, strict=True)):
             with torch.device("cpu"):
                 self.memory[key] = torch.randperm(self.shape[axis], generator=random)[:count].sort().values
-        self.memory["live_rows"] = self.memory["rows"].new_zeros(0, size[0])  # of the blocks that are filled, in their order
+        # of the blocks that are filled, in their order
+        self.memory["live_rows"] = self.memory["rows"].new_zeros(0, size[0])
         self.memory["live_columns"] = self.memory["columns"].new_zeros(0, size[1])
         self.record: Record | None = None  # what the next backward tells about dL/dW
         self.dense: Tensor | None = None  # sum of it over this rank's micro-batches
@@ -76,7 +83,9 @@ class Subnet(Adapter):
         at = self.memory["rows"], self.memory["columns"]
         record = self.record if self.training else None
         if self.pro:
-            return _SubnetLinear.apply(x, self.S, self.bank_S, self.bias, *at, self.places(), self.decode, record, *self.parts())
+            return _SubnetLinear.apply(
+                x, self.S, self.bank_S, self.bias, *at, self.places(), self.decode, record, *self.parts()
+            )
         w = self.decode(*self.parts())  # what Pro must equal: dL/dW of the whole W by autograd, then its block
         for rows, row, column in self.places():
             assert self.bank_S is not None
@@ -108,19 +117,31 @@ class Subnet(Adapter):
 
 
 class _SubnetLinear(torch.autograd.Function):
-    """y = x W^T + sum over S and the live blocks of (x_Y S^T at X) + b. Kept of x: x_Y, or x while dL/dW is recorded."""
+    """y = x W^T + sum over S and the live blocks of (x_Y S^T at X) + b.
+
+    Kept of x: x_Y, or x while dL/dW is recorded.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, S: Tensor, blocks: Tensor | None, bias: Tensor | None, rows: Tensor, columns: Tensor,
-        places: list[tuple[slice, Tensor, Tensor]], decode: Decode, record: Record | None, *parts: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        S: Tensor,
+        blocks: Tensor | None,
+        bias: Tensor | None,
+        rows: Tensor,
+        columns: Tensor,
+        places: list[tuple[slice, Tensor, Tensor]],
+        decode: Decode,
+        record: Record | None,
+        *parts: Tensor,
+    ) -> Tensor:
         ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
         ctx.places, ctx.decode, ctx.record = places, decode, record
         with torch.autocast(x.device.type, enabled=False):
-            flat = flat_rows(x.to(ctx.dtype))                                       # (t, n)
-            y = base_linear(flat, decode(*parts), bias)                             # (t, m)
-            x_Y = _columns(flat, columns)                                           # (t, q)
+            flat = flat_rows(x.to(ctx.dtype))  # (t, n)
+            y = base_linear(flat, decode(*parts), bias)  # (t, m)
+            x_Y = _columns(flat, columns)  # (t, q)
             _add_columns_(y, rows, x_Y @ S.to(ctx.dtype).T)
             for at, X, Y in places:
                 assert blocks is not None
@@ -135,10 +156,10 @@ class _SubnetLinear(torch.autograd.Function):
         read, S, blocks, rows, columns, *parts = ctx.saved_tensors
         dx = dS = None
         with torch.autocast(g.device.type, enabled=False):
-            flat = flat_rows(g.to(ctx.dtype))                                       # (t, m)
-            g_X = _columns(flat, rows)                                              # (t, p)
+            flat = flat_rows(g.to(ctx.dtype))  # (t, m)
+            g_X = _columns(flat, rows)  # (t, p)
             if ctx.needs_input_grad[0]:
-                dx = flat @ ctx.decode(*parts).to(ctx.dtype)                        # (t, n)
+                dx = flat @ ctx.decode(*parts).to(ctx.dtype)  # (t, n)
                 _add_columns_(dx, columns, g_X @ S.to(ctx.dtype))
                 for at, X, Y in ctx.places:
                     _add_columns_(dx, Y, _columns(flat, X) @ blocks[at].to(ctx.dtype))
@@ -147,7 +168,7 @@ class _SubnetLinear(torch.autograd.Function):
                 if ctx.record is not None:
                     ctx.record(flat, read)
                     read = _columns(read, columns)
-                dS = (g_X.T @ read).to(S.dtype)                                     # (p, q)
+                dS = (g_X.T @ read).to(S.dtype)  # (p, q)
         return dx, dS, *(None for _ in range(7)), *(None for _ in parts)
 
 
@@ -162,7 +183,7 @@ def _add_columns_(y: Tensor, at: Tensor, more: Tensor) -> None:
         y.index_add_(1, at, more)
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------------------
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
 def localize(q: Tensor, part: Weight, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -202,7 +223,7 @@ def _among(at: Tensor, total: int) -> Tensor:
     return found
 
 
-# --- the method -------------------------------------------------------------------------------------------------------------------
+# --- the method -------------------------------------------------------------------------------------------------------
 
 
 @Method.register_subclass("losia")
@@ -213,7 +234,8 @@ class LoSiA(Method):
     factor: float = 0.125
     """share of the rows and of the columns of a weight that is trained (the paper's p)"""
     output_factor: float = 0.125
-    """share of the rows of the output layer that is trained (the paper's p_o); 0: none. A layer tied to the embeddings needs 0"""
+    """share of the rows of the output layer that is trained (the paper's p_o); 0: none. A layer tied to the embeddings
+    needs 0"""
     period: int = 100
     """steps of a slot; every layer moves once in period x number of layers steps"""
     importance: Importance = "mix"
@@ -225,7 +247,8 @@ class LoSiA(Method):
     rewarm_steps: int = -1
     """steps over which a layer's rate warms up after it has moved; -1: as many as period, 0: none"""
     into: Into = "auto"
-    """where a trained block goes when the layer moves: into the weight, or into a bank of live blocks; auto: weight if it is dense"""
+    """where a trained block goes when the layer moves: into the weight, or into a bank of live blocks; auto: weight if
+    it is dense"""
     max_live_blocks: int = 4
     """blocks of a layer that the bank has room for"""
     moments: Literal["seeded", "zeroed"] = "seeded"
@@ -253,8 +276,12 @@ class LoSiA(Method):
         return self.max_export_rank
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        """Mean and spread of one layer's entries, and the sum of its gradients over this rank's micro-batches; all float32."""
-        layers = [sum(4 * a.shape[0] * a.shape[1] for a in adapters if a.group == group) for group in range(_groups(adapters))]
+        """Mean and spread of one layer's entries, and the sum of its gradients over this rank's micro-batches; all
+        float32.
+        """
+        layers = [
+            sum(4 * a.shape[0] * a.shape[1] for a in adapters if a.group == group) for group in range(_groups(adapters))
+        ]
         return 2 * max(layers), max(layers)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
@@ -262,31 +289,43 @@ class LoSiA(Method):
         if self.output_factor == 0:
             named = next((name for name, module in found.items() if module is output), None)
             if named is not None:
-                raise ValueError(f"method.target_modules names {named}, the output layer, of which method.output_factor: 0 trains nothing")
+                raise ValueError(
+                    f"method.target_modules names {named}, the output layer, of which method.output_factor: 0 trains "
+                    "nothing"
+                )
             return found
-        name, layer = next(((k, m) for k, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), (None, None))
+        name, layer = next(
+            ((k, m) for k, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), (None, None)
+        )
         if name is None or layer is None:
             raise ValueError("method.output_factor is above 0, but the model has no linear output layer; set it to 0")
         if _shared(model, layer):
             raise ValueError(
-                f"method.output_factor: {name} shares its weight with the embeddings, which would change too; set method.output_factor: 0"
+                f"method.output_factor: {name} shares its weight with the embeddings, which would change too; set "
+                "method.output_factor: 0"
             )
         return found | {name: layer}
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         m, n = linear.weight.shape
-        output = self.output_factor > 0 and _layer(name) < 0  # outside of the decoder layers there is the output layer alone
+        # outside of the decoder layers there is the output layer alone
+        output = self.output_factor > 0 and _layer(name) < 0
         size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
         if 0 in size:
             setting = "output_factor" if output else "factor"
             raise ValueError(
-                f"{name}: method.{setting} {getattr(self, setting)} of its {m} x {n} weight is less than one row or column; raise it"
+                f"{name}: method.{setting} {getattr(self, setting)} of its {m} x {n} weight is less than one row or "
+                "column; raise it"
             )
-        bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)  # a block is rounded once, bf16 or not
+        # a block is rounded once, bf16 or not
+        bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)
         return Subnet(name, linear, codec, seed, size, self.max_live_blocks if bank else 0, self.pro)
 
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order. A group owns every N-th slot."""
+        """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order.
+
+        A group owns every N-th slot.
+        """
         order = sorted({_layer(adapter.name) for adapter in adapters})
         for adapter in adapters:
             adapter.group = order.index(_layer(adapter.name))
@@ -295,10 +334,14 @@ class LoSiA(Method):
         """The ends of all slots but one at the end of the run, after which nothing could be learned any more."""
         count = _groups(adapters)
         for group in range(count):
-            moves, live = len(self.moves(group, count, total_steps - 1)), min((a.live for a in _subnets(adapters) if a.live), default=0)
+            moves, live = (
+                len(self.moves(group, count, total_steps - 1)),
+                min((a.live for a in _subnets(adapters) if a.live), default=0),
+            )
             if live and moves > live:
                 raise ValueError(
-                    f"every layer moves {moves} times in {total_steps} steps, and the bank has room for {live} blocks; raise method.period "
+                    f"every layer moves {moves} times in {total_steps} steps, and the bank has room for {live} blocks; "
+                    "raise method.period "
                     f"to {(total_steps - 1) // (count * live + 1) + 1} or more, or method.max_live_blocks to {moves}"
                 )
         return tuple(range(self.period, total_steps, self.period))
@@ -311,7 +354,9 @@ class LoSiA(Method):
         """The group whose slot a 0-based step lies in."""
         return step // self.period % groups
 
-    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+    def rates(
+        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
+    ) -> list[float]:
         """rate(step) min(1, (step - t0 + 1) / rewarm_steps), t0 the last move of the group, if it has moved."""
         count, ramp = _groups(adapters), self.period if self.rewarm_steps < 0 else self.rewarm_steps
         moved = [self.moves(group, count, step)[-1:] for group in range(count)]
@@ -347,7 +392,9 @@ class LoSiA(Method):
             adapter.dense = None
 
     def entries(self, adapter: Subnet, engine: Engine, part: Weight) -> Tensor:
-        """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank. Collective."""
+        """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank.
+        Collective.
+        """
         w = part.read()
         for block in adapter.beside(engine.whole):
             w = w + block.of_rows(part.rows)  # not in place: a float32 W is read in place
@@ -361,7 +408,9 @@ class LoSiA(Method):
             mean, spread = adapter.memory.pop("mean"), adapter.memory.pop("spread")
             q = mean * spread
             if not engine.sum(q.isfinite().all().logical_not().double()) == 0:
-                raise RuntimeError(f"{adapter.name}: importance is not finite; a gradient was NaN or infinite in this slot")
+                raise RuntimeError(
+                    f"{adapter.name}: importance is not finite; a gradient was NaN or infinite in this slot"
+                )
             rows, columns = localize(q, engine.part(adapter), adapter.size)
             chosen += [rows, columns]
             events.append(move_(engine, adapter, rows, columns, self.moments))
@@ -386,13 +435,17 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
         filled, p = len(adapter.memory["live_rows"]), adapter.size[0]
         assert filled < adapter.live, f"{adapter.name}: the bank is full"
         with engine.edit(adapter.bank_S) as (bank,):
-            assert not bank.value[filled * p : (filled + 1) * p].any(), f"{adapter.name}: a slot of the bank is not empty"
+            assert not bank.value[filled * p : (filled + 1) * p].any(), (
+                f"{adapter.name}: a slot of the bank is not empty"
+            )
             bank.value[filled * p : (filled + 1) * p] = trained
         for key, at in zip(("live_rows", "live_columns"), old, strict=True):
             adapter.memory[key] = torch.cat([adapter.memory[key], at[None]])
     adapter.memory["rows"], adapter.memory["columns"] = rows, columns
     drift = checked_drift(adapter, before, _applied(adapter, engine, x), exact=adapter.bank_S is not None)
-    return Exchanged(adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries")
+    return Exchanged(
+        adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries"
+    )
 
 
 def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
@@ -405,7 +458,9 @@ def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
 
 def _shared(model: nn.Module, layer: nn.Linear) -> bool:
     """Whether another module has the same weight."""
-    return any(p is layer.weight for module in model.modules() if module is not layer for p in module.parameters(recurse=False))
+    return any(
+        p is layer.weight for module in model.modules() if module is not layer for p in module.parameters(recurse=False)
+    )
 
 
 def _subnets(adapters: Sequence[Adapter]) -> list[Subnet]:

@@ -1,6 +1,6 @@
 """PiSSA: train the principal pairs of W, freeze the rest.  https://arxiv.org/abs/2404.02948 eqs. 2-4
 
-    W = U diag(S) V^T      B = U[:, :r] sqrt(S[:r] / s)      A = sqrt(S[:r] / s) V[:, :r]^T      W <- W - s B A
+W = U diag(S) V^T      B = U[:, :r] sqrt(S[:r] / s)      A = sqrt(S[:r] / s) V[:, :r]^T      W <- W - s B A
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class PiSSA(LoRA):
     svd_placement: Literal["rank0", "spread"] = "rank0"
     """who decomposes: rank 0 for all modules, or every rank its share; the result is the same"""
     svd_cache: str = "auto"
-    """folder that remembers singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none"""
+    """folder that remembers singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none
+    """
     svd_seed: int = 0
     """seed of the randomized SVD"""
 
@@ -67,7 +68,13 @@ class PiSSA(LoRA):
         w = adapter.source()
         if tuple(w.shape) != adapter.shape:
             raise ValueError(f"{adapter.name}: the checkpoint holds {tuple(w.shape)}, the model {adapter.shape}")
-        cache = cache_dir() / "svd" if self.svd_cache == "auto" else Path(self.svd_cache).expanduser() if self.svd_cache else None
+        cache = (
+            cache_dir() / "svd"
+            if self.svd_cache == "auto"
+            else Path(self.svd_cache).expanduser()
+            if self.svd_cache
+            else None
+        )
         return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache, device)
 
 

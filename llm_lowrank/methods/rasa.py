@@ -1,12 +1,14 @@
 """RaSA: y_i = W_i x + B_i (d_i * A_i x) + B_S (e_i * A_S x).  https://arxiv.org/abs/2503.12576
 
-Each of the L layers of a module type gives k of its r ranks to a pool; all of them use the whole pool, each with weights of its own.
+Each of the L layers of a module type gives k of its r ranks to a pool; all of them use the whole pool, each with
+weights of its own.
 
     A_i (r - k, n), B_i (m, r - k)    of layer i alone             d_i (r - k)    its weights, trained
     A_S (L k, n),   B_S (m, L k)      the pool, one for the type   e_i (L k)      layer i's weights of the pool, trained
 
-The trained parameters are those of LoRA and the weights; a layer's change has rank r - k + L k. There is no other scale: alpha is in the
-start of d and e. The two products are computed apart, since joining them would copy the pool in every forward.
+The trained parameters are those of LoRA and the weights; a layer's change has rank r - k + L k. There is no other
+scale: alpha is in the start of d and e. The two products are computed apart, since joining them would copy the pool in
+every forward.
 """
 
 from __future__ import annotations
@@ -40,17 +42,26 @@ class RaSA(LoRA):
     k: int | None = None
     """pairs of a module that go to the pool; by default rank / 8, at least 1"""
     d_init: Literal["paper", "lora"] = "paper"
-    """start of the weights; paper: half of alpha spread over the layer's own pairs, half over the pool; lora: alpha / rank each"""
+    """start of the weights; paper: half of alpha spread over the layer's own pairs, half over the pool; lora: alpha /
+    rank each"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_rslora:
-            raise ValueError("method.use_rslora cannot be used with rasa: it has no scale, alpha is in the start of d and e; remove it")
+            raise ValueError(
+                "method.use_rslora cannot be used with rasa: it has no scale, alpha is in the start of d and e; remove "
+                "it"
+            )
         if self.k is not None:
-            ranks = {"method.rank": self.rank, **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()}}
+            ranks = {
+                "method.rank": self.rank,
+                **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()},
+            }
             for setting, rank in ranks.items():
                 if not 0 <= self.k <= rank:
-                    raise ValueError(f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}")
+                    raise ValueError(
+                        f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}"
+                    )
 
     def pooled(self, rank: int) -> int:
         """k, of so many pairs."""
@@ -59,7 +70,9 @@ class RaSA(LoRA):
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         rank = self.rank_of(name)
         self.check_fits("rank", rank, name, linear)
-        return RaSALayer(name, linear, codec, rank, self.pooled(rank), self.scale_of(name) * rank, self.d_init, self.dropout, seed)
+        return RaSALayer(
+            name, linear, codec, rank, self.pooled(rank), self.scale_of(name) * rank, self.d_init, self.dropout, seed
+        )
 
     def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
         super().attached(model, adapters)
@@ -87,13 +100,16 @@ def _check_agree(layers: list[RaSALayer]) -> None:
     other = next((layer for layer in layers if layer.rank != first.rank), None)
     if other is not None:
         raise ValueError(
-            f"method.rank_pattern: {first.name} has rank {first.rank} and {other.name} rank {other.rank}, but they share a pool; "
+            f"method.rank_pattern: {first.name} has rank {first.rank} and {other.name} rank {other.rank}, but they "
+            "share a pool; "
             "give all layers of a module type the same rank"
         )
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:
-    """`name`, or with a number behind it: layers of a type may differ in shape, and types in what is before their last name."""
+    """`name`, or with a number behind it: layers of a type may differ in shape, and types in what is before their last
+    name.
+    """
     return next(new for i in count(1) if (new := name if i == 1 else f"{name}{i}") not in taken)
 
 
@@ -115,10 +131,22 @@ class Pool(Shared):
 
 
 class RaSALayer(Adapter):
-    """One of the L layers. With k = 0 it has no e and no pool, with k = r no A, B, d: there are no parameters without elements."""
+    """One of the L layers.
+
+    With k = 0 it has no e and no pool, with k = r no A, B, d: there are no parameters without elements.
+    """
 
     def __init__(
-        self, name: str, linear: nn.Linear, codec: Codec, rank: int, pooled: int, alpha: float, d_init: str, dropout: float, seed: int
+        self,
+        name: str,
+        linear: nn.Linear,
+        codec: Codec,
+        rank: int,
+        pooled: int,
+        alpha: float,
+        d_init: str,
+        dropout: float,
+        seed: int,
     ) -> None:
         super().__init__(name, linear, codec, seed)
         (m, n), own = self.shape, rank - pooled

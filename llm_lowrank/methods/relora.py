@@ -4,8 +4,9 @@
     the optimizer             of the moments of A and B the largest 1 - prune_ratio stay, the others become 0
     the rate                  after a restart  rate(t) min(1, (t - restart + 1) / restart_warmup)       a jagged cosine
 
-Where W cannot hold a small update the old pairs are kept beside it, in a bank of fixed capacity; a full one is compressed to leave
-room for the next, and the error of that is printed. Where the paper is silent: no restart that leaves no step at the full rate.
+Where W cannot hold a small update the old pairs are kept beside it, in a bank of fixed capacity; a full one is
+compressed to leave room for the next, and the error of that is printed. Where the paper is silent: no restart that
+leaves no step at the full rate.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class ReLoRA(LoRA):
     restart_warmup: int = 50
     """steps of linear warm-up after a restart, towards the rate of the recipe (the paper: 50 to 100)"""
     into: Into = "auto"
-    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else bank"""
+    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
+    bank"""
     bank_pairs: int | None = None
-    """pairs that the bank has room for, more than rank (of a module with another rank in proportion); by default 2 rank"""
+    """pairs that the bank has room for, more than rank (of a module with another rank in proportion); by default 2 rank
+    """
     moments: Moments = "pruned"
-    """optimizer state at a restart: the largest entries stay, or second moments become their mean (seeded), or all is zeroed"""
+    """optimizer state at a restart: the largest entries stay, or second moments become their mean (seeded), or all is
+    zeroed"""
     prune_ratio: float = 0.99
     """share of each moment that `moments: pruned` sets to zero, smallest first"""
 
@@ -48,17 +52,22 @@ class ReLoRA(LoRA):
         if self.restart_warmup < 0:
             raise ValueError(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
         if self.interval <= self.restart_warmup:
-            raise ValueError(f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})")
+            raise ValueError(
+                f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})"
+            )
         if self.bank_pairs is not None and self.bank_pairs <= self.rank:
             raise ValueError(
-                f"method.bank_pairs ({self.bank_pairs}) must be more than method.rank ({self.rank}): a restart fills rank of them, and "
+                f"method.bank_pairs ({self.bank_pairs}) must be more than method.rank ({self.rank}): a restart fills "
+                "rank of them, and "
                 "what was frozen before needs some, too"
             )
         if not 0 <= self.prune_ratio <= 1:
             raise ValueError(f"method.prune_ratio must be in [0, 1], not {self.prune_ratio}")
 
     def bank_of(self, rank: int) -> int:
-        """Pairs that the bank beside so many trainable ones has room for: bank_pairs / self.rank times as many, rounded up."""
+        """Pairs that the bank beside so many trainable ones has room for: bank_pairs / self.rank times as many, rounded
+        up.
+        """
         return 2 * rank if self.bank_pairs is None else -(-self.bank_pairs * rank // self.rank)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
@@ -74,12 +83,15 @@ class ReLoRA(LoRA):
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         if not self.restarts(total_steps):
             raise ValueError(
-                f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no restart in a run of "
+                f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no "
+                "restart in a run of "
                 f"{total_steps} steps; lower them, train longer or set method.type: lora"
             )
         return tuple(self.restarts(total_steps))
 
-    def rates(self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]) -> list[float]:
+    def rates(
+        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
+    ) -> list[float]:
         done = [restart for restart in self.restarts(total_steps) if restart <= step]
         warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
         return [rate(step) * warm]
@@ -93,16 +105,23 @@ class ReLoRA(LoRA):
         layers = paired(adapters)
         fresh = [fresh_pairs(adapter, step) for adapter in layers]
         engine.same("the fresh pairs", *(pairs.A for pairs in fresh))
-        return Exchanged.total([self._restart(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)])
+        return Exchanged.total(
+            [self._restart(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)]
+        )
 
     def _restart(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
         slots, lost = self._room(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
         every = torch.arange(adapter.rank)
-        event = exchange_(engine, adapter, every, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio)
+        event = exchange_(
+            engine, adapter, every, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio
+        )
         return replace(event, lost=event.lost + lost)  # one of the two is 0
 
     def _room(self, adapter: PairAdapter, engine: Engine) -> tuple[slice, float]:
-        """The next empty slots of the bank, which are taken, and what compressing it took if it was full. Collective."""
+        """The next empty slots of the bank, which are taken, and what compressing it took if it was full.
+
+        Collective.
+        """
         assert adapter.bank_A is not None
         capacity, used, lost = self.bank_of(adapter.rank), int(adapter.memory["used"]), 0.0
         if used + adapter.rank > capacity:
@@ -114,4 +133,6 @@ class ReLoRA(LoRA):
 def fresh_pairs(adapter: PairAdapter, step: int) -> Pairs:
     """Random A, B = 0, the same on every rank."""
     m, n = adapter.shape
-    return Pairs(torch.zeros(m, adapter.rank), uniform_rows(adapter.rank, n, generator(adapter.seed, adapter.name, step)))
+    return Pairs(
+        torch.zeros(m, adapter.rank), uniform_rows(adapter.rank, n, generator(adapter.seed, adapter.name, step))
+    )

@@ -1,12 +1,13 @@
-"""SRLoRA: fuse the pairs that matter least, start fresh ones on unused singular directions.  https://arxiv.org/abs/2505.12433
+"""SRLoRA: fuse the pairs that matter least, start fresh ones on unused singular directions.
+https://arxiv.org/abs/2505.12433
 
     start      the top r principal pairs of W are trained, as in PiSSA; the next target_rank - r wait their turn
     every step I = |w dL/dw| of every entry of A and B; its moving mean and spread; pair score S_k       (importance.py)
     a switch   K = the r' = gamma r pairs of a module with the smallest S_k; they freeze, the next r' directions become
                trainable, W + s B A does not change; scores start anew
 
-There is no published code: this is SRLoRA as we read it. Where the paper is silent: switch k of N follows step
-round(k total / (N + 1)); scores are ranked within a module; second moments of fresh pairs are the mean of those that stay.
+There is no published code: this is SRLoRA as we read it. Where the paper is silent: switch k of N follows step round(k
+total / (N + 1)); scores are ranked within a module; second moments of fresh pairs are the mean of those that stay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class SRLoRA(PiSSA):
     beta2: float = 0.85
     """decay of its spread (uncertainty)"""
     into: Into = "auto"
-    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else bank"""
+    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
+    bank"""
     moments: Literal["seeded", "zeroed"] = "seeded"
     """second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)"""
     paper_schedule: bool = False
@@ -60,7 +62,10 @@ class SRLoRA(PiSSA):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
         if self.rank_pattern:
-            raise ValueError("method.rank_pattern cannot be used with srlora: modules would need different numbers of switches; remove it")
+            raise ValueError(
+                "method.rank_pattern cannot be used with srlora: modules would need different numbers of switches; "
+                "remove it"
+            )
 
     @property
     def swap(self) -> int:
@@ -80,11 +85,15 @@ class SRLoRA(PiSSA):
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         if self.target_rank == self.rank:
             return ()
-        return tuple(step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule))
+        return tuple(
+            step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule)
+        )
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = paired(adapters)
-        for adapter, pairs in zip(layers, self.principal_pairs(layers, engine, [self.target_rank] * len(layers)), strict=True):
+        for adapter, pairs in zip(
+            layers, self.principal_pairs(layers, engine, [self.target_rank] * len(layers)), strict=True
+        ):
             if adapter.bank_A is not None:
                 yield pairs
             else:
@@ -93,7 +102,8 @@ class SRLoRA(PiSSA):
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in paired(adapters):
-            adapter.memory["visited"] = torch.tensor(self.rank)  # directions that have been trained, the next one's number
+            # directions that have been trained, the next one's number
+            adapter.memory["visited"] = torch.tensor(self.rank)
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
                     adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.local(p).value)
@@ -128,7 +138,10 @@ class SRLoRA(PiSSA):
         return Exchanged.total(events)
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
-        """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides. Collective."""
+        """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides.
+
+        Collective.
+        """
         scores = engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))  # (modules, r)
         if not torch.isfinite(scores).all():
             bad = adapters[int((~torch.isfinite(scores)).any(1).nonzero()[0])].name
@@ -140,8 +153,12 @@ class SRLoRA(PiSSA):
         """S_k as far as this rank's runs of A and B go: (r,)."""
         m, n = adapter.shape
         memory, r = adapter.memory, self.rank
-        rows = importance.pair_sums(memory["mean_A"] * memory["spread_A"], engine.local(adapter.A).start, r, n, rows_are_pairs=True)
-        columns = importance.pair_sums(memory["mean_B"] * memory["spread_B"], engine.local(adapter.B).start, r, r, rows_are_pairs=False)
+        rows = importance.pair_sums(
+            memory["mean_A"] * memory["spread_A"], engine.local(adapter.A).start, r, n, rows_are_pairs=True
+        )
+        columns = importance.pair_sums(
+            memory["mean_B"] * memory["spread_B"], engine.local(adapter.B).start, r, r, rows_are_pairs=False
+        )
         return columns / m + rows / n
 
 

@@ -7,9 +7,10 @@
                                random-00000.safetensors    a rank's random numbers
     checkpoints/LATEST         its name
 
-Parameters are gathered one at a time; each rank copies its share of them, and a thread writes it beside the training. W is not stored: it
-is read from the model's checkpoint again, the pairs with which the run started are taken out of it as the ledger has them, and what came
-later is added as it was then. W applied to the probe must come out as it was saved: another base, or a W that lost an update, is refused.
+Parameters are gathered one at a time; each rank copies its share of them, and a thread writes it beside the training. W
+is not stored: it is read from the model's checkpoint again, the pairs with which the run started are taken out of it as
+the ledger has them, and what came later is added as it was then. W applied to the probe must come out as it was saved:
+another base, or a W that lost an update, is refused.
 
 A folder is written aside and renamed when every rank has written its part, then LATEST is.
 """
@@ -51,16 +52,29 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{at}.{name}", p
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------------------
+# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 class Writing:
     """A checkpoint on its way: a thread writes this rank's files, out of copies, while the training goes on."""
 
     def __init__(
-        self, engine: Engine, folder: Path, aside: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+        self,
+        engine: Engine,
+        folder: Path,
+        aside: Path,
+        files: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        keep: int,
     ) -> None:
-        self.engine, self.folder, self.aside, self.files, self.state, self.keep = engine, folder, aside, files, state, keep
+        self.engine, self.folder, self.aside, self.files, self.state, self.keep = (
+            engine,
+            folder,
+            aside,
+            files,
+            state,
+            keep,
+        )
         self.sums: dict[str, str] = {}
         self.error: Exception | None = None
         self.seconds = 0.0
@@ -83,7 +97,10 @@ class Writing:
         return self.thread.is_alive()
 
     def finish(self) -> Path:
-        """Waits for all ranks' files, then gives the folder its name and removes all but the newest. Collective; returns the folder."""
+        """Waits for all ranks' files, then gives the folder its name and removes all but the newest.
+
+        Collective; returns the folder.
+        """
         try:
             with self.engine.together():
                 self.thread.join()
@@ -110,9 +127,17 @@ class Writing:
 
 
 def save(
-    engine: Engine, model: nn.Module, adapters: Sequence[Adapter], output: Path, step: int, skipped: int, recipe: dict[str, Any],
-    base: str, data: dict[str, int | str], keep: int,
-) -> Writing:  # fmt: skip
+    engine: Engine,
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    output: Path,
+    step: int,
+    skipped: int,
+    recipe: dict[str, Any],
+    base: str,
+    data: dict[str, int | str],
+    keep: int,
+) -> Writing:
     """Begins checkpoints/step-...: what comes back has copies of everything, and is to be finished. Collective."""
     folder = output / FOLDER / f"step-{step:06d}"
     aside = folder.with_name(f"{folder.name}.tmp")
@@ -137,10 +162,18 @@ def save(
         frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
         files["frozen.safetensors"] = _copies(frozen | probes)
     state = {
-        "format": FORMAT, "step": step, "skipped": skipped, "world": engine.world, "engine": type(engine).__name__, "base": base,
-        "recipe": recipe, "data": data, "runs": {a.name: dict(a.runs) for a in adapters}, "taken": {a.name: a.taken for a in adapters},
+        "format": FORMAT,
+        "step": step,
+        "skipped": skipped,
+        "world": engine.world,
+        "engine": type(engine).__name__,
+        "base": base,
+        "recipe": recipe,
+        "data": data,
+        "runs": {a.name: dict(a.runs) for a in adapters},
+        "taken": {a.name: a.taken for a in adapters},
         "versions": {name: _version(name) for name in LIBRARIES},
-    }  # fmt: skip
+    }
     return Writing(engine, folder, aside, files, state, keep)
 
 
@@ -203,7 +236,7 @@ def _version(name: str) -> str:
         return "none"
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------------------
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def found(output: Path) -> list[Path]:
@@ -242,7 +275,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, checked: bool = False) -> Checkpoint:
-        """ValueError that names what is wrong with it. `checked`: another rank has read the files and compared their checksums."""
+        """ValueError that names what is wrong with it.
+
+        `checked`: another rank has read the files and compared their checksums.
+        """
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             sums, form = state["files"], state["format"]
@@ -256,7 +292,9 @@ class Checkpoint:
             if Path(name).name != name:
                 raise ValueError(f"{path / STATE} names {name}, which is not a file of this folder")
             if not file.is_file() or not (checked or file_sha256(file) == expected):
-                raise ValueError(f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint")
+                raise ValueError(
+                    f"{file} is missing or damaged (its sha256 is not that of {STATE}); use an earlier checkpoint"
+                )
             if not name.startswith("random-"):
                 files |= dict.fromkeys(stored_names(file), file)
         return cls(path, state, files)
@@ -277,7 +315,9 @@ class Checkpoint:
         return Pairs(parts["B"], parts["A"]) if "B" in parts else Block(**parts, shape=adapter.shape)
 
     def taken_out(self, adapter: Adapter) -> Pairs | None:
-        """What left W before it was encoded, with the sign that it left it: the first entry of the ledger, if the method took pairs."""
+        """What left W before it was encoded, with the sign that it left it: the first entry of the ledger, if the
+        method took pairs.
+        """
         entry = self.entry(adapter, "0000") if self.state["taken"].get(adapter.name) else None
         assert not isinstance(entry, Block)
         return entry
@@ -288,7 +328,7 @@ class Checkpoint:
         return [self.entry(adapter, key) for key in sorted(keys)]
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------------------
+# --- going on ---------------------------------------------------------------------------------------------------------
 
 
 def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
@@ -296,7 +336,9 @@ def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], check
     engine.prime(checkpoint.step - checkpoint.skipped)
     for name, p in own_parameters(model):
         if p.requires_grad:
-            moments = {m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")}
+            moments = {
+                m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")
+            }
             engine.put(p, Slot(checkpoint.tensor(name).to(engine.device), moments))
     for adapter in adapters:
         with engine.together():
@@ -350,10 +392,13 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
 def _check_weight(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> None:
     """W applied to the probe is what it was."""
     wanted = checkpoint.tensor(f"{adapter.name}#probe").to(engine.device)
-    apart = float((engine.weight(adapter).matmul(probe(engine, adapter)) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    apart = float(
+        (engine.weight(adapter).matmul(probe(engine, adapter)) - wanted).norm() / wanted.norm().clamp_min(1e-30)
+    )
     limit = EXACT_DRIFT if adapter.codec.holds_small_updates or not adapter.codec.writable else ROUNDED_DRIFT
     if not apart <= limit:
         raise ValueError(
-            f"{checkpoint.path}: the weight of {adapter.name} is {apart:.1e} away from what it was when the checkpoint was written; is "
+            f"{checkpoint.path}: the weight of {adapter.name} is {apart:.1e} away from what it was when the checkpoint "
+            "was written; is "
             "model_name_or_path the same model, and codec, dtype the same?"
         )

@@ -2,8 +2,9 @@
 
     trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A          (of another adapter: what its `change` says)
 
-Whatever a method did to W, to the pairs or to the bank, all behind W0 is one low-rank matrix. `save_adapter` writes it as LoRA factors;
-`merge` adds LoRA factors to the stored W0, one tensor in memory at a time, from any PEFT LoRA folder that it fully understands.
+Whatever a method did to W, to the pairs or to the bank, all behind W0 is one low-rank matrix. `save_adapter` writes it
+as LoRA factors; `merge` adds LoRA factors to the stored W0, one tensor in memory at a time, from any PEFT LoRA folder
+that it fully understands.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TEMPLATE = "chat_template.jinja"  # beside CONFIG when the run was given one; tr
 PREFIX = "base_model.model."
 
 
-# --- the adapter ------------------------------------------------------------------------------------------------------------------
+# --- the adapter ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class SavedAdapter:
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
-    """sum(ledger) + what the adapter adds, with as few pairs as it needs, on the host of rank 0; None elsewhere. Collective."""
+    """sum(ledger) + what the adapter adds, with as few pairs as it needs, on the host of rank 0; None elsewhere.
+
+    Collective.
+    """
     change = _change(engine, adapter)
     return change.compress()[0] if change is not None else None
 
@@ -71,12 +75,14 @@ def save_adapter(
 ) -> SavedAdapter | None:
     """Write a PEFT LoRA folder on rank 0 and describe it there; None elsewhere. Collective.
 
-    Adapters that never froze a pair are written as they were trained. Otherwise all modules get the rank that the neediest one has (the
-    others are padded with zero pairs, as vLLM wants one rank), at most `method.export_rank`, scaling 1 and balanced factors.
+    Adapters that never froze a pair are written as they were trained. Otherwise all modules get the rank that the
+    neediest one has (the others are padded with zero pairs, as vLLM wants one rank), at most `method.export_rank`,
+    scaling 1 and balanced factors.
     """
     factors: dict[str, Pairs] = {}
     extras: dict[str, Tensor] = {}
-    as_trained = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))  # the ledger is rank 0's
+    # the ledger is rank 0's
+    as_trained = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
     error = 0.0
     for adapter in adapters:
         if as_trained:
@@ -142,7 +148,9 @@ def _of_rank(pairs: Pairs, rank: int) -> Pairs:
 def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
     """Everything behind W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
     now = adapter.change(engine.whole)
-    return Pairs.cat([*(entry.pairs() for entry in adapter.ledger), now.to("cpu", torch.float32)]) if engine.main else None
+    return (
+        Pairs.cat([*(entry.pairs() for entry in adapter.ledger), now.to("cpu", torch.float32)]) if engine.main else None
+    )
 
 
 def _norm(pairs: Pairs) -> float:
@@ -152,12 +160,14 @@ def _norm(pairs: Pairs) -> float:
 
 
 def _target_modules(adapted: list[str], asked: Sequence[str]) -> list[str]:
-    """The names the user gave, which we matched as PEFT will; for a rule that PEFT reads otherwise (all-linear) the full names."""
+    """The names the user gave, which we matched as PEFT will; for a rule that PEFT reads otherwise (all-linear) the
+    full names.
+    """
     by_name = all(any(name == target or name.endswith(f".{target}") for target in asked) for name in adapted)
     return sorted(asked if by_name else adapted)
 
 
-# --- the merged checkpoint --------------------------------------------------------------------------------------------------------
+# --- the merged checkpoint --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,9 @@ class Merged:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter makes of a weight: W + s B A, with the rows as long as `magnitude` says (DoRA, arXiv 2402.09353 eq. 5)."""
+    """What an adapter makes of a weight: W + s B A, with the rows as long as `magnitude` says (DoRA, arXiv 2402.09353
+    eq. 5).
+    """
 
     pairs: Pairs
     scaling: float
@@ -209,18 +221,28 @@ class Lora:
         config = json.loads((path / CONFIG).read_text())
         _refuse_unknown(path, config)
         if not (path / WEIGHTS).is_file():
-            pickled = " (adapter_model.bin is pickled: save it again with PEFT)" if (path / "adapter_model.bin").is_file() else ""
+            pickled = (
+                " (adapter_model.bin is pickled: save it again with PEFT)"
+                if (path / "adapter_model.bin").is_file()
+                else ""
+            )
             raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
         keys = set(stored_names(path / WEIGHTS))
         parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
         modules = sorted({key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
         strange = sorted(keys ^ {f"{PREFIX}{module}.{part}" for module in modules for part in parts})
         if strange or not modules:
-            raise ValueError(f"{path / WEIGHTS} is not made of {' and '.join(parts)} of every module: see {strange[:3] or 'no tensors'}")
+            raise ValueError(
+                f"{path / WEIGHTS} is not made of {' and '.join(parts)} of every module: see "
+                f"{strange[:3] or 'no tensors'}"
+            )
         if (path / ALL).is_file():
             with safe_open(path / ALL, framework="pt") as handle:
                 if (handle.metadata() or {}).get("of") != file_sha256(path / WEIGHTS):
-                    raise ValueError(f"{path / ALL} belongs to another {WEIGHTS} than the one beside it; remove it to merge what is there")
+                    raise ValueError(
+                        f"{path / ALL} belongs to another {WEIGHTS} than the one beside it; remove it to merge what is "
+                        "there"
+                    )
         return cls(path, modules, config)
 
     def update(self, module: str) -> Update:
@@ -230,7 +252,9 @@ class Lora:
             return Update(Pairs(b, a), 1.0)
         with safe_open(self.path / WEIGHTS, framework="pt") as handle:
             a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
-            magnitude = handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
+            magnitude = (
+                handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
+            )
         pairs = Pairs(b, a)
         rank = matching(self.config.get("rank_pattern") or {}, module, self.config["r"])
         alpha = matching(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
@@ -240,10 +264,28 @@ class Lora:
 
 
 # What a LoRA config may say here; all else must be off.
-UNDERSTOOD = {"peft_type", "init_lora_weights", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+UNDERSTOOD = {
+    "peft_type",
+    "init_lora_weights",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+}
 NO_MATTER = {  # does not change W + scaling B A
-    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors say which modules there are
+    *(
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "lora_dropout",
+    ),
+    # the tensors say which modules there are
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "runtime_config", "eva_config", "qalora_group_size", "ensure_weight_tying"),
 }
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # other starts are subtracted from the base
@@ -259,7 +301,8 @@ def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{path}: this merge does not know how to apply {what}; use PEFT's merge_and_unload instead")
     if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
         raise ValueError(
-            f"{path}: init_lora_weights={start!r} means that the base weights were changed too; convert it to a plain LoRA first "
+            f"{path}: init_lora_weights={start!r} means that the base weights were changed too; convert it to a plain "
+            "LoRA first "
             "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
 
@@ -280,7 +323,10 @@ class Backbone:
 
     @staticmethod
     def save(path: str | Path, model: torch.nn.Module) -> None:
-        """Call on rank 0, whose ledgers they are. Coded weights never change later, so that a ledger has its start only."""
+        """Call on rank 0, whose ledgers they are.
+
+        Coded weights never change later, so that a ledger has its start only.
+        """
         coded = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) and not m.codec.writable}
         tensors: dict[str, Tensor] = {"none": torch.zeros(0)}  # a safetensors file holds something
         for name, layer in coded.items():
@@ -289,7 +335,11 @@ class Backbone:
                 assert len(layer.ledger) == 1
                 tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
         codec = next(iter(coded.values())).codec
-        settings = {"name": type(codec).__name__.lower(), "dtype": str(codec.dtype), "double_quant": getattr(codec, "double_quant", False)}
+        settings = {
+            "name": type(codec).__name__.lower(),
+            "dtype": str(codec.dtype),
+            "double_quant": getattr(codec, "double_quant", False),
+        }
         device = "cuda" if torch.cuda.is_available() else "cpu"
         notes = {"codec": json.dumps(settings), "modules": json.dumps(list(coded)), "device": device}
         write_safetensors(path, tensors, {"format": "pt", **notes})
@@ -297,7 +347,9 @@ class Backbone:
     @classmethod
     def open(cls, path: str | Path) -> Backbone:
         if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist: runs with codec nf4 or int8 write it, the only ones with a base to dequantize")
+            raise ValueError(
+                f"{path} does not exist: runs with codec nf4 or int8 write it, the only ones with a base to dequantize"
+            )
         stored_names(path)  # refuses a damaged file
         with safe_open(path, framework="pt") as handle:
             notes = handle.metadata() or {}
@@ -305,7 +357,12 @@ class Backbone:
             raise ValueError(f"{path} says nothing about a codec: it was not written by a run")
         settings = json.loads(notes["codec"])
         dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
-        return cls(make(settings["name"], dtype, settings["double_quant"]), json.loads(notes["modules"]), Path(path), notes["device"])
+        return cls(
+            make(settings["name"], dtype, settings["double_quant"]),
+            json.loads(notes["modules"]),
+            Path(path),
+            notes["device"],
+        )
 
     def base(self, name: str, w: Tensor) -> Tensor:
         """The base of a module, float32, given W0."""
@@ -338,7 +395,10 @@ class Merging:
         self.coded = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
         if self.dtype is not None:
-            self.layout = {name: (self.dtype if kept.is_floating_point else kept, shape) for name, (kept, shape) in self.layout.items()}
+            self.layout = {
+                name: (self.dtype if kept.is_floating_point else kept, shape)
+                for name, (kept, shape) in self.layout.items()
+            }
         self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
 
     def tensor(self, name: str) -> Tensor:
@@ -353,12 +413,17 @@ class Merging:
 
 
 def merge(
-    source: Source, adapter_dir: str | Path, output: str | Path, dtype: torch.dtype | None = None, backbone: Backbone | None = None
+    source: Source,
+    adapter_dir: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None = None,
+    backbone: Backbone | None = None,
 ) -> Merged:
     """Write base + adapter as a Hugging Face checkpoint, one tensor in memory at a time.
 
-    `dtype` converts every floating tensor; by default each keeps its own. `backbone`: merge into what the run trained on instead of the
-    checkpoint's weights. The folder is written aside and appears under its name when it is complete. Call on one rank.
+    `dtype` converts every floating tensor; by default each keeps its own. `backbone`: merge into what the run trained
+    on instead of the checkpoint's weights. The folder is written aside and appears under its name when it is complete.
+    Call on one rank.
     """
     output = Path(output)
     _check_output(output)
@@ -405,8 +470,8 @@ def gaps(
 ) -> list[Gap | None]:
     """Answers once as trained, and for each merging with every frozen linear as it would be written. Collective.
 
-    Ranks other than 0 pass None in the place of every merging and get None: they take part in the forward, and their answers are not
-    looked at. One weight is in memory at a time.
+    Ranks other than 0 pass None in the place of every merging and get None: they take part in the forward, and their
+    answers are not looked at. One weight is in memory at a time.
     """
     attended = inputs["attention_mask"].bool()
 
@@ -424,7 +489,10 @@ def gaps(
         finally:
             for _, layer in frozen:
                 vars(layer).pop("forward", None)
-        apart, same = (merged - trained).norm() / trained.norm(), (merged.argmax(-1) == trained.argmax(-1)).float().mean()
+        apart, same = (
+            (merged - trained).norm() / trained.norm(),
+            (merged.argmax(-1) == trained.argmax(-1)).float().mean(),
+        )
         found.append(None if merging is None else Gap(float(apart), float(same)))
     return found
 
@@ -452,28 +520,40 @@ def _check_output(output: Path) -> None:
 
 
 def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
-    """Tensor name -> module, for every module of the adapter; each must be in the checkpoint, alone, with the right shape."""
+    """Tensor name -> module, for every module of the adapter; each must be in the checkpoint, alone, with the right
+    shape.
+    """
     tied = json.loads((source.path / "config.json").read_text()).get("tie_word_embeddings", False)
     stored = set(source.names())
     for module in lora.modules:
         name = f"{module}.weight"
         if (tied or name not in stored) and module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
             raise ValueError(
-                f"{lora.path} adapts {module}, which shares its weight with the other end of the model in {source.path} "
-                "(tie_word_embeddings); merged, it would change both. Leave it out of target_modules or use the adapter unmerged"
+                f"{lora.path} adapts {module}, which shares its weight with the other end of the model in "
+                f"{source.path} "
+                "(tie_word_embeddings); merged, it would change both. Leave it out of target_modules or use the "
+                "adapter unmerged"
             )
         if name not in stored:
             near = difflib.get_close_matches(name, stored, 2)
             hint = f" (it has {', '.join(near)})" if near else ""
-            raise ValueError(f"{lora.path} adapts {module}, but {source.path} has no tensor {name}{hint}; is it the right base model?")
+            raise ValueError(
+                f"{lora.path} adapts {module}, but {source.path} has no tensor {name}{hint}; is it the right base "
+                "model?"
+            )
         shape, wanted = tuple(source.layout(name)[1]), lora.update(module).pairs.shape
         if shape != wanted:
-            raise ValueError(f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right base?")
+            raise ValueError(
+                f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right "
+                "base?"
+            )
     return {f"{module}.weight": module for module in lora.modules}
 
 
 def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
-    """config.json, tokenizer, chat template, generation config: every small file of the checkpoint that is not its index."""
+    """config.json, tokenizer, chat template, generation config: every small file of the checkpoint that is not its
+    index.
+    """
     for file in sorted(source.path.iterdir()):
         if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)

@@ -35,22 +35,24 @@ def answer(
     temperature: float = 0.0,
     stops: Sequence[str] = (),
 ) -> list[str]:
-    """The most likely answer to each question, or one drawn at a temperature above 0; cut before the first of `stops` in it. Blanks around
-    an answer stay. Collective when synced (parameters sharded over the ranks: no rank may stop before the others), and then every rank must
-    bring equally many questions.
+    """The most likely answer to each question, or one drawn at a temperature above 0; cut before the first of `stops`
+    in it. Blanks around an answer stay. Collective when synced (parameters sharded over the ranks: no rank may stop
+    before the others), and then every rank must bring equally many questions.
     """
     filler = pad_id(tokenizer)
     # all tokens are drawn from: transformers' own default keeps the 50 most likely ones
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))  # little padding; the longest show first
+    # little padding; the longest show first
+    order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))
     answers = [""] * len(questions)
     with _evaluating(model):
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
             prompts = [questions[index].prompt_ids for index in batch]
             longest = max(len(prompt) for prompt in prompts)
-            missing = [longest - len(prompt) for prompt in prompts]  # on the left, so that all answers start at one position
+            # on the left, so that all answers start at one position
+            missing = [longest - len(prompt) for prompt in prompts]
             input_ids = [[filler] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
             attention_mask = [[0] * gap + [1] * (longest - gap) for gap in missing]
             output = model.generate(
@@ -81,8 +83,8 @@ def accuracy(
     batch_size: int,
     synced: bool,
 ) -> Report:
-    """Each rank answers its share; shares are filled up with questions that are not counted, so all ranks generate equally
-    often. Collective.
+    """Each rank answers its share; shares are filled up with questions that are not counted, so all ranks generate
+    equally often. Collective.
     """
     assert questions, "no questions"
     mine = list(questions[rank::world])
@@ -91,7 +93,9 @@ def accuracy(
     answers = [text.strip() for text in found]
     samples = [(q.text, text, q.answer, q.score(text)) for q, text in zip(mine, answers, strict=False)]
     exact = sum(text == expected.strip() for _, text, expected, _ in samples)
-    local = torch.tensor([exact, sum(sample[3] for sample in samples), len(mine)], dtype=torch.float64, device=model.device)
+    local = torch.tensor(
+        [exact, sum(sample[3] for sample in samples), len(mine)], dtype=torch.float64, device=model.device
+    )
     exact, score, count = sum_over_ranks(local).tolist()
     return Report(exact / count, score / count, round(count), samples)
 
@@ -104,7 +108,10 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 class _Stops(StoppingCriteria):
-    """An answer is done once it holds one of the texts. The prompt is not looked at: it may end with the beginning of one."""
+    """An answer is done once it holds one of the texts.
+
+    The prompt is not looked at: it may end with the beginning of one.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stops: Sequence[str]) -> None:
         self.tokenizer, self.start, self.stops = tokenizer, start, stops
@@ -115,7 +122,10 @@ class _Stops(StoppingCriteria):
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
-    """The text behind the prompt's. Decoded alone, sentencepiece tokens would lose a blank at their beginning: of code, its indentation."""
+    """The text behind the prompt's.
+
+    Decoded alone, sentencepiece tokens would lose a blank at their beginning: of code, its indentation.
+    """
     before, through = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
     return through[len(before) :] if through.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 

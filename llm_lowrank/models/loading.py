@@ -1,9 +1,10 @@
-"""From a checkpoint to a sharded model, tensor by tensor: read my rows, take out the starting pairs, encode, drop the source.
+"""From a checkpoint to a sharded model, tensor by tensor: read my rows, take out the starting pairs, encode, drop the
+source.
 
     stored W = encode(W - s B A)        B A the pairs with which a method starts: trainable and bank
 
-Both happen on the unquantized rows as they stream by, so that nothing is ever re-quantized, and the residual without its
-principal directions is also easier to quantize. What a rank reads at once is its rows of one tensor; the rank that
+Both happen on the unquantized rows as they stream by, so that nothing is ever re-quantized, and the residual without
+its principal directions is also easier to quantize. What a rank reads at once is its rows of one tensor; the rank that
 decomposes a weight holds that weight.
 """
 
@@ -29,8 +30,8 @@ from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.numerics.pairs import Pairs
 
-# |function after loading - function of the checkpoint| / |function of the checkpoint|, Frobenius. Measured: 4e-7 float32, 2e-3 bfloat16,
-# 6e-3 int8, 9e-2 nf4. Beyond these a layer was not loaded but damaged.
+# |function after loading - function of the checkpoint| / |function of the checkpoint|, Frobenius. Measured: 4e-7
+# float32, 2e-3 bfloat16, 6e-3 int8, 9e-2 nf4. Beyond these a layer was not loaded but damaged.
 EXACT, ROUNDED, CODED = 1e-4, 2e-2, 0.5
 BLOCK = 2**21  # elements of W that are worked on at a time: 16 MB in float64, a few times over
 
@@ -50,7 +51,8 @@ class Resumed(Protocol):
     """Where a run that goes on takes what is beside W from: a checkpoint of the run (checkpoint.py)."""
 
     def tensor(self, name: str) -> Tensor: ...
-    def taken_out(self, adapter: Adapter) -> Pairs | None: ...  # what left W at the start, with the sign that it left it
+    # what left W at the start, with the sign that it left it
+    def taken_out(self, adapter: Adapter) -> Pairs | None: ...
 
 
 @dataclass
@@ -71,7 +73,8 @@ class Loaded:
         mean = sum(self.errors.values()) / len(self.errors)
         taken = f"{self.pairs} pairs taken out of W, " if self.pairs else ""
         return (
-            f"loaded {self.bytes / 1e9:.2f} GB a rank in {self.seconds:.1f} s: {self.modules} frozen linear modules, {taken}"
+            f"loaded {self.bytes / 1e9:.2f} GB a rank in {self.seconds:.1f} s: {self.modules} frozen linear modules, "
+            f"{taken}"
             f"|loaded - W| / |W| {mean:.1e} on average, at most {self.errors[self.worst]:.1e} ({self.worst})"
         )
 
@@ -81,7 +84,9 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrain
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the codec stores the weights, not transformers
     with init_empty_weights(include_buffers=False):
@@ -93,7 +98,10 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrain
 
 
 def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> list[str]:
-    """Says where every value will come from; ValueError if the checkpoint lacks one. Returns the tensors that nothing asks for."""
+    """Says where every value will come from; ValueError if the checkpoint lacks one.
+
+    Returns the tensors that nothing asks for.
+    """
     stored, wanted, seen = set(tensors.names()), set(), set()
     for name, module in model.named_modules():
         for k, p in () if isinstance(module, Shared) else module.named_parameters(recurse=False):
@@ -105,7 +113,8 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
     missing = sorted(wanted - stored)
     if missing:
         raise ValueError(
-            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing): nothing to load, nowhere to merge "
+            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing): nothing to "
+            "load, nowhere to merge "
             "back; save the model with save_pretrained of plain transformers, names and weights unfused"
         )
     for adapter in adapters:
@@ -114,9 +123,14 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
 
 
 def load(
-    engine: Engine, model: PreTrainedModel, adapters: list[Adapter], method: Method, tensors: Tensors, settings: Optimization,
+    engine: Engine,
+    model: PreTrainedModel,
+    adapters: list[Adapter],
+    method: Method,
+    tensors: Tensors,
+    settings: Optimization,
     resumed: Resumed | None = None,
-) -> tuple[nn.Module, Loaded]:  # fmt: skip
+) -> tuple[nn.Module, Loaded]:
     """Shards, fills and wraps the model, and starts the method; the model to call, and what happened. Collective.
 
     With `resumed` the method is not started: what it remembers comes from there as well, by checkpoint.restore.
@@ -166,14 +180,21 @@ class _Reader:
     """Gives an engine the rows that it asks for, module by module."""
 
     def __init__(
-        self, engine: Engine, model: PreTrainedModel, tensors: Tensors, pairs: Iterator[Pairs | None], resumed: Resumed | None
+        self,
+        engine: Engine,
+        model: PreTrainedModel,
+        tensors: Tensors,
+        pairs: Iterator[Pairs | None],
+        resumed: Resumed | None,
     ) -> None:
         self.engine, self.tensors, self.pairs, self.resumed = engine, tensors, pairs, resumed
         self.loaded = Loaded()
         self.squares: dict[str, tuple[Tensor, Codec]] = {}  # (|loaded - W|^2, |W|^2) of my rows
         self.witness: tuple[FrozenLinear, slice, dict[str, Tensor]] | None = None  # a coded layer, my rows, their parts
         total = sum(p.numel() for p in model.parameters())
-        self.progress = tqdm(total=total, desc="load", unit="param", unit_scale=True, disable=not engine.main, leave=False)
+        self.progress = tqdm(
+            total=total, desc="load", unit="param", unit_scale=True, disable=not engine.main, leave=False
+        )
 
     def __call__(self, name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
         pairs = next(self.pairs) if isinstance(module, Adapter) and self.resumed is None else None  # collective
@@ -221,7 +242,9 @@ class _Reader:
     def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
         found = tuple(self.tensors.layout(name)[1])
         if found != wanted:
-            raise ValueError(f"{name}: the checkpoint holds {found}, the model {wanted}; is config.json that of this checkpoint?")
+            raise ValueError(
+                f"{name}: the checkpoint holds {found}, the model {wanted}; is config.json that of this checkpoint?"
+            )
 
     def _coded(self, name: str, layer: FrozenLinear, stored: slice, change: Pairs | None) -> dict[str, Tensor]:
         """The parts of my rows: encode(W + change)."""
@@ -249,23 +272,33 @@ class _Reader:
         self.squares[name] = squares, layer.codec
         return parts
 
-    def _as_it_is(self, key: str, layer: FrozenLinear, stored: slice, rows: slice, change: Pairs | None) -> dict[str, Tensor]:
+    def _as_it_is(
+        self, key: str, layer: FrozenLinear, stored: slice, rows: slice, change: Pairs | None
+    ) -> dict[str, Tensor]:
         """Codes and scales of a checkpoint that is quantized already."""
         if change is not None:
             raise ValueError(
-                f"{key} is quantized in the checkpoint; a method that starts from singular directions needs the unquantized model: "
+                f"{key} is quantized in the checkpoint; a method that starts from singular directions needs the "
+                "unquantized model: "
                 "give that as model_name_or_path, or use method.type: lora"
             )
         if not isinstance(layer.codec, Nf4) or layer.codec.double_quant:
-            raise ValueError(f"{key} is stored in nf4 already, with single scales: set codec: nf4, codec_double_quant: false")
+            raise ValueError(
+                f"{key} is stored in nf4 already, with single scales: set codec: nf4, codec_double_quant: false"
+            )
         found = self.tensors.nf4_rows(key, rows.start, rows.stop)
         self.loaded.bytes += sum(part.nbytes for part in found.values())
         missing = stored.stop - stored.start - (rows.stop - rows.start)
-        self.squares[key.removesuffix(".weight")] = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.engine.device), layer.codec
+        self.squares[key.removesuffix(".weight")] = (
+            torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.engine.device),
+            layer.codec,
+        )
         return {k: torch.nn.functional.pad(part, (0, 0, 0, missing)) for k, part in found.items()}
 
     def check_sharded_bytes(self) -> None:
-        """Gathers one coded weight and compares it with what was handed over: a cast or a swap on the way would be silent. Collective."""
+        """Gathers one coded weight and compares it with what was handed over: a cast or a swap on the way would be
+        silent. Collective.
+        """
         if self.witness is None:
             return
         layer, rows, handed = self.witness
@@ -274,13 +307,17 @@ class _Reader:
             for name, part in handed.items():
                 if not torch.equal(whole[name][rows].cpu(), part.cpu()):
                     raise RuntimeError(
-                        f"{layer.extra_repr()}: the bytes of {name} changed while they were sharded; {type(self.engine).__name__} on "
-                        f"{self.engine.device.type} cannot hold coded weights with these versions: use codec: dense, and please report it"
+                        f"{layer.extra_repr()}: the bytes of {name} changed while they were sharded; "
+                        f"{type(self.engine).__name__} on "
+                        f"{self.engine.device.type} cannot hold coded weights with these versions: use codec: dense, "
+                        "and please report it"
                     )
         self.witness = None
 
     def report(self) -> Loaded:
-        """The errors of every layer, summed over the ranks' rows; raises when one is more than rounding can do. Collective.
+        """The errors of every layer, summed over the ranks' rows; raises when one is more than rounding can do.
+
+        Collective.
 
         A row that two ranks of ZeRO-3 share counts twice.
         """
@@ -289,6 +326,8 @@ class _Reader:
             error = (lost / whole) ** 0.5 if whole else float(lost > 0)
             limit = EXACT if codec.holds_small_updates else ROUNDED if codec.writable else CODED
             if not error <= limit:
-                raise RuntimeError(f"{name}: loading changed the layer's function by {error:.1e}, more than {limit:g}: not training on")
+                raise RuntimeError(
+                    f"{name}: loading changed the layer's function by {error:.1e}, more than {limit:g}: not training on"
+                )
             self.loaded.errors[name] = error
         return self.loaded

@@ -1,22 +1,25 @@
-"""The loss of a language model without its logits: made inside of the output layer, for trained positions only, a block of them at a time.
+"""The loss of a language model without its logits: made inside of the output layer, for trained positions only, a block
+of them at a time.
 
     loss = sum over trained positions t of  log sum_v exp(z_tv) - z_t,label(t)            z = layer(x), v over the vocabulary
 
-Whole logits in float32 are 4 GB for 8k tokens and 128k words, a few times over. Here the layer's forward is given the labels for the time
-of one call of the model. It picks the rows of x whose label is trained (of prompts and padding no logits are made at all), and goes through
-them in blocks of at most BLOCK logits, which are dropped at once. What the model answers in the place of logits is the sum.
+Whole logits in float32 are 4 GB for 8k tokens and 128k words, a few times over. Here the layer's forward is given the
+labels for the time of one call of the model. It picks the rows of x whose label is trained (of prompts and padding no
+logits are made at all), and goes through them in blocks of at most BLOCK logits, which are dropped at once. What the
+model answers in the place of logits is the sum.
 
     one block           as it is, kept for backward
     frozen layer        the gradient of x is made with the block, while its logits are there: nothing is computed twice
     adapted layer       the block is computed again in backward, where gradients of parameters have their place and their scale
 
-It is still one call of the layer's module by the model's own forward, so that the hooks of ZeRO-3 and FSDP2 gather its weight as always, on
-every rank, trained positions or not; within the call only the layer's own forward is used, so that it may be coded or adapted in any way
-that takes rows one by one. A fused kernel (Liger's) takes the bare weight of a plain linear instead, as one tensor, and needs Triton.
-torch.nn.functional.linear_cross_entropy takes a bare weight too, returns the sum in bfloat16 for a bfloat16 x, and on CPUs makes a
-float32 copy of the weight for it.
+It is still one call of the layer's module by the model's own forward, so that the hooks of ZeRO-3 and FSDP2 gather its
+weight as always, on every rank, trained positions or not; within the call only the layer's own forward is used, so that
+it may be coded or adapted in any way that takes rows one by one. A fused kernel (Liger's) takes the bare weight of a
+plain linear instead, as one tensor, and needs Triton. torch.nn.functional.linear_cross_entropy takes a bare weight too,
+returns the sum in bfloat16 for a bfloat16 x, and on CPUs makes a float32 copy of the weight for it.
 
-Some models change logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer` finds out before a run.
+Some models change logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer` finds out
+before a run.
 """
 
 from __future__ import annotations
@@ -45,10 +48,12 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def summed(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None) -> Tensor:
-    """Negative log-likelihood of the labels that are not IGNORE, each predicted from what is before it, summed. At least float32.
+    """Negative log-likelihood of the labels that are not IGNORE, each predicted from what is before it, summed.
 
-    labels (batch, length), not shifted, on the host: how many are trained is asked without waiting for the device. layer: what
-    `loss_layer` found; None makes whole logits.
+    At least float32.
+
+    labels (batch, length), not shifted, on the host: how many are trained is asked without waiting for the device.
+    layer: what `loss_layer` found; None makes whole logits.
     """
     if layer is None:
         logits = model(**inputs, use_cache=False).logits
@@ -79,8 +84,8 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Te
     assert x.shape[:2] == labels.shape, (x.shape, labels.shape)
     sample, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     at = (sample * labels.shape[1] + before).to(x.device)
-    wanted = labels[sample, before + 1].to(x.device)                                # (t,)
-    rows = x.flatten(0, 1).index_select(0, at)                                      # (t, n)
+    wanted = labels[sample, before + 1].to(x.device)  # (t,)
+    rows = x.flatten(0, 1).index_select(0, at)  # (t, n)
     vocabulary = layer.shape[0] if isinstance(layer, FrozenLinear) else layer.out_features
     assert isinstance(vocabulary, int)
     size = max(1, BLOCK // vocabulary)
@@ -117,14 +122,15 @@ class _Frozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * g[None, None]).to(gradient.dtype), None, None, None          # with axes, g keeps its float32
+        return (gradient * g[None, None]).to(gradient.dtype), None, None, None  # with axes, g keeps its float32
 
 
 @torch.no_grad()
 def loss_layer(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> tuple[nn.Module | None, str]:
     """The layer in which this model's loss can be made, or None and why: whole logits are needed. Collective.
 
-    It must be called once in a forward, what it answers must be the model's logits bit for bit, and the loss made in it that of the logits.
+    It must be called once in a forward, what it answers must be the model's logits bit for bit, and the loss made in it
+    that of the logits.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear | FrozenLinear):

@@ -1,7 +1,10 @@
-"""Whether a model keeps the examples of a packed row apart. Asked of the model itself before a run, for a leak would be silent.
+"""Whether a model keeps the examples of a packed row apart.
 
-Positions that start again at 0 say where an example begins. transformers makes block-diagonal masks of them for sdpa and eager, and
-sequence lengths for flash-attn's variable-length path; a model with an attention of its own may not look at them.
+Asked of the model itself before a run, for a leak would be silent.
+
+Positions that start again at 0 say where an example begins. transformers makes block-diagonal masks of them for sdpa
+and eager, and sequence lengths for flash-attn's variable-length path; a model with an attention of its own may not look
+at them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ def flat(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def check_apart(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> None:
-    """ValueError unless an example's logits are the same whatever else is in its row, and those that it has alone. Collective."""
+    """ValueError unless an example's logits are the same whatever else is in its row, and those that it has alone.
+
+    Collective.
+    """
     words = model.get_input_embeddings().num_embeddings
     mine, other, third = (_example(start, words) for start in (1, 2, 3))
     training = model.training
@@ -42,8 +48,10 @@ def check_apart(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> N
     good = torch.equal(beside, again) and bool(away <= 4 * torch.finfo(model.dtype).eps ** 0.5)
     if engine.sum(torch.tensor(float(good), device=engine.device)) < engine.world:
         raise ValueError(
-            f"data.packing: {type(model).__name__} with {model.config._attn_implementation} attention lets packed examples see each other "
-            f"(logits {float(away):.0e} away from those of the example alone); use data.packing: false, or another attn_implementation"
+            f"data.packing: {type(model).__name__} with {model.config._attn_implementation} attention lets packed "
+            "examples see each other "
+            f"(logits {float(away):.0e} away from those of the example alone); use data.packing: false, or another "
+            "attn_implementation"
         )
 
 

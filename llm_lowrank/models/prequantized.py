@@ -3,7 +3,8 @@
     W[i, j] = map[code[i, j]] * absmax[i, j // 64]
     absmax[b] = nested_map[byte[b]] * nested_absmax[b // 256] + offset     where absmax was quantized once more (b counts blocks by rows)
 
-https://arxiv.org/abs/2305.14314: map is nf4, 16 quantiles of a normal distribution. In the files a quantized weight (m, n) is
+https://arxiv.org/abs/2305.14314: map is nf4, 16 quantiles of a normal distribution. In the files a quantized weight (m,
+n) is
 
     X.weight                                uint8 (m n / 2, 1): two codes a byte, the first in the high bits (or those bytes as wider words)
     X.weight.absmax                         float32 (m n / 64,), or uint8 if nested
@@ -60,7 +61,9 @@ class Nf4Weight:
         return Nf4(self.dtype).decode(self.parts(start, stop), self.shape[1])  # (rows, n)
 
     def parts(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start .. stop not decoded, as the parts of Nf4: codes uint8 (rows, n / 2) and scales, float32 (rows, n / 64) as bytes."""
+        """Rows start .. stop not decoded, as the parts of Nf4: codes uint8 (rows, n / 2) and scales, float32 (rows, n /
+        64) as bytes.
+        """
         rows, n = stop - start, self.shape[1]
         words, blocks = n // 2 // self.words.dtype.itemsize, n // BLOCK  # in a row
         codes = self.words.rows(start * words, stop * words).view(torch.uint8)
@@ -94,7 +97,9 @@ def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
             return
     elif method == "bitsandbytes":
         method = "bitsandbytes int8"
-    raise ValueError(f"{path} stores quantized weights ({method}), of which only bitsandbytes nf4 is read; {START_OVER}")
+    raise ValueError(
+        f"{path} stores quantized weights ({method}), of which only bitsandbytes nf4 is read; {START_OVER}"
+    )
 
 
 def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight], set[str]]:
@@ -102,7 +107,9 @@ def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight
     try:
         kernels()  # asked for before any file needs them
     except ImportError as error:
-        raise ValueError(f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes") from error
+        raise ValueError(
+            f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes"
+        ) from error
     weights: dict[str, Nf4Weight] = {}
     beside: set[str] = set()
     for key in stored:
@@ -113,7 +120,10 @@ def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight
             weights[name] = _weight(f"{path}: {name}", name, stored)
             beside |= {name + end for end in BESIDE}
     if not weights:
-        raise ValueError(f"{path}: config.json speaks of nf4 weights but there are none; if all are plain, delete its quantization_config")
+        raise ValueError(
+            f"{path}: config.json speaks of nf4 weights but there are none; if all are plain, delete its "
+            "quantization_config"
+        )
     return weights, beside
 
 
@@ -133,14 +143,17 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
     if len(shape) != 2 or shape[1] % BLOCK:
         raise ValueError(f"{where} has shape {shape}, not rows of whole blocks of {BLOCK}; {START_OVER}")
     nf4 = levels(torch.device("cpu"))
-    if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):  # bitsandbytes compares so
+    # bitsandbytes compares so
+    if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):
         raise ValueError(f"{where} has a quant_map that is not that of nf4; {START_OVER}")
     blocks = shape[0] * shape[1] // BLOCK
     stored_as = words.dtype.itemsize * words.shape[0], absmax.dtype, absmax.shape
     if stored_as != (blocks * BLOCK // 2, torch.uint8 if nested else torch.float32, [blocks]) or (
         nested and nested.absmax.shape != [-(-blocks // nested.blocksize)]
     ):
-        raise ValueError(f"{where} has codes or scales that do not fit its shape {shape}; download the checkpoint again")
+        raise ValueError(
+            f"{where} has codes or scales that do not fit its shape {shape}; download the checkpoint again"
+        )
     return Nf4Weight(dtype, shape, words, absmax, nested)
 
 

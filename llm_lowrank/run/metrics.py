@@ -36,7 +36,9 @@ class TensorBoard:
 
 
 def tracker(report_to: str, folder: Path, resumed: int | None, settings: dict[str, Any]) -> Tracker | None:
-    """What report_to names. wandb and trackio have the same functions; where and whether they upload is set in their own environment."""
+    """What report_to names. wandb and trackio have the same functions; where and whether they upload is set in their
+    own environment.
+    """
     if report_to == "none":
         return None
     if report_to == "tensorboard":
@@ -50,7 +52,12 @@ class Metrics:
     """Appends to output_dir/metrics.jsonl and, if asked, tells a tracker. On ranks other than 0 it does nothing."""
 
     def __init__(
-        self, output_dir: str | Path, report_to: str, main: bool, resumed: int | None = None, settings: dict[str, Any] | None = None
+        self,
+        output_dir: str | Path,
+        report_to: str,
+        main: bool,
+        resumed: int | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         """`resumed`: the step from which a run goes on; what was recorded of later steps is dropped."""
         self.file = self.tracker = None
@@ -76,7 +83,9 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.file is not None:
             self.file.close()
         if self.tracker is not None:

@@ -30,9 +30,20 @@ from llm_lowrank.models.loading import skeleton
 from llm_lowrank.run.command_line import RecipeError, help_text, read
 
 __all__ = [
-    "Recipe", "RecipeError", "adapted", "attention", "codec", "deepspeed_config", "dump", "occupied", "optimization", "parse",
-    "read_data", "save", "validate",
-]  # fmt: skip
+    "Recipe",
+    "RecipeError",
+    "adapted",
+    "attention",
+    "codec",
+    "deepspeed_config",
+    "dump",
+    "occupied",
+    "optimization",
+    "parse",
+    "read_data",
+    "save",
+    "validate",
+]
 
 ROOT = Path(__file__).parents[2]  # holds ds_configs/ in a checkout
 
@@ -55,7 +66,9 @@ SYNONYMS = {  # other libraries' names -> ours
     **dict.fromkeys(("lora_dropout",), "method.dropout"),
     **dict.fromkeys(("lora_target_modules", "lora_target", "lora_modules"), "method.target_modules"),
     **dict.fromkeys(("adapter", "peft_type", "finetuning_type", "tuner", "method_type"), "method.type"),
-    **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(
+        ("batch_size", "micro_batch_size", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"
+    ),
     **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
     **dict.fromkeys(("accumulation", "grad_accum", "gradient_accumulation"), "gradient_accumulation_steps"),
     **dict.fromkeys(("lr",), "learning_rate"),
@@ -65,7 +78,10 @@ SYNONYMS = {  # other libraries' names -> ours
     **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
     **dict.fromkeys(("steps", "num_steps"), "max_steps"),
     **dict.fromkeys(("clip", "grad_clip", "gradient_clipping", "max_norm"), "max_grad_norm"),
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "seq_len", "sequence_len", "model_max_length"), "data.max_length"),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "cutoff_len", "seq_len", "sequence_len", "model_max_length"),
+        "data.max_length",
+    ),
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_path", "data_path", "train_file"), "data.dataset"),
     **dict.fromkeys(("sample_packing", "neat_packing", "pack"), "data.packing"),
     **dict.fromkeys(("template", "chat_template_path"), "data.chat_template"),
@@ -96,16 +112,19 @@ class Recipe:
     save_merged: bool = True
     """Also write the merged model, output_dir/merged, as large as the base model."""
     merge_base: Literal["original", "dequantized"] = "original"
-    """What a run with a coded backbone merges into: the checkpoint's weights, or what it trained on, decoded; it prints both gaps."""
+    """What a run with a coded backbone merges into: the checkpoint's weights, or what it trained on, decoded; it prints
+    both gaps."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of recompositions and the expected memory, and exit."""
 
     engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
-    """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's DDP."""
+    """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's
+    DDP."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed configuration, looked up here, then beside the package; its "auto" values come from this recipe."""
     codec: Literal["dense", "nf4", "int8"] = "dense"
-    """How the frozen linear weights are stored. dense: in `dtype`; nf4, int8: in 4 or 8 bits, decoded to `dtype` at each use."""
+    """How the frozen linear weights are stored. dense: in `dtype`; nf4, int8: in 4 or 8 bits, decoded to `dtype` at
+    each use."""
     codec_double_quant: bool = False
     """Store the scales of nf4 in 8 bits too: 4.2 instead of 4.5 bits a weight."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,7 +132,8 @@ class Recipe:
     gradient_checkpointing: bool = False
     """Keep one activation per decoder layer and compute the rest again in backward: less memory, slower steps."""
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """Attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 where flash-attn is installed, otherwise sdpa."""
+    """Attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 where flash-attn is installed, otherwise
+    sdpa."""
 
     per_device_train_batch_size: int = 8
     """Samples per forward pass and rank."""
@@ -129,7 +149,8 @@ class Recipe:
     """Of the split, the order of the samples, dropout and the adapters' start."""
 
     optim: Literal["adamw", "lion"] = "adamw"
-    """AdamW, or Lion (arXiv 2302.06675): the sign of a mean gradient, one moment; wants a rate about ten times smaller."""
+    """AdamW, or Lion (arXiv 2302.06675): the sign of a mean gradient, one moment; wants a rate about ten times smaller.
+    """
     learning_rate: float = 5e-4
     """The peak, after warm-up."""
     weight_decay: float = 0.0
@@ -150,19 +171,23 @@ class Recipe:
     logging_steps: int = 10
     """Report loss, learning rate and tokens/s every so many steps."""
     eval_steps: int = 0
-    """Loss on the held-out examples and answers to held-out questions every so many steps; 0: only before and after training."""
+    """Loss on the held-out examples and answers to held-out questions every so many steps; 0: only before and after
+    training."""
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Who hears the numbers; metrics.jsonl is written in any case."""
 
     save_steps: int = 0
-    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end; 0: only at a signal."""
+    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end; 0: only at a
+    signal."""
     save_total_limit: int = 2
     """Checkpoints to keep, the newest ones."""
     resume_from_checkpoint: str = "none"
-    """none; auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or a checkpoint's folder."""
+    """none; auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or a
+    checkpoint's folder."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a gradient is not finite: stop: end the run. skip: leave this step's update out and count it; ten in a row end the run."""
+    """When a gradient is not finite: stop: end the run. skip: leave this step's update out and count it; ten in a row
+    end the run."""
     ddp_timeout: float = TIMEOUT
     """Seconds in which ranks wait for one that does not come, before the run ends and names it."""
 
@@ -190,7 +215,9 @@ def parse(argv: Sequence[str]) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that `parse` reads back to an equal one."""
-    return yaml.safe_dump(draccus.encode(recipe), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    return yaml.safe_dump(
+        draccus.encode(recipe), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
+    )
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
@@ -241,14 +268,23 @@ def _flash_lacks(recipe: Recipe) -> list[str]:
     return lacking
 
 
-def read_data(recipe: Recipe, folder: str | Path, rank: int, world: int) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
+def read_data(
+    recipe: Recipe, folder: str | Path, rank: int, world: int
+) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
     """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it."""
     tokenizer = tokenizer_of(folder, recipe.data.chat_template)
     corpus = load(recipe.data, tokenizer, recipe.seed)
     batches = training_batches(
-        corpus, recipe.data, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, rank, world, recipe.seed,
-        pad_id(tokenizer), recipe.num_train_epochs,
-    )  # fmt: skip
+        corpus,
+        recipe.data,
+        recipe.per_device_train_batch_size,
+        recipe.gradient_accumulation_steps,
+        rank,
+        world,
+        recipe.seed,
+        pad_id(tokenizer),
+        recipe.num_train_epochs,
+    )
     return tokenizer, corpus, batches
 
 
@@ -262,7 +298,7 @@ def deepspeed_config(recipe: Recipe) -> Path:
     raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
 
 
-# --- checks before anything is loaded ---------------------------------------------------------------------------------------------
+# --- checks before anything is loaded ---------------------------------------------------------------------------------
 
 Check = tuple[str, Callable[[Any], bool]]
 POSITIVE: Check = ("must be at least 1", lambda x: x >= 1)
@@ -271,7 +307,9 @@ ABOVE_ZERO: Check = ("must be above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE: Check = ("must be at least 0", lambda x: 0 <= x < math.inf)
 DECAY: Check = ("must be at least 0 and below 1", lambda x: 0 <= x < 1)
 RANGES: dict[str, Check] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE
+    ),
     **dict.fromkeys(("logging_steps", "save_total_limit"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
@@ -285,7 +323,11 @@ RANGES: dict[str, Check] = {
 
 def validate(recipe: Recipe) -> None:
     """What can be checked before a model is loaded. All complaints at once, as one RecipeError."""
-    errors = [f"{key} {text}, not {getattr(recipe, key)}" for key, (text, good) in RANGES.items() if not good(getattr(recipe, key))]
+    errors = [
+        f"{key} {text}, not {getattr(recipe, key)}"
+        for key, (text, good) in RANGES.items()
+        if not good(getattr(recipe, key))
+    ]
     if 1 <= recipe.max_steps < recipe.warmup_steps:
         errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than max_steps ({recipe.max_steps})")
     if recipe.codec_double_quant and recipe.codec != "nf4":
@@ -293,14 +335,21 @@ def validate(recipe: Recipe) -> None:
     if recipe.merge_base == "dequantized" and recipe.codec == "dense":
         errors.append("merge_base: dequantized is for codec: nf4 or int8; a dense backbone is trained on as it is")
     if recipe.merge_base == "dequantized" and not recipe.save_merged:
-        errors.append("merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one")
+        errors.append(
+            "merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one"
+        )
     if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
         errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
     if recipe.attn_implementation == "flash_attention_2" and (lacking := _flash_lacks(recipe)):
         install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
-        errors.append(f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa")
+        errors.append(
+            f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa"
+        )
     if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
-        errors.append(f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one of them")
+        errors.append(
+            f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one "
+            "of them"
+        )
     if recipe.data.streaming and recipe.max_steps < 1:
         errors.append("data.streaming: how long the data is cannot be known; set max_steps")
     if recipe.optim == "lion" and recipe.adam_epsilon != Recipe.adam_epsilon:
@@ -311,7 +360,9 @@ def validate(recipe: Recipe) -> None:
         errors += _deepspeed_errors(recipe)
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
         extra = {"tensorboard": "track"}.get(recipe.report_to, recipe.report_to)
-        errors.append(f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none')
+        errors.append(
+            f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none'
+        )
     errors += _path_errors(recipe)
     if errors:
         raise RecipeError("\n".join(errors))
@@ -357,15 +408,19 @@ def occupied(recipe: Recipe) -> str | None:
     if output.resolve() in Path(recipe.resume_from_checkpoint).expanduser().resolve().parents:
         return None
     return (
-        f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, or go on with "
+        f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, "
+        "or go on with "
         "--resume_from_checkpoint auto"
     )
 
 
-# What may be otherwise when a run goes on: where and how it computes, not what. on_nan: a run that stopped goes on with the other one.
+# What may be otherwise when a run goes on: where and how it computes, not what. on_nan: a run that stopped goes on with
+# the other one.
 FREE = set(
-    "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing attn_implementation "
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps report_to save_steps "
+    "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing "
+    "attn_implementation "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
+    "report_to save_steps "
     "save_total_limit resume_from_checkpoint on_nan ddp_timeout".split()
 )
 

@@ -34,7 +34,16 @@ from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.schedule import learning_rate
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.recipe import Recipe, adapted, attention, check_same_run, deepspeed_config, optimization, read_data, save
+from llm_lowrank.run.recipe import (
+    Recipe,
+    adapted,
+    attention,
+    check_same_run,
+    deepspeed_config,
+    optimization,
+    read_data,
+    save,
+)
 
 SAMPLES = 5  # answers printed after training
 LEFT_OUT = 10  # steps in a row without a finite gradient, after which it is not bad luck
@@ -60,7 +69,11 @@ class Run:
     @property
     def facts(self) -> dict[str, int | str]:
         """Of the data; a run that goes on must have the same."""
-        return {"global_batch": self.batches.global_batch, "total_steps": self.total_steps, "data": self.corpus.fingerprint}
+        return {
+            "global_batch": self.batches.global_batch,
+            "total_steps": self.total_steps,
+            "data": self.corpus.fingerprint,
+        }
 
 
 class Preempted(Exception):
@@ -94,7 +107,9 @@ class Signals:
     def check(self, engine: Engine) -> None:
         """Preempted if any rank was asked before the training began: there is nothing new to save. Collective."""
         if self.anywhere(engine)[0]:
-            raise Preempted("stopped by a signal before the first step of this start; go on with --resume_from_checkpoint auto")
+            raise Preempted(
+                "stopped by a signal before the first step of this start; go on with --resume_from_checkpoint auto"
+            )
 
 
 class Saving:
@@ -130,7 +145,10 @@ class Saving:
 
 
 def train(recipe: Recipe) -> None:
-    """Trains what the recipe says and writes output_dir. Collective: every rank calls it. Preempted if a signal ended it early."""
+    """Trains what the recipe says and writes output_dir. Collective: every rank calls it.
+
+    Preempted if a signal ended it early.
+    """
     engine = make_engine(recipe)
     try:
         with Signals() as signals, engine.guarded():
@@ -178,15 +196,30 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
 
     def save_run(step: int) -> checkpoint.Writing:
         return checkpoint.save(
-            engine, run.model, adapters, output, step, skipped, draccus.encode(recipe), run.source.fingerprint, run.facts,
+            engine,
+            run.model,
+            adapters,
+            output,
+            step,
+            skipped,
+            draccus.encode(recipe),
+            run.source.fingerprint,
+            run.facts,
             recipe.save_total_limit,
-        )  # fmt: skip
+        )
 
-    with Metrics(output, recipe.report_to, engine.main, None if resumed is None else done, draccus.encode(recipe)) as metrics:
+    with Metrics(
+        output, recipe.report_to, engine.main, None if resumed is None else done, draccus.encode(recipe)
+    ) as metrics:
         metrics.write(
-            "load", done, seconds=loaded.seconds, bytes=loaded.bytes, modules=loaded.modules, pairs=loaded.pairs,
+            "load",
+            done,
+            seconds=loaded.seconds,
+            bytes=loaded.bytes,
+            modules=loaded.modules,
+            pairs=loaded.pairs,
             error=loaded.errors[loaded.worst],
-        )  # fmt: skip
+        )
         before = None
         if resumed is None:
             engine.at("the evaluation before training")
@@ -232,9 +265,11 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                     metrics.write("train", step, **record)
                     upcoming = next((s for s in run.recompositions if s > step), None)
                     bar.set_postfix(
-                        loss="none" if record["loss"] is None else f"{record['loss']:.4f}", lr=f"{max(rates):.2e}",
-                        tok_s=f"{record['tokens_per_second']:.0f}", next_exchange=upcoming,
-                    )  # fmt: skip
+                        loss="none" if record["loss"] is None else f"{record['loss']:.4f}",
+                        lr=f"{max(rates):.2e}",
+                        tok_s=f"{record['tokens_per_second']:.0f}",
+                        next_exchange=upcoming,
+                    )
                 if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
                     paused = time.perf_counter()
                     engine.at(f"the evaluation after step {step}")
@@ -243,11 +278,14 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                 stop, busy = signals.anywhere(engine, saving.busy)
                 if not busy:
                     saving.finish()
-                if stop or (recipe.save_steps and (step % recipe.save_steps == 0 or step == total)):  # at the end too: exporting can fail
+                # at the end too: exporting can fail
+                if stop or (recipe.save_steps and (step % recipe.save_steps == 0 or step == total)):
                     saving.begin(step, partial(save_run, step))
                 if step < total and stop:
                     saving.finish()
-                    raise Preempted(f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto")
+                    raise Preempted(
+                        f"stopped by a signal after step {step} of {total}; go on with --resume_from_checkpoint auto"
+                    )
 
         saving.finish()
         if isinstance(run.corpus.train, Stream):
@@ -257,7 +295,11 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         after = evaluate(recipe, engine, run, model, total, metrics)
         for question, answer, expected, score in after.samples[:SAMPLES]:
             say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
-        say(f"before training: {before}\nafter training:  {after}" if before is not None else f"after training:  {after}")
+        say(
+            f"before training: {before}\nafter training:  {after}"
+            if before is not None
+            else f"after training:  {after}"
+        )
         engine.at("the export")
         saved = export.save_adapter(engine, adapters, method, output / "adapter", run.source.name)
         if recipe.data.chat_template and engine.main:
@@ -269,7 +311,10 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
 
 
 def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metrics: Metrics) -> str:
-    """What either merge would do to the answers, so that a user can choose; keeps what the second one needs. Collective."""
+    """What either merge would do to the answers, so that a user can choose; keeps what the second one needs.
+
+    Collective.
+    """
     examples = run.corpus.some(recipe.per_device_eval_batch_size)
     (micro,) = Batches(examples, len(examples), 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)
     inputs = micro.inputs(engine.device)
@@ -280,7 +325,9 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
             export.Backbone.save(output / export.BACKBONE, run.model)
             lora = export.Lora.open(output / "adapter")
             bases["original"] = export.Merging(run.source, lora)
-            bases["dequantized"] = export.Merging(run.source, lora, backbone=export.Backbone.open(output / export.BACKBONE))
+            bases["dequantized"] = export.Merging(
+                run.source, lora, backbone=export.Backbone.open(output / export.BACKBONE)
+            )
     model.eval()
     lines = []
     for base, found in zip(bases, export.gaps(run.model, model, inputs, list(bases.values())), strict=True):
@@ -291,7 +338,9 @@ def merged_gaps(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, metr
 
 
 def clear(output: Path, going_on: bool) -> None:
-    """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed; other files stay."""
+    """Removes what an earlier run left where overwrite_output_dir allows it, so that nothing of two runs is mixed;
+    other files stay.
+    """
     for name in ("adapter", "merged", *([] if going_on else ["tensorboard", checkpoint.FOLDER])):
         if (output / name).exists():  # what cannot be removed is an error now, not after the training
             shutil.rmtree(output / name)
@@ -309,7 +358,10 @@ def make_engine(recipe: Recipe) -> Engine:
 
 
 def prepare(recipe: Recipe, engine: Engine) -> Run:
-    """Reads the data and checks everything that a mistake in the recipe could break; no weights yet. No communication."""
+    """Reads the data and checks everything that a mistake in the recipe could break; no weights yet.
+
+    No communication.
+    """
     if not engine.main:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -329,7 +381,10 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
 
 
 def find_checkpoint(recipe: Recipe, engine: Engine, run: Run) -> None:
-    """Sets run.resumed. Rank 0 reads all of it once, to compare checksums; the others open what it has found. Collective."""
+    """Sets run.resumed. Rank 0 reads all of it once, to compare checksums; the others open what it has found.
+
+    Collective.
+    """
     with engine.together():
         if engine.main:
             run.resumed, run.notes = checked(recipe, run.source, run.facts)
@@ -360,11 +415,15 @@ def checked(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tupl
     saved = found.state["data"]
     other = {name for name in facts.keys() | saved.keys() if facts.get(name) != saved.get(name)}
     if other == {"data"}:
-        raise ValueError(f"{found.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since then")
+        raise ValueError(
+            f"{found.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since "
+            "then"
+        )
     if other:
         raise ValueError(
             f"{found.path} was written by a run with {saved}, now it is {facts}; set per_device_train_batch_size and "
-            "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same data"
+            "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same "
+            "data"
         )
     return found, [*notes, f"going on from {found.path}: {found.step} of {facts['total_steps']} steps are done"]
 
@@ -374,15 +433,20 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     padding = run.tokenizer.convert_ids_to_tokens(pad_id(run.tokenizer))
     lines = [
-        f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable parameters",
-        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; {run.total_steps} steps of "
+        f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable "
+        "parameters",
+        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; "
+        f"{run.total_steps} steps of "
         f"{run.batches.global_batch} {amount(run)} ({len(run.corpus.held_out)} held out)",
         f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
         "attention: " + ", ".join(attention(recipe)),
     ]
     lines += run.notes
     if run.unused:
-        lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {', '.join(run.unused[:3])}{', ...' * (len(run.unused) > 3)}")
+        lines.append(
+            f"not used of the checkpoint: {len(run.unused)} tensors, "
+            f"{', '.join(run.unused[:3])}{', ...' * (len(run.unused) > 3)}"
+        )
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
     if run.recompositions and isinstance(adapter := run.adapters[0], PairAdapter):
@@ -390,7 +454,8 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
         lossy = "would round away part of" if adapter.codec.writable else "would round away"
         why = "holds" if adapter.codec.holds_small_updates else lossy
         lines.append(
-            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in {stored(recipe)} "
+            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in "
+            f"{stored(recipe)} "
             f"{why} small updates"
         )
     return "\n".join(lines)
@@ -426,7 +491,8 @@ class Seen:
     """Loss, tokens and time since the last report."""
 
     def __init__(self) -> None:
-        self.now: Tensor | float = 0.0  # of the step that is being made; on the device: reading it every step would wait for the device
+        # of the step that is being made; on the device: reading it every step would wait for the device
+        self.now: Tensor | float = 0.0
         self._restart()
 
     def _restart(self) -> None:
@@ -450,16 +516,24 @@ class Seen:
         loss, tokens = engine.sum(totals).tolist()
         seconds, steps, good = time.perf_counter() - self.began, self.steps, self.good
         self._restart()
-        return {"loss": loss / good if good else None, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
+        return {
+            "loss": loss / good if good else None,
+            "tokens_per_second": tokens / seconds,
+            "seconds_per_step": seconds / steps,
+        }
 
 
 def left_out(recipe: Recipe, step: int, norm: float, skipped: int, row: int) -> str:
     """What is said of a step without a finite gradient, or FloatingPointError if it ends the run."""
     what = f"step {step}: the gradient norm is {norm}"
     if recipe.on_nan == "stop":
-        raise FloatingPointError(f"{what}; lower learning_rate, look at the data, or leave such steps out with --on_nan skip")
+        raise FloatingPointError(
+            f"{what}; lower learning_rate, look at the data, or leave such steps out with --on_nan skip"
+        )
     if row == LEFT_OUT:
-        raise FloatingPointError(f"{what}, as in the {row - 1} steps before it; lower learning_rate or look at the data")
+        raise FloatingPointError(
+            f"{what}, as in the {row - 1} steps before it; lower learning_rate or look at the data"
+        )
     return f"{what}: left out ({skipped} of {step} steps so far)"
 
 
@@ -472,11 +546,20 @@ class Evaluation:
 
     def __str__(self) -> str:
         loss = "no held-out examples" if self.loss is None else f"held-out loss {self.loss:.4f}"
-        return loss if self.exact_match is None else f"{loss}, exact match {self.exact_match:.1%} of {self.count} held-out questions"
+        return (
+            loss
+            if self.exact_match is None
+            else f"{loss}, exact match {self.exact_match:.1%} of {self.count} held-out questions"
+        )
 
 
 def held_out_loss(
-    engine: Engine, model: nn.Module, examples: Sequence[Example], batch_size: int, filler: int, layer: nn.Module | None = None
+    engine: Engine,
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    filler: int,
+    layer: nn.Module | None = None,
 ) -> float:
     """Mean over the trained tokens of the examples. layer: see loss.py. Collective."""
     batches = Batches(examples, batch_size, 1, engine.rank, engine.world, 0, filler, 1)
@@ -499,12 +582,21 @@ def evaluate(recipe: Recipe, engine: Engine, run: Run, model: nn.Module, step: i
     held_out = run.corpus.held_out
     if not len(held_out):
         return Evaluation(None)
-    found = Evaluation(held_out_loss(engine, model, held_out, recipe.per_device_eval_batch_size, pad_id(run.tokenizer), run.loss_layer))
+    found = Evaluation(
+        held_out_loss(engine, model, held_out, recipe.per_device_eval_batch_size, pad_id(run.tokenizer), run.loss_layer)
+    )
     if run.corpus.questions:
         report = accuracy(
-            run.model, run.tokenizer, run.corpus.questions, engine.rank, engine.world, engine.sum, answer_room(held_out),
-            recipe.per_device_eval_batch_size, synced=engine.shards_parameters and engine.world > 1,
-        )  # fmt: skip
+            run.model,
+            run.tokenizer,
+            run.corpus.questions,
+            engine.rank,
+            engine.world,
+            engine.sum,
+            answer_room(held_out),
+            recipe.per_device_eval_batch_size,
+            synced=engine.shards_parameters and engine.world > 1,
+        )
         found = Evaluation(found.loss, report.exact_match, report.count, tuple(report.samples))
         metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
     model.train()
@@ -516,15 +608,24 @@ def log_exchange(metrics: Metrics, step: int, what: str, event: Exchanged) -> st
     """Records an exchange and returns its line."""
     milliseconds = event.seconds * 1000
     metrics.write(
-        "exchange", step, what=what, modules=event.modules, **{event.unit: event.pairs}, into=event.into, drift=event.drift,
-        lost=event.lost, milliseconds=milliseconds, bytes=event.traffic,
-    )  # fmt: skip
+        "exchange",
+        step,
+        what=what,
+        modules=event.modules,
+        **{event.unit: event.pairs},
+        into=event.into,
+        drift=event.drift,
+        lost=event.lost,
+        milliseconds=milliseconds,
+        bytes=event.traffic,
+    )
     if event.into == "bank":
         lost = f", compressing the bank took {event.lost:.1e} of it" if event.lost else ""
     else:
         lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
     return (
-        f"step {step}: {what}: {event.pairs} {event.unit} of {event.modules} modules, frozen ones into the {event.into}; "
+        f"step {step}: {what}: {event.pairs} {event.unit} of {event.modules} modules, frozen ones into the "
+        f"{event.into}; "
         f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
     )
 

@@ -1,7 +1,7 @@
 """What only a GPU can show:  pytest -m gpu tests/gpu      (one GPU, or several: the sharded tests use all there are)
 
-bitsandbytes' CUDA kernels, NCCL on packed bytes, pinned transfers. Not run by the ordinary test command, which has no GPU; nothing here
-has been measured yet.
+bitsandbytes' CUDA kernels, NCCL on packed bytes, pinned transfers. Not run by the ordinary test command, which has no
+GPU; nothing here has been measured yet.
 """
 
 from __future__ import annotations
@@ -20,20 +20,29 @@ from llm_lowrank.numerics.functional import Product, adapter_linear
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).parents[2]
 GPUS = torch.cuda.device_count()
-CODECS = [Nf4(torch.bfloat16), Nf4(torch.bfloat16, double_quant=True), Int8(torch.bfloat16), Nf4(torch.float32), Int8(torch.float32)]
+CODECS = [
+    Nf4(torch.bfloat16),
+    Nf4(torch.bfloat16, double_quant=True),
+    Int8(torch.bfloat16),
+    Nf4(torch.float32),
+    Int8(torch.float32),
+]
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 
 
 @every_codec
 @pytest.mark.parametrize("m, n", [(43, 42), (7, 130), (1, 64), (4096, 4096)])
 def test_cuda_codes_decode_as_on_the_cpu(codec, m, n):
-    """Codes may differ where a value lies on the edge between two levels; what they decode to may then differ by one level."""
+    """Codes may differ where a value lies on the edge between two levels; what they decode to may then differ by one
+    level.
+    """
     w = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     parts, wanted = codec.encode(w.cuda()), codec.encode(w)
     assert {k: (v.shape, v.dtype) for k, v in parts.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
     assert all(v.is_cuda for v in parts.values())
     found = codec.decode(parts, n).cpu().float()
-    moved = codec.decode({k: v.cuda() for k, v in wanted.items()}, n).cpu().float()  # the same bytes, decoded by either device
+    # the same bytes, decoded by either device
+    moved = codec.decode({k: v.cuda() for k, v in wanted.items()}, n).cpu().float()
     assert torch.allclose(moved, codec.decode(wanted, n).float(), rtol=2**-7, atol=1e-6)
     differ = (found != moved).float().mean()
     assert differ < 1e-3
@@ -67,27 +76,50 @@ def test_the_fused_linear_over_codes_equals_the_dense_one(codec):
     w = codec.decode(parts, n)
     a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((r, n), (m, r)))
     x = torch.randn(5, n, device="cuda", dtype=codec.dtype, requires_grad=True)
-    y = adapter_linear(x, tuple(parts.values()), lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n), [Product(a, b)], 0.5)
+    y = adapter_linear(
+        x,
+        tuple(parts.values()),
+        lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n),
+        [Product(a, b)],
+        0.5,
+    )
     wanted = x @ w.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     tolerance = 2**-6 if codec.dtype == torch.bfloat16 else 1e-5
     assert (y - wanted).norm() <= tolerance * wanted.norm()
-    for one, two in zip(torch.autograd.grad(y.sum(), (x, a, b)), torch.autograd.grad(wanted.sum(), (x, a, b)), strict=True):
+    for one, two in zip(
+        torch.autograd.grad(y.sum(), (x, a, b)), torch.autograd.grad(wanted.sum(), (x, a, b)), strict=True
+    ):
         assert (one - two).norm() <= tolerance * two.norm()
 
 
 @pytest.mark.parametrize("codec", ["dense", "nf4", "int8"])
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload"])
 def test_the_demo_trains_on_every_gpu(engine, codec, tmp_path):
-    """NCCL on packed bytes, pinned transfers; the run compares the gathered bytes of a coded weight itself before it trains."""
+    """NCCL on packed bytes, pinned transfers; the run compares the gathered bytes of a coded weight itself before it
+    trains.
+    """
     sharding = {
         "fsdp": ["--engine", "fsdp"],
         "fsdp_offload": ["--engine", "fsdp", "--fsdp.cpu_offload", "true"],
     }.get(engine, ["--deepspeed", f"ds_configs/{engine}.json"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={GPUS}", str(ROOT / "launch/train.py")]
-    settings = f"--codec {codec} --dtype bfloat16 --max_steps 12 --save_merged false --output_dir {tmp_path / 'out'}".split()
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={GPUS}",
+        str(ROOT / "launch/train.py"),
+    ]
+    settings = (
+        f"--codec {codec} --dtype bfloat16 --max_steps 12 --save_merged false --output_dir {tmp_path / 'out'}".split()
+    )
     done = subprocess.run(
-        [*command, *sharding, *settings], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [*command, *sharding, *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
