@@ -29,7 +29,7 @@ from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.models.loss import BLOCK, summed
+from llm_lowrank.models.loss import BLOCK, sum_loss
 
 CASES = {"all": 1, "quarter": 4, "adapted": 1}  # one position of so many is trained
 ARMS = ("whole", "blocks")
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for length in (64, args.tokens):
         model.zero_grad()
         before, began = from_here(), time.process_time()
-        loss = summed(model, {"input_ids": ids[:, -length:]}, labels[:, -length:], layer)
+        loss = sum_loss(model, {"input_ids": ids[:, -length:]}, labels[:, -length:], layer)
         loss.backward()
         seconds, peak = time.process_time() - began, resident("VmHWM") - before
     gradient = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

@@ -1,11 +1,11 @@
-"""Peak resident memory of a rank while a model is loaded and at a recomposition.  python benchmarks/memory.py
+"""Peak resident memory of a rank while a model is loaded and at an exchange.  python benchmarks/memory.py
 
     loading         peak - baseline  <=  shard + beside + 2 x largest tensor + LOADING
-    recomposition   peak - before    <=  one decoder layer + RECOMPOSITION            (decoded, in float32)
+    exchange   peak - before    <=  one decoder layer + EXCHANGE            (decoded, in float32)
 
 A random LLaMA, untied, vocabulary 32000, about --gigabytes on disk in float32, is written tensor by tensor. Then, for
 every engine x codec, --ranks fresh processes load it under SRLoRA (rank 16 through 32 directions; into the weight where
-it is dense, into the bank where it is coded), take two training steps and one recomposition. A process measures itself:
+it is dense, into the bank where it is coded), take two training steps and one exchange. A process measures itself:
 VmRSS and VmHWM of /proc/self/status, the peak reset before each stretch. The baseline is taken when everything is
 imported, before the process group. Before every first reading the garbage is collected and the allocator's free pages
 are given back, so that a peak cannot hide in memory that was resident anyway.
@@ -17,7 +17,7 @@ optimizer are not counted: they have to fit in the rest. The constants:
 
     LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
                     gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
-    RECOMPOSITION    64 MB: the same 40, and 24 for an allocator that gives back pages late
+    EXCHANGE    64 MB: the same 40, and 24 for an allocator that gives back pages late
 
 The exit code is 1 if a bound does not hold.
 """
@@ -52,7 +52,7 @@ from llm_lowrank.models.loading import bind, load, skeleton
 from llm_lowrank.models.source import SINGLE, Source
 
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
-LOADING, RECOMPOSITION = 128e6, 64e6
+LOADING, EXCHANGE = 128e6, 64e6
 MB = 1e6
 COLUMNS = ("shard", "beside", "loading", "bound", "resident", "sec", "recomp.", "bound", "layer", "W", "sec")
 
@@ -149,9 +149,9 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
         method.observe(adapters, engine)
         engine.step(1e-4)
     before, began = from_here(), time.perf_counter()
-    event = method.recompose(adapters, engine, 2)
+    event = method.exchange(adapters, engine, 2)
     assert event is not None and event.modules == len(adapters)
-    recomposing, extra = time.perf_counter() - began, resident("VmHWM") - before
+    exchanging, extra = time.perf_counter() - began, resident("VmHWM") - before
 
     sizes = {name: 4 * torch.Size(source.layout(name)[1]).numel() for name in source.names()}
     row = {
@@ -166,8 +166,8 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
         "loading": loading,
         "resident": before - baseline,
         "seconds": seconds,
-        "recomposition": extra,
-        "recomposition_seconds": recomposing,
+        "exchange": extra,
+        "exchange_seconds": exchanging,
     }
     engine.close()
     return row
@@ -216,26 +216,24 @@ def loading_bound(row: dict[str, float]) -> float:
     return row["shard"] + row["beside"] + 2 * row["largest"] + LOADING
 
 
-def recomposition_bound(row: dict[str, float]) -> float:
-    return row["layer"] + RECOMPOSITION
+def exchange_bound(row: dict[str, float]) -> float:
+    return row["layer"] + EXCHANGE
 
 
 def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
     """Prints the figures of the worst rank, each column for itself; whether both bounds hold on every rank."""
     worst = {name: max(row[name] for row in rows) for name in rows[0]}
-    good = all(
-        row["loading"] <= loading_bound(row) and row["recomposition"] <= recomposition_bound(row) for row in rows
-    )
+    good = all(row["loading"] <= loading_bound(row) and row["exchange"] <= exchange_bound(row) for row in rows)
     figures = (
         *(worst[name] / MB for name in ("shard", "beside", "loading")),
         loading_bound(worst) / MB,
         worst["resident"] / MB,
         worst["seconds"],
-        worst["recomposition"] / MB,
-        recomposition_bound(worst) / MB,
+        worst["exchange"] / MB,
+        exchange_bound(worst) / MB,
         worst["layer"] / MB,
         worst["W"] / MB,
-        worst["recomposition_seconds"],
+        worst["exchange_seconds"],
     )
     print(
         f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}",
@@ -245,7 +243,7 @@ def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Peak resident memory per rank while loading and at a recomposition.")
+    parser = argparse.ArgumentParser(description="Peak resident memory per rank while loading and at an exchange.")
     parser.add_argument("--gigabytes", type=float, default=1.5, help="of the model on disk, in float32")
     parser.add_argument("--hidden", type=int, default=1536, help="width of the model, a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=32000)

@@ -28,7 +28,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.data import Batches, Data, load, pad_id
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.train import summed_loss
+from llm_lowrank.run.train import batch_loss
 
 LENGTH, EXAMPLES = 512, 8
 
@@ -62,7 +62,7 @@ def main() -> None:
         for kind in order:
             (micro,) = kinds[kind].step(number + 1)
             began = time.perf_counter()
-            (summed_loss(model, micro, torch.device("cpu")) / micro.tokens).backward()
+            (batch_loss(model, micro, torch.device("cpu")) / micro.tokens).backward()
             if number:  # the first round warms up
                 speeds[kind].append(micro.real / (time.perf_counter() - began))
                 shares[kind].append(micro.real / micro.input_ids.numel())

@@ -67,8 +67,8 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import learning_rate
-from llm_lowrank.run.recipe import Recipe, adapted
-from llm_lowrank.run.train import summed_loss, train
+from llm_lowrank.run.recipe import Recipe, build_model
+from llm_lowrank.run.train import batch_loss, train
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "quality.md"
@@ -248,7 +248,7 @@ class Full(Method):
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         return {}
 
-    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
         model.requires_grad_(True)
 
 
@@ -357,7 +357,7 @@ def adapt(
 ) -> Result:
     """The loop of train.py on one process; the result, filled in."""
     began, total, since = time.perf_counter(), small.steps, []
-    recompositions = method.schedule(total, adapters)
+    exchange_steps = method.schedule(total, adapters)
     rate = partial(learning_rate, total=total, peak=peak, warmup=small.warmup, shape="cosine")
     model.train()
     result.held_out_curve.append((0, judged(model, held_out)[0]))
@@ -365,14 +365,14 @@ def adapt(
         (micro,) = batches.step(step - 1)
         rates = method.rates(adapters, step - 1, total, rate)
         method.batch(adapters, step - 1, micro.samples)
-        loss = summed_loss(model, micro, engine.device) / micro.tokens
+        loss = batch_loss(model, micro, engine.device) / micro.tokens
         engine.backward(loss)
         method.observe(adapters, engine)
         if not engine.step(*rates) < float("inf"):
             result.loss, result.exact_match = None, 0.0
             return result
-        if step in recompositions:
-            method.recompose(adapters, engine, step)
+        if step in exchange_steps:
+            method.exchange(adapters, engine, step)
         since.append(loss.detach())
         if step % math.ceil(total / WINDOWS) == 0 or step == total:
             result.train_curve.append((step, float(torch.stack(since).mean())))
@@ -428,7 +428,7 @@ def run_real(real: Real, spec: Spec) -> Result:
             warmup_steps=real.warmup,
             logging_steps=5,
         )
-        model, _ = adapted(recipe, folder)
+        model, _ = build_model(recipe, folder)
         result, began = Result(sum(p.numel() for p in model.parameters() if p.requires_grad)), time.perf_counter()
         try:
             train(recipe)

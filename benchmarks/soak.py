@@ -2,7 +2,7 @@
 deepspeed]
 
 A small SRLoRA run on 2 ranks saves a checkpoint every 3 steps. In each of its lives a rank, a phase (reading the data,
-loading, restoring, a step, a recomposition, a save, the export) and a signal (SIGKILL, SIGTERM, SIGUSR1) are drawn from
+loading, restoring, a step, an exchange, a save, the export) and a signal (SIGKILL, SIGTERM, SIGUSR1) are drawn from
 a seed; when the rank comes to the phase it is sent the signal after some milliseconds, drawn too. Both ranks must end
 by themselves. Then the run goes on with --resume_from_checkpoint auto. The lives go on until so many ranks were killed;
 each run that reached its end is compared with the run that was never stopped: the same adapter and the same losses,
@@ -163,7 +163,7 @@ PHASES = {  # phase -> how often it can be told in a life
     "restoring": 1,
     "the evaluation": 2,
     "step": 9,
-    "the recomposition": 2,
+    "the exchange": 2,
     "saving": 3,
     "the export": 1,
 }

@@ -50,7 +50,7 @@ def check_writable(output: Path) -> None:
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def write_aside(path: str | Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to.
 
     Leaving the block syncs it and renames it to `path`; an exception removes it.
@@ -77,7 +77,7 @@ def sync(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with written_aside(path) as aside:
+    with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -112,7 +112,7 @@ def stream_safetensors(
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with written_aside(path) as aside, aside.open("wb") as out:
+    with write_aside(path) as aside, aside.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             value = tensor(name)

@@ -39,7 +39,7 @@ def trained(method: str, engine: str, codec: str, checkpoint: str, out: str) -> 
     for step in range(3):
         t.step(step)
         if step == 1:
-            t.method.recompose(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1)
     save_adapter(t.engine, t.adapters, t.method, Path(out) / "adapter", checkpoint)
     if t.engine.main:
         Backbone.save(Path(out) / BACKBONE, t.model)

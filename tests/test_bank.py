@@ -15,7 +15,7 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.loading import bind, skeleton
 from llm_lowrank.models.loading import load as load_model
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.train import summed_loss
+from llm_lowrank.run.train import batch_loss
 from tests import ranks
 
 # Shallow, middle and deep, attention and MLP; a part of the model, so that the test is short.
@@ -51,11 +51,11 @@ def one_switch(into: str) -> dict:
     start = maps()
     for step in range(STEPS):
         for micro in batches.step(step):
-            engine.backward(summed_loss(model, micro, engine.device) / micro.tokens)
+            engine.backward(batch_loss(model, micro, engine.device) / micro.tokens)
         method.observe(adapters, engine)
         engine.step(1e-3)
     learned, stored = maps(), [engine.weight(a).read().clone() for a in adapters]
-    event = method.recompose(adapters, engine, 1)
+    event = method.exchange(adapters, engine, 1)
     after = maps()
     return {
         "event": event,
@@ -65,7 +65,7 @@ def one_switch(into: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def switches() -> dict[str, dict]:
+def exchange_schedule() -> dict[str, dict]:
     return {into: ranks.run(1, one_switch, into, timeout=240)[0] for into in ("weight", "bank")}
 
 

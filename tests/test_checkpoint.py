@@ -30,7 +30,7 @@ def walk(t: Trainee, steps: range) -> list[float]:
     for step in steps:
         losses.append(t.step(step))
         if step + 1 in t.method.schedule(STEPS, t.adapters):
-            t.method.recompose(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1)
     return losses
 
 
@@ -39,7 +39,7 @@ def saved(t: Trainee, folder: str, step: int, keep: int = 2) -> Path:
 
 
 def state(t: Trainee) -> dict[str, Tensor]:
-    places = {f"{a.name}#{k}": v.clone() for a in t.adapters for k, v in a.memory.items() if k not in a.runs}
+    places = {f"{a.name}#{k}": v.clone() for a in t.adapters for k, v in a.memory.items() if k not in a.spans}
     weights = {f"{a.name}#W": t.engine.weight(a).matmul(torch.eye(a.shape[1])) for a in t.adapters}
     return t.values() | t.moments() | places | weights | {"logits": t.logits()}
 
@@ -136,7 +136,7 @@ def test_resume_on_another_engine_and_number_of_ranks_goes_on_alike(tmp_path, me
 
 
 def another_base(folder: str) -> str:
-    found = Checkpoint.open(checkpoint.found(Path(folder))[0])
+    found = Checkpoint.open(checkpoint.complete_checkpoints(Path(folder))[0])
 
     def resume() -> None:
         torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_only_the_last_ones_are_kept_and_a_save_that_fails_keeps_all(tmp_path, m
     t = Trainee(METHODS["lora"], "plain", total=STEPS)
     for step in (1, 2, 3):
         saved(t, str(tmp_path), step)
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000003", "step-000002"]
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step-000003", "step-000002"]
     assert (tmp_path / "checkpoints/LATEST").read_text() == "step-000003\n"
 
     def full(*args: object) -> None:
@@ -210,9 +210,9 @@ def test_only_the_last_ones_are_kept_and_a_save_that_fails_keeps_all(tmp_path, m
     with pytest.raises(OSError, match="No space left"):
         saved(t, str(tmp_path), 4)
     monkeypatch.undo()
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000003", "step-000002"]
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step-000003", "step-000002"]
     saved(t, str(tmp_path), 4)  # over what was left behind
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000004", "step-000003"]
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step-000004", "step-000003"]
     assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Dense
-from llm_lowrank.methods.droplora import DropAdapter, DropDirectionAdapter, DropLoRA, mixed
+from llm_lowrank.methods.droplora import DropAdapter, DropDirectionAdapter, DropLoRA, mix_bits
 from llm_lowrank.methods.lora import LoRA
 from tests import ranks
 from tests.tiny import Trainee
@@ -250,10 +250,10 @@ def test_inputs_of_two_dimensions_and_batches_that_ran_out_have_masks():
 
 
 def test_a_hash_of_neighbours_has_no_pattern():
-    bits = torch.stack([mixed(torch.arange(4096)) >> k & 1 for k in range(64)]).double()
+    bits = torch.stack([mix_bits(torch.arange(4096)) >> k & 1 for k in range(64)]).double()
     assert (bits.mean(1) - 0.5).abs().max() < 5 * 0.5 / 4096**0.5
     flips = torch.stack(
-        [(mixed(torch.arange(4096)) ^ mixed(torch.arange(4096) ^ 1)) >> k & 1 for k in range(64)]
+        [(mix_bits(torch.arange(4096)) ^ mix_bits(torch.arange(4096) ^ 1)) >> k & 1 for k in range(64)]
     ).double()
     assert (flips.mean(1) - 0.5).abs().max() < 5 * 0.5 / 4096**0.5, "one flipped bit flips half of them"
 

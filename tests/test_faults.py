@@ -44,7 +44,7 @@ KILLED = [  # one after the other in one run
     Strike("restoring", rank=1),
     Strike("saving", rank=1),
     Strike("saving", count=2),
-    Strike("the recomposition", rank=1),
+    Strike("the exchange", rank=1),
     Strike("step", rank=1, count=2),
     Strike("the evaluation after", rank=1),
     Strike("the export"),
@@ -359,13 +359,13 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, meth
 def broken_steps(monkeypatch) -> set[int]:
     """Training steps whose loss is NaN, 1-based."""
     steps: set[int] = set()
-    real, seen = loop.summed_loss, [0]
+    real, seen = loop.batch_loss, [0]
 
     def loss(model, batch, *where):
         seen[0] += model.training
         return real(model, batch, *where) * (float("nan") if model.training and seen[0] in steps else 1.0)
 
-    monkeypatch.setattr(loop, "summed_loss", loss)
+    monkeypatch.setattr(loop, "batch_loss", loss)
     return steps
 
 

@@ -475,7 +475,9 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
 
     path, made = tmp_path / "a.jsonl", []
     real = module._mapped
-    monkeypatch.setattr(module, "_mapped", lambda part, options, at: made.append(part.name) or real(part, options, at))
+    monkeypatch.setattr(
+        module, "_map_rows", lambda part, options, at: made.append(part.name) or real(part, options, at)
+    )
     rows = [{"prompt": f"p{k}", "completion": "c"} for k in range(6)]
     write_jsonl(path, rows)
 
@@ -506,7 +508,7 @@ def test_one_process_of_a_node_makes_the_tokens_while_the_others_wait(tmp_path, 
         assert go_on.wait(60)
         return real(part, options, at)
 
-    monkeypatch.setattr(module, "_mapped", slow)
+    monkeypatch.setattr(module, "_map_rows", slow)
     with ThreadPoolExecutor(2) as ranks:  # a lock of a file keeps two who opened it apart, in one process as in two
         first = ranks.submit(loaded, path)
         assert begun.wait(60)

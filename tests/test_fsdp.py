@@ -105,7 +105,7 @@ def runs(shard_size: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
     found = {}
     for name, p in t.model.named_parameters():
         if p.requires_grad:
-            local = t.engine.local(p)
+            local = t.engine.span(p)
             assert local.value.numel() == local.moments["exp_avg"].numel()
             found[name] = (tuple(p.shape), local.start, local.value.numel())
     return found
@@ -127,7 +127,7 @@ def switched(engine_name: str, sharding: dict[str, int], codec: str) -> tuple[li
     for step in range(4):
         losses.append(t.step(step))
         if step == 1:
-            t.method.recompose(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1)
     return losses, t.values(), t.checkpoint.elements
 
 

@@ -1,6 +1,6 @@
 """The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested by an entry in METHODS.
 
-A cell is one short run: attach, load and shard, a few steps with the method's own schedule of recompositions, export.
+A cell is one short run: attach, load and shard, a few steps with the method's own schedule of exchanges, export.
 It is lived once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3
 divides 43, nor 3 x 14, nor does a block of 64 divide any row.
 """
@@ -148,7 +148,7 @@ class Life:
     original: dict[str, Tensor]  # W of the checkpoint, by adapted module
     base: Tensor  # logits of the untouched model
     started: Snapshot
-    exchanges: list[tuple[Snapshot, Snapshot]]  # before and after every recomposition
+    exchanges: list[tuple[Snapshot, Snapshot]]  # before and after every exchange
     final: Snapshot
     losses: list[float]
     norms: list[float]  # of the gradient
@@ -197,7 +197,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)
-            method.recompose(t.adapters, t.engine, step + 1)
+            method.exchange(t.adapters, t.engine, step + 1)
             exchanges.append((before, Snapshot.take(t)))
         history.append(parameters())
     final = Snapshot.take(t)
@@ -329,11 +329,11 @@ def test_start_keeps_the_function(lives, cell):
         assert bool(entries) == takes_pairs(method), "principal pairs left W, or nothing did"
 
 
-RECOMPOSING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
+EXCHANGING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
 
 
-@over(RECOMPOSING)
-def test_recompose_keeps_the_function(lives, cell):
+@over(EXCHANGING)
+def test_exchange_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
     life = lives(*cell)[0][0]
     assert len(life.exchanges) == len(METHODS[method].schedule(STEPS)) > 0
@@ -354,7 +354,7 @@ def test_recompose_keeps_the_function(lives, cell):
         assert relative(after.logits, before.logits) <= (BF16_LOGITS if dtype == "bf16" else FLOAT32)
 
 
-@over([cell for cell in RECOMPOSING if cell[0].endswith("-bank")])
+@over([cell for cell in EXCHANGING if cell[0].endswith("-bank")])
 def test_into_the_bank_pairs_move_bitwise_and_the_bytes_of_w_never_change(lives, cell):
     life = lives(*cell)[0][0]
     for before, after in life.exchanges:

@@ -18,7 +18,7 @@ from llm_lowrank.engines.base import Optimization
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.models import loading
-from llm_lowrank.models.loading import bind, blocks, changed, load, skeleton
+from llm_lowrank.models.loading import add_change, bind, blocks, load, skeleton
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
@@ -257,12 +257,13 @@ def test_rows_are_changed_alike_however_many_at_a_time():
         torch.randn(37, 50, generator=noise),
         Pairs(torch.randn(37, 9, generator=noise), torch.randn(9, 50, generator=noise)),
     )
-    whole = changed(w, pairs, slice(0, 37))
+    whole = add_change(w, pairs, slice(0, 37))
     exact = w.double() + pairs.B.double() @ pairs.A.double()
     assert torch.equal(whole, exact.float()) and whole.dtype == torch.float32
     for step in (1, 2, 5, 36):
         assert torch.equal(
-            torch.cat([changed(w[a : a + step], pairs, slice(a, min(a + step, 37))) for a in range(0, 37, step)]), whole
+            torch.cat([add_change(w[a : a + step], pairs, slice(a, min(a + step, 37))) for a in range(0, 37, step)]),
+            whole,
         )
 
 

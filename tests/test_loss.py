@@ -27,7 +27,7 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.models import loss
-from llm_lowrank.models.loss import loss_layer, summed
+from llm_lowrank.models.loss import loss_layer, sum_loss
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests import ranks
@@ -88,7 +88,7 @@ def both(model: nn.Module, tokens: Tensor, labels: Tensor) -> list[tuple[float, 
     found = []
     for layer in (None, model.get_output_embeddings()):
         with blocks_of(ROWS):
-            value = summed(model, {"input_ids": tokens}, labels, layer)
+            value = sum_loss(model, {"input_ids": tokens}, labels, layer)
             (value * 0.37).backward()  # not a power of two
         found.append((float(value.detach()), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
@@ -125,7 +125,7 @@ def test_what_losia_records_is_the_gradient_of_the_scaled_loss():
     for layer in (None, head):
         head.dense = None
         with blocks_of(ROWS):
-            (summed(model, {"input_ids": tokens}, some_labels(tokens), layer) * 0.37).backward()
+            (sum_loss(model, {"input_ids": tokens}, some_labels(tokens), layer) * 0.37).backward()
         told.append(head.dense)
     assert told[0].abs().max() > 0.01 and torch.allclose(told[1], told[0], rtol=1e-4, atol=1e-6)
 
@@ -149,16 +149,16 @@ def test_logits_are_made_of_trained_positions_only_and_a_block_at_a_time(method)
     assert ROWS < trained < tokens.numel() / 2 and trained % ROWS
     for grad in (True, False):
         with blocks_of(ROWS) as made, torch.set_grad_enabled(grad):
-            summed(model, {"input_ids": tokens}, labels, model.get_output_embeddings())
+            sum_loss(model, {"input_ids": tokens}, labels, model.get_output_embeddings())
         assert max(made) == ROWS and sum(made) == trained
         with blocks_of(trained) as made, torch.set_grad_enabled(grad):
-            value = summed(model, {"input_ids": tokens}, labels, model.get_output_embeddings())
+            value = sum_loss(model, {"input_ids": tokens}, labels, model.get_output_embeddings())
         assert made == [trained]
     with blocks_of(trained) as made:  # one block: nothing is computed again
-        summed(model, {"input_ids": tokens}, labels, model.get_output_embeddings()).backward()
+        sum_loss(model, {"input_ids": tokens}, labels, model.get_output_embeddings()).backward()
     assert made == [trained]
     with torch.no_grad():
-        assert float(value) == pytest.approx(float(summed(model, {"input_ids": tokens}, labels, None)), rel=1e-6)
+        assert float(value) == pytest.approx(float(sum_loss(model, {"input_ids": tokens}, labels, None)), rel=1e-6)
 
 
 def test_only_what_is_trained_on_the_layer_makes_it_compute_a_block_twice():
@@ -166,7 +166,7 @@ def test_only_what_is_trained_on_the_layer_makes_it_compute_a_block_twice():
         model, tokens = adapted(METHODS[method]), batch(0)
         labels = some_labels(tokens)
         with blocks_of(ROWS) as made:
-            summed(model, {"input_ids": tokens}, labels, model.get_output_embeddings()).backward()
+            sum_loss(model, {"input_ids": tokens}, labels, model.get_output_embeddings()).backward()
         assert sum(made) == times * int((labels[:, 1:] != IGNORE).sum())
 
 
@@ -212,9 +212,9 @@ def test_autocast(method):
 def test_the_model_answers_with_logits_again_afterwards():
     model, tokens = adapted(METHODS["lora"]), batch(0)
     before = model(input_ids=tokens).logits
-    summed(model, {"input_ids": tokens}, tokens, model.get_output_embeddings())
+    sum_loss(model, {"input_ids": tokens}, tokens, model.get_output_embeddings())
     with pytest.raises(AssertionError):  # labels of another batch
-        summed(model, {"input_ids": tokens}, tokens[1:], model.get_output_embeddings())
+        sum_loss(model, {"input_ids": tokens}, tokens[1:], model.get_output_embeddings())
     assert torch.equal(model(input_ids=tokens).logits, before)
 
 
@@ -282,7 +282,7 @@ def test_dropout_is_the_same_when_a_block_is_computed_again():
     def value() -> Tensor:
         torch.manual_seed(3)
         with blocks_of(ROWS):
-            return summed(model, {"input_ids": tokens}, some_labels(tokens), head)
+            return sum_loss(model, {"input_ids": tokens}, some_labels(tokens), head)
 
     value().backward()
     gradient, step = head.B.grad, 1e-2
@@ -321,7 +321,7 @@ def trained(method: Method, engine_name: str, blocks: bool) -> dict[str, object]
             total = torch.zeros(())
             for ids, wanted, samples in zip(*shares, numbers, strict=True):
                 t.method.batch(t.adapters, step, samples)
-                value = summed(t.wrapped, {"input_ids": ids}, wanted, layer if blocks else None) / 29
+                value = sum_loss(t.wrapped, {"input_ids": ids}, wanted, layer if blocks else None) / 29
                 t.engine.backward(value)
                 total += value.detach()
             t.method.observe(t.adapters, t.engine)
@@ -332,7 +332,9 @@ def trained(method: Method, engine_name: str, blocks: bool) -> dict[str, object]
         with torch.no_grad():
             t.model.eval()
             tokens = batch(9, 4)
-            found["held out"] = summed(t.wrapped, {"input_ids": tokens}, some_labels(tokens), layer if blocks else None)
+            found["held out"] = sum_loss(
+                t.wrapped, {"input_ids": tokens}, some_labels(tokens), layer if blocks else None
+            )
     assert not blocks or max(made) == ROWS
     return found | t.values()
 

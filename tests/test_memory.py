@@ -1,4 +1,4 @@
-"""What a rank needs while a model is loaded and at a recomposition, measured in fresh processes by
+"""What a rank needs while a model is loaded and at an exchange, measured in fresh processes by
 benchmarks/memory.py.
 """
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 # half a minute each; the benchmark runs all four
 @pytest.mark.parametrize(("engine", "codec"), [("deepspeed", "nf4"), ("fsdp", "dense")])
-def test_a_rank_loads_its_shard_and_recomposes_layer_by_layer(engine, codec, folder):
+def test_a_rank_loads_its_shard_and_exchanges_layer_by_layer(engine, codec, folder):
     for row in memory.measure(engine, codec, 2, folder):
         assert row["loading"] <= memory.loading_bound(row) < row["model"], row
-        assert row["recomposition"] <= memory.recomposition_bound(row), row
+        assert row["exchange"] <= memory.exchange_bound(row), row

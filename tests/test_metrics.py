@@ -21,7 +21,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def told(folder: Path, report_to: str, **settings: Any) -> None:
     with Metrics(folder, report_to, main=True, **settings) as metrics:
         metrics.write("train", 1, loss=2.0, learning_rate=1e-3)
-        metrics.write("exchange", 2, what="recompose", pairs=4)
+        metrics.write("exchange", 2, what="exchange", pairs=4)
         metrics.write("eval", 2, loss=None)
 
 

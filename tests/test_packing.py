@@ -21,7 +21,7 @@ from llm_lowrank.data import IGNORE, Batches, Example, best_fit
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.packing import check_apart
-from llm_lowrank.run.train import Seen, summed_loss
+from llm_lowrank.run.train import Seen, batch_loss
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_packed_losses_and_gradients_are_those_of_the_same_examples_unpacked(att
         batches = Batches(data, 50, 1, 0, 1, 0, 0, 1, pack)
         (micro,) = batches.step(0)
         model.zero_grad()
-        loss = summed_loss(model, micro, CPU) / micro.tokens
+        loss = batch_loss(model, micro, CPU) / micro.tokens
         loss.backward()
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

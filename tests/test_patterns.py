@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llm_lowrank.adapters.adapter import paired
+from llm_lowrank.adapters.adapter import as_pair_adapters
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.lora import LoRA
@@ -50,7 +50,7 @@ ALPHAS = [None, 6.0, 2.5]
 
 
 def ours(method: LoRA) -> dict[str, tuple[int, float]]:
-    return {a.name: (a.rank, a.scale) for a in paired(attach(llama(), method, Dense()))}
+    return {a.name: (a.rank, a.scale) for a in as_pair_adapters(attach(llama(), method, Dense()))}
 
 
 def pefts(config: peft.LoraConfig) -> dict[str, tuple[int, float]]:
@@ -129,7 +129,7 @@ def train(method: LoRA, steps: int = 3) -> Trainee:
     for step in range(steps):
         t.step(step)
         if step + 1 in method.schedule(steps):
-            method.recompose(t.adapters, t.engine, step + 1)
+            method.exchange(t.adapters, t.engine, step + 1)
     return t
 
 
@@ -137,7 +137,7 @@ def train(method: LoRA, steps: int = 3) -> Trainee:
 def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merged(label, tmp_path):
     method = METHODS[label]
     t = train(method)
-    for a in paired(t.adapters):
+    for a in as_pair_adapters(t.adapters):
         rank = 2 if a.name == K else RANKS[a.name.rsplit(".", 1)[-1]]
         alpha = 3 if a.name.endswith("o_proj") else 6
         assert (a.rank, tuple(a.A.shape)[0], a.B.shape[1]) == (rank, rank, rank)
@@ -167,7 +167,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def test_pissa_takes_so_many_principal_pairs_of_each_module_as_its_rank_says():
     t = Trainee(replace(METHODS["pissa"], svd_exact=True), "plain")
-    for a in paired(t.adapters):
+    for a in as_pair_adapters(t.adapters):
         u, sigma, vt = torch.linalg.svd(t.original[f"{a.name}.weight"].double(), full_matrices=False)
         principal = (u[:, : a.rank] * sigma[: a.rank]) @ vt[: a.rank]
         found = a.scale * t.engine.whole(a.B).double() @ t.engine.whole(a.A).double()
@@ -210,7 +210,7 @@ def test_a_rank_of_a_pattern_that_is_too_large_for_its_module_is_refused():
 
 def test_srlora_refuses_rank_pattern_with_the_reason_and_takes_alpha_pattern():
     with pytest.raises(
-        ValueError, match="^method.rank_pattern cannot be used with srlora: .* different numbers of switches"
+        ValueError, match="^method.rank_pattern cannot be used with srlora: .* different numbers of exchanges"
     ):
         SRLoRA(rank=4, target_rank=8, rank_pattern={"k_proj": 2})
     method = SRLoRA(rank=4, target_rank=8, target_modules=MODULES, alpha_pattern={"k_proj": 8})

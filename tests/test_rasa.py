@@ -216,7 +216,7 @@ CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 
 def whole_gradient(engine: Engine, p: nn.Parameter, shape: torch.Size) -> Tensor:
     whole, mine = torch.zeros(shape.numel()), engine.gradient(p)
-    start = engine.local(p).start
+    start = engine.span(p).start
     whole[start : start + mine.numel()] = mine
     return engine.sum(whole).view(shape)
 
@@ -402,7 +402,7 @@ def test_weights_scaled_by_c_scale_the_change_by_c():
 
 
 def test_k_is_an_eighth_of_the_rank_by_default_and_at_least_one():
-    assert [RaSA(rank=rank).pooled(rank) for rank in (1, 4, 8, 15, 16, 32)] == [1, 1, 1, 1, 2, 4]
+    assert [RaSA(rank=rank).pooled_pairs(rank) for rank in (1, 4, 8, 15, 16, 32)] == [1, 1, 1, 1, 2, 4]
 
 
 # --- 9: what shares a pool --------------------------------------------------------------------------------------------

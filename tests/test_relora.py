@@ -96,7 +96,7 @@ def tell(method: ReLoRA, engine: str, dtype: str = "fp32") -> Story:
         losses.append(t.step(step))
         if step + 1 in method.schedule(STEPS):
             before = Moment.now(t)
-            events.append(method.recompose(t.adapters, t.engine, step + 1))
+            events.append(method.exchange(t.adapters, t.engine, step + 1))
             restarts.append((before, Moment.now(t)))
             used.append(int(t.adapters[0].memory.get("used", 0)))
     original = {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}
@@ -268,7 +268,7 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
         assert [event.lost for event in told.events] == pytest.approx([0.0, 0.0, error], rel=1e-5) and error > 0.01
     with Metrics(tmp_path, "none", main=True) as metrics:
         lines = [
-            log_exchange(metrics, step, "recompose", event) for step, event in zip(RESTARTS, told.events, strict=True)
+            log_exchange(metrics, step, "exchange", event) for step, event in zip(RESTARTS, told.events, strict=True)
         ]
     assert [f"compressing the bank took {error:.1e} of it" in line for line in lines] == [False, False, True]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -285,7 +285,7 @@ def test_a_bank_has_room_in_proportion_to_the_rank_of_its_module():
     for step in range(STEPS):
         t.step(step)
         if step + 1 in RESTARTS:
-            assert t.method.recompose(t.adapters, t.engine, step + 1).pairs == 4 + 2 + 6 + 2
+            assert t.method.exchange(t.adapters, t.engine, step + 1).pairs == 4 + 2 + 6 + 2
     assert [int(a.memory["used"]) for a in t.adapters] == [8, 4, 12, 4]
     method = replace(METHOD, bank_pairs=5)
     assert [method.bank_of(rank) for rank in (4, 2, 6, 1)] == [5, 3, 8, 2]  # one more than the rank, at least
@@ -352,7 +352,7 @@ def other_pairs() -> str:
     t = Trainee(METHOD, "plain", total=STEPS)
     t.step(0)
     t.adapters[0].seed += t.engine.rank
-    return ranks.caught(lambda: t.method.recompose(t.adapters, t.engine, 2), RuntimeError)
+    return ranks.caught(lambda: t.method.exchange(t.adapters, t.engine, 2), RuntimeError)
 
 
 @pytest.mark.parametrize("into, dtype", [("weight", "fp32"), ("bank", "fp32"), ("bank", "nf4")])
@@ -361,7 +361,7 @@ def test_the_export_is_over_the_untouched_base(into, dtype, tmp_path):
     for step in range(STEPS):
         t.step(step)
         if step + 1 in RESTARTS:
-            t.method.recompose(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1)
     saved = save_adapter(t.engine, t.adapters, t.method, tmp_path / "adapter", "base")
     # three restarts; a bank of 2 RANK
     assert saved is not None and saved.rank == (4 * RANK if into == "weight" else 3 * RANK)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.numerics.schedule import learning_rate, switches
+from llm_lowrank.methods.srlora import SRLoRA, exchange_schedule
+from llm_lowrank.numerics.schedule import learning_rate
 
 SHAPES = ("cosine", "linear", "constant")
 
@@ -74,7 +74,7 @@ def test_the_rate_rises_through_warm_up_and_never_rises_after(shape, total, warm
     ],
 )
 def test_switches_at_hand(total, rank, target, swap, paper, expected):
-    assert switches(total, rank, target, swap, paper) == expected
+    assert exchange_schedule(total, rank, target, swap, paper) == expected
 
 
 @given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.booleans())
@@ -82,10 +82,10 @@ def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
     count = -(-spare // swap)
     parts = count if paper else count + 1
     if total < parts:  # one step or more between switches: rounding cannot bring two together; less: it must
-        with pytest.raises(ValueError, match=f"{count} switches do not fit into {total} steps"):
-            switches(total, rank, rank + spare, swap, paper)
+        with pytest.raises(ValueError, match=f"{count} exchanges do not fit into {total} steps"):
+            exchange_schedule(total, rank, rank + spare, swap, paper)
         return
-    found = switches(total, rank, rank + spare, swap, paper)
+    found = exchange_schedule(total, rank, rank + spare, swap, paper)
     nearest = [Fraction(k * total, parts) for k in range(1, count + 1)]
     steps, taken = [step for step, _ in found], [pairs for _, pairs in found]
     assert len(found) == count
@@ -100,14 +100,14 @@ def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
 )
 def test_switches_are_refused_when_steps_do_not_suffice(total, paper):
     with pytest.raises(
-        ValueError, match=f"4 switches do not fit into {total} steps; lower target_rank, raise gamma or train longer"
+        ValueError, match=f"4 exchanges do not fit into {total} steps; lower target_rank, raise gamma or train longer"
     ):
-        switches(total, 4, 12, 2, paper)
+        exchange_schedule(total, 4, 12, 2, paper)
 
 
 @pytest.mark.parametrize("total,paper", [(5, False), (4, True)])
 def test_switches_fit_as_soon_as_every_step_can_hold_one(total, paper):
-    assert [step for step, _ in switches(total, 4, 12, 2, paper)] == [1, 2, 3, 4]
+    assert [step for step, _ in exchange_schedule(total, 4, 12, 2, paper)] == [1, 2, 3, 4]
 
 
 def test_srlora_without_spare_directions_has_no_switch():
@@ -119,7 +119,7 @@ def test_srlora_without_spare_directions_has_no_switch():
 def test_srlora_swaps_gamma_times_rank_pairs_but_at_least_one(gamma, swap):
     method = SRLoRA(rank=8, target_rank=16, gamma=gamma)
     assert method.swap == swap
-    assert method.schedule(400) == tuple(step for step, _ in switches(400, 8, 16, swap))
+    assert method.schedule(400) == tuple(step for step, _ in exchange_schedule(400, 8, 16, swap))
 
 
 def test_srlora_paper_schedule_switches_last_at_the_end():

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_lowrank.adapters.exchange import Exchanged, measured
+from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.codecs import Int8, Nf4
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.pissa import PiSSA
@@ -82,7 +82,7 @@ class Moment:
         for a in t.adapters:
             for name in ("A", "B"):
                 p = getattr(a, name)
-                run, whole = t.engine.local(p), torch.zeros(a.rank * a.shape[name == "A"])
+                run, whole = t.engine.span(p), torch.zeros(a.rank * a.shape[name == "A"])
                 whole[run.start : run.start + run.value.numel()] = run.value
                 masters[f"{a.name}.{name}"] = t.engine.sum(whole).view(t.engine.whole(p).shape)
         weights = {a.name: t.engine.whole(a.weight).clone() for a in t.adapters}
@@ -129,8 +129,8 @@ def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -
             for name in ("A", "B"):
                 p = getattr(a, name)
                 seen[f"{a.name}.{name}"] = (
-                    t.engine.local(p).start,
-                    t.engine.local(p).value.clone(),
+                    t.engine.span(p).start,
+                    t.engine.span(p).value.clone(),
                     t.engine.gradient(p).clone(),
                 )
         story.runs.append(seen)
@@ -138,7 +138,9 @@ def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -
         t.engine.step(1e-2)
         if step + 1 in SWITCHES:
             before = Moment.now(t)
-            story.events.append(measured(t.engine, functools.partial(method.recompose, t.adapters, t.engine, step + 1)))
+            story.events.append(
+                measure_exchange(t.engine, functools.partial(method.exchange, t.adapters, t.engine, step + 1))
+            )
             story.switches.append((before, Moment.now(t)))
     story.end = Moment.now(t)
     return story
@@ -241,7 +243,7 @@ def test_every_parameter_stays_the_object_that_the_optimizer_steps():
     for step in range(4):
         t.step(step)
         if step % 2:
-            t.method.recompose(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1)
         assert identities() == first
 
 
@@ -283,7 +285,7 @@ def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
     for _ in range(BEFORE):
         step()
     was = t.values()
-    method.recompose(t.adapters, t.engine, 1)
+    method.exchange(t.adapters, t.engine, 1)
     now = t.values()
     replaced = {k: now[k] != was[k] for k in now if k[-2:] in (".A", ".B")}
     ratios: list[float] = []
@@ -424,9 +426,9 @@ def exhausted(method: SRLoRA, engine: str) -> dict[str, bool]:
     for step in range(3):
         t.step(step)
         if step < 2:
-            t.method.recompose(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1)
     before = Moment.now(t)
-    t.method.recompose(t.adapters, t.engine, 1)
+    t.method.exchange(t.adapters, t.engine, 1)
     after = Moment.now(t)
     same = {}
     for part in ("values", "masters", "moments", "weights"):
@@ -454,7 +456,7 @@ def trained(
     for step in range(4):
         losses.append(t.step(step))
         if step + 1 in method.schedule(4):
-            method.recompose(t.adapters, t.engine, 1)
+            method.exchange(t.adapters, t.engine, 1)
     return losses, t.values(), t.moments(), t.weights()
 
 
@@ -480,7 +482,7 @@ def test_the_whole_change_has_at_most_rank_two_r_target_and_the_export_reproduce
     for step in range(6):
         t.step(step)
         if step in (1, 3):
-            method.recompose(t.adapters, t.engine, 1)
+            method.exchange(t.adapters, t.engine, 1)
     saved = save_adapter(t.engine, t.adapters, method, tmp_path, "base")
     assert saved is not None and saved.rank <= 8
     exported = load_file(tmp_path / "adapter_model.safetensors")
@@ -550,7 +552,7 @@ def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target,
         assert paper.schedule(total) == tuple(round(k * total / count) for k in range(1, count + 1))
     t = started(method, "plain")
     t.step(0)
-    exchanged = [method.recompose(t.adapters, t.engine, 1).pairs // len(t.adapters) for _ in method.schedule(100)]
+    exchanged = [method.exchange(t.adapters, t.engine, 1).pairs // len(t.adapters) for _ in method.schedule(100)]
     assert exchanged == [min(swap, target - rank - swap * k) for k in range(count)]
     assert sum(exchanged) == target - rank
 
@@ -615,7 +617,7 @@ def not_finite(engine: str, number: float) -> tuple[str, list[str]]:
     )
     t.method.observe(t.adapters, t.engine)
     t.engine.step(1e-2)
-    return caught(lambda: t.method.recompose(t.adapters, t.engine, 1)), [a.name for a in t.adapters]
+    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1)), [a.name for a in t.adapters]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -638,7 +640,7 @@ def tampered(method: SRLoRA, engine: str) -> str:
         return found
 
     t.engine.broadcast = broadcast
-    return caught(lambda: t.method.recompose(t.adapters, t.engine, 1))
+    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1))
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])

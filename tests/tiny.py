@@ -187,7 +187,7 @@ class Trainee:
 
     def values(self) -> dict[str, Tensor]:
         """Every parameter that does not come from the checkpoint, whole."""
-        return {name: self.engine.whole(p).cpu() for name, p in checkpoint.own_parameters(self.model)}
+        return {name: self.engine.whole(p).cpu() for name, p in checkpoint.adapter_parameters(self.model)}
 
     def moments(self) -> dict[str, Tensor]:
         found = {}

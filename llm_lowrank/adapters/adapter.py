@@ -110,10 +110,10 @@ class Adapter(FrozenLinear):
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Change] = []
         self.taken = 0  # entries that left W before it was encoded
-        # What a method remembers; anything here is part of a checkpoint. `runs` says of a key whose run of this rank it
+        # What a method remembers; anything here is part of a checkpoint. `spans` says of a key whose span of this rank it
         # lies along: a parameter's, or W (the rows of engine.part); what is not in it is the same on every rank.
         self.memory: dict[str, Tensor] = {}
-        self.runs: dict[str, str] = {}
+        self.spans: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
 
@@ -223,7 +223,7 @@ class PairAdapter(Adapter):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, bank={0 if self.bank_A is None else len(self.bank_A)}"
 
 
-def paired(adapters: Sequence[Adapter]) -> list[PairAdapter]:
+def as_pair_adapters(adapters: Sequence[Adapter]) -> list[PairAdapter]:
     """The same, known to be pairs."""
     assert all(isinstance(adapter, PairAdapter) for adapter in adapters)
     return list(adapters)  # type: ignore[arg-type]

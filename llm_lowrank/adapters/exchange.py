@@ -68,7 +68,7 @@ class Exchanged:
         )
 
 
-def measured(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged | None:
+def measure_exchange(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged | None:
     """What a method's hook did, with all of its time and traffic: deciding and sending fresh pairs too. Collective."""
     began, traffic = time.perf_counter(), engine.traffic
     event = hook()
@@ -116,11 +116,11 @@ def exchange_(
     index = index.to(engine.device)
     moving = adapter.factors() if slots is not None else adapter.factors()[:2]
     x = probe(engine, adapter)
-    staying = _applied(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], x)
+    staying = _apply_pairs(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], x)
     before = engine.weight(adapter).matmul(x) + staying
     lost = 0.0
     with engine.edit(*moving) as (a, b, *bank):
-        before += _applied(adapter, [s.value for s in (a, b, *bank)], x)
+        before += _apply_pairs(adapter, [s.value for s in (a, b, *bank)], x)
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
         if slots is not None:
@@ -143,7 +143,7 @@ def exchange_(
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
         assert torch.equal(value, wanted), f"{adapter.name}: an exchanged factor did not reach the forward"
-    after = engine.weight(adapter).matmul(x) + staying + _applied(adapter, seen, x)
+    after = engine.weight(adapter).matmul(x) + staying + _apply_pairs(adapter, seen, x)
     drift = checked_drift(adapter, before, after, exact=slots is not None)
     engine.release(4 * math.prod(adapter.shape))  # as float32
     into = "weight" if slots is None else "bank"
@@ -176,14 +176,14 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
     with engine.edit(adapter.bank_A, adapter.bank_B) as (a, b):
         bank = Pairs(b.value, a.value)
 
-        def compressed() -> list[Tensor]:
+        def compress() -> list[Tensor]:
             small, dropped = bank.compress(most=most)
             # what is kept is an SVD: |b_k| |a_k| are its values
             sizes = small.B.norm(dim=0).double() * small.A.norm(dim=1).double()
             whole = math.hypot(float(sizes.norm()), dropped)
             return [small.B, small.A, torch.tensor(dropped / whole if whole else 0.0, dtype=torch.float64)]
 
-        small_B, small_A, lost = engine.broadcast(compressed)
+        small_B, small_A, lost = engine.broadcast(compress)
         used = len(small_A)
         a.value[:used], a.value[used:] = small_A, 0.0
         b.value[:, :used], b.value[:, used:] = small_B, 0.0
@@ -244,7 +244,7 @@ def checked_drift(adapter: Adapter, before: Tensor, after: Tensor, exact: bool) 
     return drift
 
 
-def _applied(adapter: PairAdapter, factors: list[Tensor], x: Tensor) -> Tensor:
+def _apply_pairs(adapter: PairAdapter, factors: list[Tensor], x: Tensor) -> Tensor:
     """s B A x, summed over the pairs of factors (A, B, A', B', ...): (n, p) -> (m, p)."""
     y = x.new_zeros(adapter.shape[0], x.shape[1])
     for a, b in zip(factors[::2], factors[1::2], strict=True):

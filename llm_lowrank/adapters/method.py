@@ -65,13 +65,13 @@ class Method(draccus.ChoiceRegistry):
         """
         raise NotImplementedError
 
-    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
         """Once, when all adapters are in their places, before there are values: what they share, what they must agree
         on.
         """
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        """Completed steps after which `recompose` is called.
+        """Completed steps after which `exchange` is called.
 
         ValueError if the method, or these adapters, cannot do with so many steps.
         """
@@ -118,7 +118,7 @@ class Method(draccus.ChoiceRegistry):
         Local.
         """
 
-    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         """After a step of the schedule; `step` steps are done. Collective."""
         return None
 
@@ -180,7 +180,7 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
         if isinstance(layer, Adapter):
             fill_(layer)
             adapters.append(layer)
-    method.attached(model, adapters)
+    method.link(model, adapters)
     return adapters
 
 

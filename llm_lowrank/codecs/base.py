@@ -83,7 +83,7 @@ def to_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def aligned(part: Tensor) -> Tensor:
+def align(part: Tensor) -> Tensor:
     """Contiguous and at a multiple of 4 bytes; a view into an engine's flat buffer may be neither, and is copied then."""
     return (
         part.clone(memory_format=torch.contiguous_format)
@@ -94,4 +94,4 @@ def aligned(part: Tensor) -> Tensor:
 
 def from_bytes(part: Tensor) -> Tensor:
     """uint8 (m, 4k) -> float32 (m, k)."""
-    return aligned(part).view(torch.float32)
+    return align(part).view(torch.float32)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llm_lowrank.codecs.base import Coded, absmax, aligned, empty_parts, from_bytes, row_slices, to_bytes
+from llm_lowrank.codecs.base import Coded, absmax, align, empty_parts, from_bytes, row_slices, to_bytes
 
 BLOCK = 64  # elements that share a scale
 
@@ -64,7 +64,7 @@ class Nf4(Coded):
             self._scales(parts).flatten(), shape, levels(device), BLOCK, quant_type="nf4", dtype=self.dtype
         )
         # codes as a column: given a single row, bitsandbytes returns the transpose
-        w = functional.dequantize_4bit(aligned(codes).view(-1, 1), state)  # (m, N)
+        w = functional.dequantize_4bit(align(codes).view(-1, 1), state)  # (m, N)
         return w[:, :n].contiguous()
 
     def _scales(self, parts: dict[str, Tensor]) -> Tensor:

@@ -110,7 +110,7 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
             raise ValueError(f"{part.name} is empty: it has no row to train on")
     check_read(settings, parts)
     styles = [style_of(tokenizer, settings.prompt_style, part.style) for part in parts]
-    tables = [encoded(part, settings, tokenizer, style) for part, style in zip(parts, styles, strict=True)]
+    tables = [encode_part(part, settings, tokenizer, style) for part, style in zip(parts, styles, strict=True)]
     problems = [table["problem"][:] for table, _ in tables]
     dropped = _unusable(settings, parts, problems)
 
@@ -132,7 +132,7 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
     asked = "module" if any(part.group for part in parts) else "question"
     dropped[f"{asked} is also held out"] = int(usable.sum()) - len(train) - len(held_out)
     return Corpus(
-        train=Encoded(everything.select(_weighted(train, [len(part.rows) for part in parts], settings.weights, seed))),
+        train=Encoded(everything.select(_weigh(train, [len(part.rows) for part in parts], settings.weights, seed))),
         held_out=Encoded(everything.select(held_out)),
         questions=_questions(parts, styles, held_out, settings, tokenizer),
         dropped={reason: count for reason, count in dropped.items() if count},
@@ -145,11 +145,13 @@ def load(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpu
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
-def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str) -> tuple[datasets.Dataset, str]:
+def encode_part(
+    part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str
+) -> tuple[datasets.Dataset, str]:
     """The part's rows as FEATURES, and the digest of their tokens."""
     options = row_options(part, settings, tokenizer, style)
     if not part.content:
-        table = _mapped(part, options, None)
+        table = _map_rows(part, options, None)
         return table, _digest(table)
     depends = {name: value for name, value in options.items() if name != "tokenizer"}
     depends |= {"content": part.content, "tokenizer": _tokenizer_digest(tokenizer), "rules": _rules()}
@@ -160,7 +162,7 @@ def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, styl
     arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):
         if not note.is_file():
-            table = _mapped(part, options, arrow)
+            table = _map_rows(part, options, arrow)
             sync(arrow)
             write_json(note, {"digest": _digest(table), "rows": len(table), "dataset": part.name})
         table, digest = datasets.Dataset.from_file(str(arrow)), json.loads(note.read_text())["digest"]
@@ -169,7 +171,7 @@ def encoded(part: Part, settings: Data, tokenizer: PreTrainedTokenizerBase, styl
     return table, digest
 
 
-def _mapped(part: Part, options: dict[str, Any], path: Path | None) -> datasets.Dataset:
+def _map_rows(part: Part, options: dict[str, Any], path: Path | None) -> datasets.Dataset:
     return part.rows.map(
         encode_row,
         fn_kwargs=options,
@@ -250,7 +252,7 @@ def _split(
     return train, sorted(index for indices in held.values() for index in indices)
 
 
-def _weighted(train: list[int], sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
+def _weigh(train: list[int], sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
     """Each part's indices as often as its weight says; a fraction takes that share of them, drawn by the seed."""
     if not weights:
         return train

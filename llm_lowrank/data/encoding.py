@@ -109,7 +109,7 @@ def encode(
             "use chat, with data.chat_template FILE.jinja if the tokenizer has no template"
         )
     system, user, answer = turns[0].content if len(turns) > 2 else "", turns[-2], turns[-1]
-    return _framed(tokenizer, FRAMES[style].prompt(user.content, user.context, system), answer.content)
+    return _frame(tokenizer, FRAMES[style].prompt(user.content, user.context, system), answer.content)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[bool]]:
@@ -131,7 +131,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str = 
     return _plain(tokenizer, FRAMES[style].prompt(prompt, system=system))
 
 
-def _framed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+def _frame(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
     """prompt + completion + eos."""
     if not completion.strip():
         raise ValueError("the answer is empty")

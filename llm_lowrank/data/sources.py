@@ -38,7 +38,7 @@ class Part:
 def read(name: str, settings: Data, seed: int) -> Part:
     """The rows of one of settings.names. ValueError if they cannot be had as asked."""
     if name.startswith(REASONING_GYM):
-        return _generated(name, settings, seed)
+        return _generate_part(name, settings, seed)
     if name == STDLIB_CODE:
         return _stdlib_code()
     preset = PRESETS.get(name) or PRESETS.get(settings.preset) or Preset("", settings.format, "plain")
@@ -188,7 +188,7 @@ def _stdlib_code() -> Part:
     )
 
 
-def _generated(name: str, settings: Data, seed: int) -> Part:
+def _generate_part(name: str, settings: Data, seed: int) -> Part:
     entries, score = _generate(name, settings, seed)
     rows: list[Row] = [{"prompt": entry["question"], "completion": entry["answer"]} for entry in entries]
     answers = tuple((entry["answer"], partial(score, entry=entry)) for entry in entries)

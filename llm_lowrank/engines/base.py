@@ -68,10 +68,10 @@ class Optimization:
 
 
 @dataclass
-class Local:
-    """This rank's run of a flattened parameter: nothing here was communicated."""
+class Span:
+    """This rank's contiguous stretch of a flattened parameter: nothing here was communicated."""
 
-    start: int  # flat position of the run
+    start: int  # flat position of its first element
     value: Tensor  # (numel,) the master value, a view of it outside of autograd
     # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
     moments: dict[str, Tensor]
@@ -112,7 +112,7 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
     )
 
 
-def primed(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
+def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
     """What the optimizer keeps of one tensor after so many steps, moments zero."""
     moments = {"adamw": MOMENTS, "lion": MOMENTS[:1]}[settings.optim]
     counter = {"step": torch.tensor(float(steps))} if settings.optim == "adamw" else {}
@@ -197,12 +197,12 @@ class Engine(ABC):
         """The frozen weight of a layer, as far as this rank holds it."""
 
     @abstractmethod
-    def local(self, p: nn.Parameter) -> Local:
-        """This rank's run of a trainable p. Over all ranks the runs cover p exactly once. No communication."""
+    def span(self, p: nn.Parameter) -> Span:
+        """This rank's span of a trainable p. Over all ranks the spans cover p exactly once. No communication."""
 
     @abstractmethod
     def gradient(self, p: nn.Parameter) -> Tensor:
-        """The gradient of the same run: reduced, accumulated, unscaled, unclipped.
+        """The gradient of the same span: reduced, accumulated, unscaled, unclipped.
 
         Only between the last backward and step.
         """
@@ -245,7 +245,7 @@ class Engine(ABC):
     # ---- signs of life
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Inside a run that stands still ends with a word, see watch.py; a collective that fails raises LostContact."""
         if self.world == 1:
             yield
@@ -353,11 +353,11 @@ class Engine(ABC):
             assert s.value.shape == shape and all(v.shape == shape for v in s.moments.values()), (s.value.shape, shape)
             self.put(p, s)
             if p.requires_grad:
-                mine = self.local(p)
-                run = slice(mine.start, mine.start + mine.value.numel())
-                assert torch.equal(mine.value, s.value.view(-1)[run]), "an edited master did not persist"
+                mine = self.span(p)
+                span = slice(mine.start, mine.start + mine.value.numel())
+                assert torch.equal(mine.value, s.value.view(-1)[span]), "an edited master did not persist"
                 assert mine.moments.keys() == s.moments.keys(), (mine.moments.keys(), s.moments.keys())
-                assert all(torch.equal(v, s.moments[k].view(-1)[run]) for k, v in mine.moments.items()), (
+                assert all(torch.equal(v, s.moments[k].view(-1)[span]) for k, v in mine.moments.items()), (
                     "edited moments did not persist"
                 )
 
@@ -460,7 +460,7 @@ class TorchEngine(Engine):
 
     def prime(self, steps: int) -> None:
         for p in self.params:
-            self.optimizer.state[p] = primed(p.detach(), steps, self.settings)
+            self.optimizer.state[p] = initial_state(p.detach(), steps, self.settings)
 
     def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {}) if p.requires_grad else {}

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llm_lowrank.engines.base import TIMEOUT, Local, Optimization, Read, Slot, TorchEngine, share
+from llm_lowrank.engines.base import TIMEOUT, Optimization, Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -126,34 +126,34 @@ class FSDP(TorchEngine):
             linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, partial(self.sum, group=self.group)
         )
 
-    def _run(self, p: nn.Parameter) -> tuple[int, slice]:
-        """Where this rank's run starts in the flattened p, and where it lies in the local tensor: replicas share the
+    def _span(self, p: nn.Parameter) -> tuple[int, slice]:
+        """Where this rank's span starts in the flattened p, and where it lies in the local tensor: replicas share the
         work.
         """
-        run = share(_local(p).numel(), self.replica, self.replicas)
+        span = share(_local(p).numel(), self.replica, self.replicas)
         width = p.numel() // max(1, p.shape[0])
-        return self._rows(p).start * width + run.start, run
+        return self._rows(p).start * width + span.start, span
 
-    def local(self, p: nn.Parameter) -> Local:
-        start, run = self._run(p)
-        moments = {k: _local(v).view(-1)[run] for k, v in self._moments(p).items()}
-        return Local(start, _local(p).view(-1)[run], moments)
+    def span(self, p: nn.Parameter) -> Span:
+        start, span = self._span(p)
+        moments = {k: _local(v).view(-1)[span] for k, v in self._moments(p).items()}
+        return Span(start, _local(p).view(-1)[span], moments)
 
     def gradient(self, p: nn.Parameter) -> Tensor:
         assert isinstance(p.grad, DTensor), "gradient() before backward"
-        return _local(p.grad).reshape(-1)[self._run(p)[1]].to(self.device)
+        return _local(p.grad).reshape(-1)[self._span(p)[1]].to(self.device)
 
-    def _gathered(self, t: Tensor) -> Tensor:
+    def _gather_whole(self, t: Tensor) -> Tensor:
         self.traffic += t.numel() * t.element_size() * (self.mesh.size(-1) > 1)
         moved = t.to(self.device)  # from the host, when offloaded
         assert isinstance(moved, DTensor), "the parameters of this layer are still gathered"
         return moved.full_tensor().detach().clone()  # of one rank the full tensor is the local one
 
     def whole(self, p: nn.Parameter) -> Tensor:
-        return self._gathered(p)
+        return self._gather_whole(p)
 
     def slot(self, p: nn.Parameter) -> Slot:
-        return Slot(self.whole(p), {k: self._gathered(v) for k, v in self._moments(p).items()})
+        return Slot(self.whole(p), {k: self._gather_whole(v) for k, v in self._moments(p).items()})
 
     def put(self, p: nn.Parameter, slot: Slot) -> None:
         rows = self._rows(p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_lowrank.engines.base import Local, Optimization, Read, Slot, TorchEngine, share
+from llm_lowrank.engines.base import Optimization, Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 
@@ -22,16 +22,16 @@ class Plain(TorchEngine):
     def weight(self, linear: FrozenLinear) -> Weight:
         return Weight.everything(linear.shape, linear.codec, linear.named_parts(), self.device)
 
-    def local(self, p: nn.Parameter) -> Local:
-        run = self._run(p)
-        return Local(run.start, p.data.view(-1)[run], {k: v.view(-1)[run] for k, v in self._moments(p).items()})
+    def span(self, p: nn.Parameter) -> Span:
+        span = self._span(p)
+        return Span(span.start, p.data.view(-1)[span], {k: v.view(-1)[span] for k, v in self._moments(p).items()})
 
     def gradient(self, p: nn.Parameter) -> Tensor:
         assert p.grad is not None, "gradient() before backward"
-        return p.grad.reshape(-1)[self._run(p)]
+        return p.grad.reshape(-1)[self._span(p)]
 
-    def _run(self, p: nn.Parameter) -> slice:
-        # Every rank holds all of p; for statistics each takes an even run, so that the runs cover p once.
+    def _span(self, p: nn.Parameter) -> slice:
+        # Every rank holds all of p; for statistics each takes an even span, so that the spans cover p once.
         return share(p.numel(), self.rank, self.world)
 
     def whole(self, p: nn.Parameter) -> Tensor:

@@ -4,7 +4,7 @@ gather.
     W x = sum over ranks of (my rows) x          W^T y = sum over ranks of (my rows)^T y[my rows]
     W += L R  needs on each rank only the rows of L that the rank holds: no communication at all.
 
-A rank holds one run of the row-major flattened W, described by its flat start. ZeRO-3 cuts runs of a dense W in the
+A rank holds one span of the row-major flattened W, described by its flat start. ZeRO-3 cuts spans of a dense W in the
 middle of a row; then the block that is read has zeros where another rank's elements are, so that sums over ranks stay
 right.
 """
@@ -29,9 +29,9 @@ def _alone(t: Tensor) -> Tensor:
 class Weight:
     shape: tuple[int, int]  # (m, n) of the whole W
     codec: Codec
-    parts: dict[str, Tensor]  # this rank's run of each part, flat views into the engine's storage
-    start: int  # flat position of the run in W
-    numel: int  # elements of W in the run; 0 on a rank that holds none
+    parts: dict[str, Tensor]  # this rank's span of each part, flat views into the engine's storage
+    start: int  # flat position of the span in W
+    numel: int  # elements of W in the span; 0 on a rank that holds none
     device: torch.device  # where the arithmetic happens; the parts may live elsewhere (offload)
     sum: Callable[[Tensor], Tensor]  # over the ranks that share W; the identity where every rank holds all of it
     written: Callable[[], None] = lambda: None  # tells the engine to renew its other copies of W
@@ -75,8 +75,8 @@ class Weight:
             layout = self.codec.layout(n)
             block = self.codec.decode({k: v.view(count, layout[k][0]) for k, v in self.parts.items()}, n)
         else:
-            run = self.codec.decode(self.parts, n)  # only a dense W is cut within a row
-            block = torch.nn.functional.pad(run, self.cut).view(count, n)
+            span = self.codec.decode(self.parts, n)  # only a dense W is cut within a row
+            block = torch.nn.functional.pad(span, self.cut).view(count, n)
         return block.to(self.device, torch.promote_types(block.dtype, torch.float32))
 
     def write(self, block: Tensor) -> None:

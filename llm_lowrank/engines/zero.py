@@ -40,12 +40,12 @@ from llm_lowrank.engines.base import (
     MOMENTS,
     TIMEOUT,
     Engine,
-    Local,
     Optimization,
     Read,
     Slot,
+    Span,
+    initial_state,
     optimizer,
-    primed,
     set_rates,
     share,
     trainables,
@@ -224,8 +224,8 @@ class Zero(Engine):
     def _rows(self, p: nn.Parameter) -> slice:
         if not self.shards_parameters:
             return super()._rows(p)
-        run, width = share(p.numel(), self.rank, self.world), max(1, p.numel() // max(1, len(p)))
-        return slice(run.start // width, -(-run.stop // width)) if run.start < run.stop else slice(0, 0)
+        span, width = share(p.numel(), self.rank, self.world), max(1, p.numel() // max(1, len(p)))
+        return slice(span.start // width, -(-span.stop // width)) if span.start < span.stop else slice(0, 0)
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         if not self.shards_parameters:
@@ -240,8 +240,8 @@ class Zero(Engine):
 
     # ---- where a parameter lives
 
-    def _run(self, p: nn.Parameter) -> slice:
-        """The run of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
+    def _span(self, p: nn.Parameter) -> slice:
+        """The span of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
         return share(p.ds_numel, self.rank, self.world)
 
     def _moment_names(self, p: nn.Parameter) -> list[str]:
@@ -259,11 +259,11 @@ class Zero(Engine):
                 linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum
             )
         ((name, part),) = parts.items()
-        run = self._run(part)
-        numel = run.stop - run.start
+        span = self._span(part)
+        numel = span.stop - span.start
         mine = {name: part.ds_tensor.data[:numel]}
         return Weight(
-            linear.shape, linear.codec, mine, run.start, numel, self.device, self.sum, lambda: self._renew(part)
+            linear.shape, linear.codec, mine, span.start, numel, self.device, self.sum, lambda: self._renew(part)
         )
 
     def _renew(self, p: nn.Parameter) -> None:
@@ -272,24 +272,24 @@ class Zero(Engine):
             p.partition(has_been_updated=False)
             p.all_gather()
 
-    def local(self, p: nn.Parameter) -> Local:
+    def span(self, p: nn.Parameter) -> Span:
         names = self._moment_names(p)
         if self.stage == 3:
-            run = self._run(p)
-            numel = run.stop - run.start
+            span = self._span(p)
+            numel = span.stop - span.start
             moments = {k: safe_get_local_optimizer_state(p, k).view(-1)[:numel] for k in names}
-            return Local(run.start, safe_get_local_fp32_param(p).detach().view(-1)[:numel], moments)
+            return Span(span.start, safe_get_local_fp32_param(p).detach().view(-1)[:numel], moments)
         fragment = p._hp_mapping
         if fragment is None:  # this rank's flat partition holds nothing of p
             nothing = p.new_empty(0)
-            return Local(0, nothing, dict.fromkeys(names, nothing))
+            return Span(0, nothing, dict.fromkeys(names, nothing))
         moments = {k: fragment.get_optim_state_fragment(k) for k in names}
-        return Local(fragment.lp_fragment_address.start, fragment.hp_fragment.detach(), moments)
+        return Span(fragment.lp_fragment_address.start, fragment.hp_fragment.detach(), moments)
 
     def gradient(self, p: nn.Parameter) -> Tensor:
         if self.stage == 3:
-            run = self._run(p)
-            return safe_get_local_grad(p).view(-1)[: run.stop - run.start]
+            span = self._span(p)
+            return safe_get_local_grad(p).view(-1)[: span.stop - span.start]
         if p._hp_mapping is None:
             return p.new_empty(0)
         grad = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
@@ -329,9 +329,9 @@ class Zero(Engine):
 
     def _mine(self, p: nn.Parameter, whole: Tensor) -> Tensor:
         """This rank's slice of a whole value, padded with zeros to the size of the slice."""
-        run = self._run(p)
+        span = self._span(p)
         mine = whole.new_zeros(p.ds_tensor.numel())
-        mine[: run.stop - run.start] = whole.view(-1)[run]
+        mine[: span.stop - span.start] = whole.view(-1)[span]
         return mine
 
     def backward(self, loss: Tensor) -> None:
@@ -363,7 +363,7 @@ class Zero(Engine):
     def prime(self, steps: int) -> None:
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         for partition in flat:
-            self.zero.optimizer.state[partition] = primed(partition.detach(), steps, self.settings)
+            self.zero.optimizer.state[partition] = initial_state(partition.detach(), steps, self.settings)
         self._link()
 
     def close(self) -> None:

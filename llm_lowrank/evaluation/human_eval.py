@@ -90,7 +90,7 @@ class HumanEval:
             temperature=self.temperature,
             stops=STOPS if plain else (),
         )
-        codes = answers if plain else [written(text) for text in answers]
+        codes = answers if plain else [extract_code(text) for text in answers]
         owners = [problem for problem in self.problems for _ in range(self.samples)]
         outcomes = sandbox.run_all([program(problem, code) for problem, code in zip(owners, codes, strict=True)])
         rows = [
@@ -113,7 +113,7 @@ class HumanEval:
         return Question(ids, prompt, lambda text: 0.0, "")  # it is not scored by its text
 
 
-def written(text: str) -> str:
+def extract_code(text: str) -> str:
     """The first fenced block of an answer, also one that was not closed; without any the whole of it."""
     found = FENCE.search(text)
     return found.group(1) if found else text

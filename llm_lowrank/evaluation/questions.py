@@ -51,7 +51,7 @@ class HeldOut:
         metrics: Metrics = {"loss": loss, "n": len(self.examples)}
         if not self.questions:
             return Found({self.name: metrics})
-        scores, answers = scored(model, self.tokenizer, self.questions, answer_room(self.examples), self.batch_size)
+        scores, answers = score(model, self.tokenizer, self.questions, answer_room(self.examples), self.batch_size)
         # of several datasets only some ask
         return Found({self.name: {"questions": scores.pop("n"), **scores, **metrics}}, answers)
 
@@ -88,11 +88,11 @@ class ReasoningGym:
         return cls(name, tokenizer, questions, max_new_tokens, batch_size)
 
     def run(self, model: PreTrainedModel) -> Found:
-        scores, answers = scored(model, self.tokenizer, self.questions, self.max_new_tokens, self.batch_size)
+        scores, answers = score(model, self.tokenizer, self.questions, self.max_new_tokens, self.batch_size)
         return Found({self.name: scores}, answers)
 
 
-def scored(
+def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],

@@ -74,8 +74,8 @@ class Record:
             "results": {},
             "meta_info": {
                 **origin(),
-                "packages": _installed(),
-                "device": _named(device),
+                "packages": _installed_versions(),
+                "device": _device_name(device),
                 "system": platform.platform(),
             },
         }
@@ -132,7 +132,7 @@ def file_name(task: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "+-_." else "-" for letter in task)
 
 
-def _installed() -> dict[str, str]:
+def _installed_versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:
@@ -142,7 +142,7 @@ def _installed() -> dict[str, str]:
     return found
 
 
-def _named(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -101,12 +101,13 @@ def run(code: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
     if late:
         return Outcome("timed out", f"killed after {timeout:g} s")
     if not said.startswith(READY):
-        reason = shown.rpartition("\n")[2] or ended(process.returncode)
+        reason = shown.rpartition("\n")[2] or describe_exit(process.returncode)
         raise OSError(f"generated code cannot be held back on this system, so it was not run: {reason}")
     if process.returncode == 0 and said == READY + token:
         return Outcome("passed")
     return Outcome(
-        "failed", said.removeprefix(READY).decode(errors="replace").strip() or shown or ended(process.returncode)
+        "failed",
+        said.removeprefix(READY).decode(errors="replace").strip() or shown or describe_exit(process.returncode),
     )
 
 
@@ -116,7 +117,7 @@ def run_all(programs: Sequence[str], timeout: float = TIMEOUT, memory: int = MEM
         return list(pool.map(lambda code: run(code, timeout, memory), programs))
 
 
-def ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code} before its end"
 
 

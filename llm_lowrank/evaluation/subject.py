@@ -40,7 +40,7 @@ class Subject:
         if use is not None:
             raise ValueError(f"--use {use} is for the output_dir of a run; {checkpoint} is none, leave it out")
         if (folder / CONFIG).is_file():
-            return cls(checkpoint, Source.open(base or _named_base(folder)), _checked(folder.resolve()))
+            return cls(checkpoint, Source.open(base or _named_base(folder)), _check_files(folder.resolve()))
         if base:
             raise ValueError(f"--model_name_or_path is the model under an adapter; {checkpoint} is none, leave it out")
         return cls(checkpoint, Source.open(checkpoint))
@@ -62,7 +62,9 @@ class Subject:
             return cls(given, Source.open(folder / "merged"), None, output, use)
         if base is None:
             base = _named_base(folder / "adapter") if "adapter" in there else _settings(folder)["model_name_or_path"]
-        return cls(given, Source.open(base), _checked(folder / "adapter") if use == "adapter" else None, output, use)
+        return cls(
+            given, Source.open(base), _check_files(folder / "adapter") if use == "adapter" else None, output, use
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's
@@ -127,7 +129,7 @@ def _named_base(adapter: Path) -> str:
     return base
 
 
-def _checked(adapter: Path) -> Path:
+def _check_files(adapter: Path) -> Path:
     """PEFT would read pickled weights where there are no others."""
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(f"{adapter} has no {WEIGHTS}; pickled weights are not read, save it again with PEFT")

@@ -74,12 +74,12 @@ class DropAdapter(PairAdapter):
         samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)
         key = int.from_bytes(digest(self.seed, self.name, self.step)[:7], "little")
         where = samples[:, None, None] * 2**20 + torch.arange(tokens, device=x.device)[:, None]  # (samples, tokens, 1)
-        entry = mixed(mixed(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
+        entry = mix_bits(mix_bits(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
         kept = (entry >> 8 & 0xFFFFFF) >= self.p * 2**24
         return kept.to(x.dtype).expand(count, x.shape[1:-1].numel(), self.rank).reshape(-1, self.rank)
 
 
-def mixed(x: Tensor) -> Tensor:
+def mix_bits(x: Tensor) -> Tensor:
     """Another int64 in which every bit depends on every bit: the finalizer of MurmurHash3.
 
     Integers are exact on every device.

@@ -100,7 +100,7 @@ class LoRA(Method):
                 "lower it or leave the module out of target_modules"
             )
 
-    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
         for setting in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, setting):
                 if not any(matching({pattern: True}, adapter.name, False) for adapter in adapters):

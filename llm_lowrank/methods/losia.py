@@ -95,13 +95,13 @@ class Subnet(Adapter):
             w.register_hook(partial(record, None))
         return base_linear(x, w, self.bias)
 
-    def recorded(self, g: Tensor | None, x: Tensor) -> None:
+    def record_gradient(self, g: Tensor | None, x: Tensor) -> None:
         """dL/dW += g^T x, or += x where that is the gradient itself.  g (t, m), x (t, n)"""
         if self.dense is None:
             self.dense = torch.zeros(self.shape, device=x.device)
         self.dense.add_(x if g is None else g.T @ x)
 
-    def beside(self, whole: Whole) -> list[Block]:
+    def blocks_beside(self, whole: Whole) -> list[Block]:
         """S and the live blocks. Collective."""
         found = [Block(self.memory["rows"], self.memory["columns"], whole(self.S), self.shape)]
         if self.bank_S is not None:
@@ -110,7 +110,7 @@ class Subnet(Adapter):
         return found
 
     def change(self, whole: Whole) -> Pairs:
-        return Pairs.cat([block.pairs() for block in self.beside(whole)])
+        return Pairs.cat([block.pairs() for block in self.blocks_beside(whole)])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, subnet={self.size[0]} x {self.size[1]}, live={self.live}"
@@ -299,7 +299,7 @@ class LoSiA(Method):
         )
         if name is None or layer is None:
             raise ValueError("method.output_factor is above 0, but the model has no linear output layer; set it to 0")
-        if _shared(model, layer):
+        if _is_tied(model, layer):
             raise ValueError(
                 f"method.output_factor: {name} shares its weight with the embeddings, which would change too; set "
                 "method.output_factor: 0"
@@ -321,7 +321,7 @@ class LoSiA(Method):
         bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)
         return Subnet(name, linear, codec, seed, size, self.max_live_blocks if bank else 0, self.pro)
 
-    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
         """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order.
 
         A group owns every N-th slot.
@@ -365,12 +365,12 @@ class LoSiA(Method):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in adapters:
             adapter.memory = {key: value.to(engine.device) for key, value in adapter.memory.items()}
-            adapter.runs = {"mean": "W", "spread": "W"}
+            adapter.spans = {"mean": "W", "spread": "W"}
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
         owner = self.owner(step, _groups(adapters))
         for adapter in _subnets(adapters):
-            adapter.record = adapter.recorded if adapter.group == owner else None
+            adapter.record = adapter.record_gradient if adapter.group == owner else None
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         """Importance of every entry of the layers that have recorded dL/dW. Collective."""
@@ -396,11 +396,11 @@ class LoSiA(Method):
         Collective.
         """
         w = part.read()
-        for block in adapter.beside(engine.whole):
+        for block in adapter.blocks_beside(engine.whole):
             w = w + block.of_rows(part.rows)  # not in place: a float32 W is read in place
         return part.mine_(w)
 
-    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         owner = self.owner(step - 1, _groups(adapters))
         events, chosen = [], []
         # Where every step of the slot was left out nothing is known, and the layer stays where it is.
@@ -422,7 +422,7 @@ class LoSiA(Method):
 def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moments: str) -> Exchanged:
     """S freezes where it is and starts at zero at (rows, columns); what the layer computes stays. Collective."""
     x = probe(engine, adapter)
-    before = _applied(adapter, engine, x)
+    before = _apply_blocks(adapter, engine, x)
     old, lost = (adapter.memory["rows"], adapter.memory["columns"]), 0.0
     with engine.edit(adapter.S) as (s,):
         trained = s.value.clone()
@@ -442,21 +442,21 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
         for key, at in zip(("live_rows", "live_columns"), old, strict=True):
             adapter.memory[key] = torch.cat([adapter.memory[key], at[None]])
     adapter.memory["rows"], adapter.memory["columns"] = rows, columns
-    drift = checked_drift(adapter, before, _applied(adapter, engine, x), exact=adapter.bank_S is not None)
+    drift = checked_drift(adapter, before, _apply_blocks(adapter, engine, x), exact=adapter.bank_S is not None)
     return Exchanged(
         adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries"
     )
 
 
-def _applied(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
+def _apply_blocks(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
     """What the layer makes of x, without its bias: (n, k) -> (m, k). Collective."""
     y = engine.weight(adapter).matmul(x)
-    for block in adapter.beside(engine.whole):
+    for block in adapter.blocks_beside(engine.whole):
         y[block.rows] += block.values @ x[block.columns]
     return y
 
 
-def _shared(model: nn.Module, layer: nn.Linear) -> bool:
+def _is_tied(model: nn.Module, layer: nn.Linear) -> bool:
     """Whether another module has the same weight."""
     return any(
         p is layer.weight for module in model.modules() if module is not layer for p in module.parameters(recurse=False)

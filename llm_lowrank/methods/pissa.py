@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.files import cache_dir
@@ -41,7 +41,7 @@ class PiSSA(LoRA):
     """seed of the randomized SVD"""
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        layers = paired(adapters)
+        layers = as_pair_adapters(adapters)
         return self.principal_pairs(layers, engine, [layer.rank for layer in layers])
 
     def principal_pairs(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Pairs]:

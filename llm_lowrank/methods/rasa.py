@@ -63,7 +63,7 @@ class RaSA(LoRA):
                         f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}"
                     )
 
-    def pooled(self, rank: int) -> int:
+    def pooled_pairs(self, rank: int) -> int:
         """k, of so many pairs."""
         return max(rank // 8, 1) if self.k is None else self.k
 
@@ -71,11 +71,19 @@ class RaSA(LoRA):
         rank = self.rank_of(name)
         self.check_fits("rank", rank, name, linear)
         return RaSALayer(
-            name, linear, codec, rank, self.pooled(rank), self.scale_of(name) * rank, self.d_init, self.dropout, seed
+            name,
+            linear,
+            codec,
+            rank,
+            self.pooled_pairs(rank),
+            self.scale_of(name) * rank,
+            self.d_init,
+            self.dropout,
+            seed,
         )
 
-    def attached(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        super().attached(model, adapters)
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        super().link(model, adapters)
         kinds: dict[Kind, list[RaSALayer]] = defaultdict(list)
         for adapter in adapters:
             assert isinstance(adapter, RaSALayer)

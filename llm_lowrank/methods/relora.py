@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, generator, paired, uniform_rows
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters, generator, uniform_rows
 from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
@@ -97,12 +97,12 @@ class ReLoRA(LoRA):
         return [rate(step) * warm]
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
-        for adapter in paired(adapters):
+        for adapter in as_pair_adapters(adapters):
             if adapter.bank_A is not None:
                 adapter.memory["used"] = torch.tensor(0)  # slots of the bank, the first ones
 
-    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        layers = paired(adapters)
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        layers = as_pair_adapters(adapters)
         fresh = [fresh_pairs(adapter, step) for adapter in layers]
         engine.same("the fresh pairs", *(pairs.A for pairs in fresh))
         return Exchanged.total(

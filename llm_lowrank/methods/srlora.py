@@ -3,15 +3,16 @@ https://arxiv.org/abs/2505.12433
 
     start      the top r principal pairs of W are trained, as in PiSSA; the next target_rank - r wait their turn
     every step I = |w dL/dw| of every entry of A and B; its moving mean and spread; pair score S_k       (importance.py)
-    a switch   K = the r' = gamma r pairs of a module with the smallest S_k; they freeze, the next r' directions become
+    exchange   K = the r' = gamma r pairs of a module with the smallest S_k; they freeze, the next r' directions become
                trainable, W + s B A does not change; scores start anew
 
-There is no published code: this is SRLoRA as we read it. Where the paper is silent: switch k of N follows step round(k
+There is no published code: this is SRLoRA as we read it. Where the paper is silent: exchange k of N follows step round(k
 total / (N + 1)); scores are ranked within a module; second moments of fresh pairs are the mean of those that stay.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, paired
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
 from llm_lowrank.adapters.exchange import Exchanged, Into, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
@@ -28,7 +29,6 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.numerics import importance
 from llm_lowrank.numerics.pairs import Pairs
-from llm_lowrank.numerics.schedule import switches
 
 
 @Method.register_subclass("srlora")
@@ -39,7 +39,7 @@ class SRLoRA(PiSSA):
     target_rank: int = 32
     """directions visited in the whole run"""
     gamma: float = 0.5
-    """share of the pairs replaced at a switch"""
+    """share of the pairs replaced at an exchange"""
     beta1: float = 0.85
     """decay of the mean importance"""
     beta2: float = 0.85
@@ -50,7 +50,7 @@ class SRLoRA(PiSSA):
     moments: Literal["seeded", "zeroed"] = "seeded"
     """second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)"""
     paper_schedule: bool = False
-    """the published interval, with the last switch at the last step"""
+    """the published interval, with the last exchange at the last step"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class SRLoRA(PiSSA):
                 raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
         if self.rank_pattern:
             raise ValueError(
-                "method.rank_pattern cannot be used with srlora: modules would need different numbers of switches; "
+                "method.rank_pattern cannot be used with srlora: modules would need different numbers of exchanges; "
                 "remove it"
             )
 
@@ -73,7 +73,7 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        return sum(2 * (a.A.nbytes + a.B.nbytes) for a in paired(adapters)), 0  # mean and spread
+        return sum(2 * (a.A.nbytes + a.B.nbytes) for a in as_pair_adapters(adapters)), 0  # mean and spread
 
     def bank(self, codec: Codec) -> int:
         return self.target_rank - self.rank if needs_bank(self.into, codec) else 0
@@ -86,11 +86,12 @@ class SRLoRA(PiSSA):
         if self.target_rank == self.rank:
             return ()
         return tuple(
-            step for step, _ in switches(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule)
+            step
+            for step, _ in exchange_schedule(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule)
         )
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        layers = paired(adapters)
+        layers = as_pair_adapters(adapters)
         for adapter, pairs in zip(
             layers, self.principal_pairs(layers, engine, [self.target_rank] * len(layers)), strict=True
         ):
@@ -101,24 +102,24 @@ class SRLoRA(PiSSA):
                 yield pairs.take(slice(self.rank))
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
-        for adapter in paired(adapters):
+        for adapter in as_pair_adapters(adapters):
             # directions that have been trained, the next one's number
             adapter.memory["visited"] = torch.tensor(self.rank)
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
-                    adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.local(p).value)
-                    adapter.runs[f"{statistic}_{name}"] = name
+                    adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.span(p).value)
+                    adapter.spans[f"{statistic}_{name}"] = name
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         params = [(a, name, getattr(a, name)) for a in adapters for name in ("A", "B")]
         mean = [a.memory[f"mean_{name}"] for a, name, _ in params]
         spread = [a.memory[f"spread_{name}"] for a, name, _ in params]
-        values = [engine.local(p).value for _, _, p in params]
+        values = [engine.span(p).value for _, _, p in params]
         gradients = [engine.gradient(p) for _, _, p in params]
         importance.update_(mean, spread, values, gradients, self.beta1, self.beta2)
 
-    def recompose(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        layers = paired(adapters)
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        layers = as_pair_adapters(adapters)
         count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))
         choice = self.choose(layers, engine, count)
         events, factors = [], [choice]
@@ -145,7 +146,9 @@ class SRLoRA(PiSSA):
         scores = engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))  # (modules, r)
         if not torch.isfinite(scores).all():
             bad = adapters[int((~torch.isfinite(scores)).any(1).nonzero()[0])].name
-            raise RuntimeError(f"{bad}: importance is not finite; a gradient was NaN or infinite since the last switch")
+            raise RuntimeError(
+                f"{bad}: importance is not finite; a gradient was NaN or infinite since the last exchange"
+            )
         (choice,) = engine.broadcast(lambda: [torch.argsort(scores, dim=1, stable=True)[:, :count].sort(1).values])
         return choice
 
@@ -154,10 +157,10 @@ class SRLoRA(PiSSA):
         m, n = adapter.shape
         memory, r = adapter.memory, self.rank
         rows = importance.pair_sums(
-            memory["mean_A"] * memory["spread_A"], engine.local(adapter.A).start, r, n, rows_are_pairs=True
+            memory["mean_A"] * memory["spread_A"], engine.span(adapter.A).start, r, n, rows_are_pairs=True
         )
         columns = importance.pair_sums(
-            memory["mean_B"] * memory["spread_B"], engine.local(adapter.B).start, r, r, rows_are_pairs=False
+            memory["mean_B"] * memory["spread_B"], engine.span(adapter.B).start, r, r, rows_are_pairs=False
         )
         return columns / m + rows / n
 
@@ -166,3 +169,25 @@ def _waiting(adapter: PairAdapter, where: slice) -> list[Tensor]:
     assert adapter.reserve is not None
     fresh = adapter.reserve.take(where)
     return [fresh.B, fresh.A]
+
+
+def exchange_schedule(
+    total: int, rank: int, target_rank: int, swap: int, at_the_end: bool = False
+) -> tuple[tuple[int, int], ...]:
+    """(completed steps, pairs exchanged) of every exchange of SRLoRA, which its paper calls a switch (https://arxiv.org/abs/2505.12433).
+
+        N = ceil((target_rank - rank) / swap),   exchange k = 1..N after step round(k total / (N + 1))
+
+    so that the last fresh pairs still have total / (N + 1) steps to learn. The published interval, total / N, has the
+    last exchange at the last step: at_the_end=True. The last one moves what is left of target_rank - rank. Raises
+    ValueError when there are not enough steps to keep the exchanges apart.
+    """
+    spare = target_rank - rank
+    count = math.ceil(spare / swap)
+    parts = count if at_the_end else count + 1
+    steps = [round(k * total / parts) for k in range(1, count + 1)]
+    if len({0, *steps}) != count + 1:
+        raise ValueError(
+            f"{count} exchanges do not fit into {total} steps; lower target_rank, raise gamma or train longer"
+        )
+    return tuple((step, min(swap, spare - k * swap)) for k, step in enumerate(steps))

@@ -38,12 +38,12 @@ from llm_lowrank.engines.base import Engine, Slot
 from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.numerics.pairs import Block, Change, Pairs
 
-FORMAT = 2  # 1: without the steps that were left out; memory in one file
+FORMAT = 3  # 1: without skipped steps; memory in one file. 2: spans were called runs
 FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"
 LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 
 
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What does not come from the model's checkpoint: everything beside W, and what layers share; each once."""
     for at, module in model.named_modules():
         if isinstance(module, Adapter | Shared):
@@ -122,7 +122,7 @@ class Writing:
         os.replace(self.aside, self.folder)
         sync(self.folder.parent)
         write_text(self.folder.parent / LATEST, self.folder.name + "\n")
-        for old in found(self.folder.parent.parent)[self.keep :]:
+        for old in complete_checkpoints(self.folder.parent.parent)[self.keep :]:
             shutil.rmtree(old)
 
 
@@ -147,7 +147,7 @@ def save(
             aside.mkdir(parents=True)
     trained: dict[str, Tensor] = {}
     memory: dict[str, Tensor] = {}
-    for i, (name, p) in enumerate(own_parameters(model)):
+    for i, (name, p) in enumerate(adapter_parameters(model)):
         slot = engine.slot(p)
         if i % engine.world == engine.rank:
             trained |= _copies({name: slot.value} | {f"{name}#{k}": v for k, v in slot.moments.items()})
@@ -170,7 +170,7 @@ def save(
         "base": base,
         "recipe": recipe,
         "data": data,
-        "runs": {a.name: dict(a.runs) for a in adapters},
+        "spans": {a.name: dict(a.spans) for a in adapters},
         "taken": {a.name: a.taken for a in adapters},
         "versions": {name: _version(name) for name in LIBRARIES},
     }
@@ -200,10 +200,10 @@ def _ledger(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _whole_memory(adapter: Adapter, engine: Engine) -> dict[str, Tensor]:
-    """What the method remembers, put together from all ranks' runs. Collective."""
+    """What the method remembers, put together from all ranks' spans. Collective."""
     whole = {}
     for key, value in adapter.memory.items():
-        along = adapter.runs.get(key)
+        along = adapter.spans.get(key)
         if along is None:
             whole[key] = value
         elif along == "W":
@@ -212,14 +212,14 @@ def _whole_memory(adapter: Adapter, engine: Engine) -> dict[str, Tensor]:
             block[part.rows] = value
             whole[key] = part.sum(block)
         else:
-            run = engine.local(getattr(adapter, along))
-            flat = value.new_zeros(shape_of(getattr(adapter, along)).numel())
-            flat[run.start : run.start + value.numel()] = value
+            span = engine.span(getattr(adapter, along))
+            flat = value.new_zeros(whole_shape(getattr(adapter, along)).numel())
+            flat[span.start : span.start + value.numel()] = value
             whole[key] = engine.sum(flat)
     return whole
 
 
-def shape_of(p: nn.Parameter) -> torch.Size:
+def whole_shape(p: nn.Parameter) -> torch.Size:
     """Of the whole parameter: ZeRO-3 leaves an empty one."""
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
@@ -239,7 +239,7 @@ def _version(name: str) -> str:
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def found(output: Path) -> list[Path]:
+def complete_checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
     folders = [path for path in (output / FOLDER).glob("step-*") if path.suffix != ".tmp" and (path / STATE).is_file()]
     return sorted(folders, key=lambda path: path.name, reverse=True)
@@ -248,7 +248,7 @@ def found(output: Path) -> list[Path]:
 def newest(output: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and what was wrong with newer ones."""
     damaged: list[str] = []
-    for folder in found(output):
+    for folder in complete_checkpoints(output):
         try:
             return Checkpoint.open(folder), damaged
         except ValueError as error:
@@ -314,7 +314,7 @@ class Checkpoint:
         parts = {name.removeprefix(at): self.tensor(name) for name in self.names(at)}
         return Pairs(parts["B"], parts["A"]) if "B" in parts else Block(**parts, shape=adapter.shape)
 
-    def taken_out(self, adapter: Adapter) -> Pairs | None:
+    def starting_change(self, adapter: Adapter) -> Pairs | None:
         """What left W before it was encoded, with the sign that it left it: the first entry of the ledger, if the
         method took pairs.
         """
@@ -334,7 +334,7 @@ class Checkpoint:
 def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
     """Everything but what loading gave already (W without its starting pairs, and the values beside it). Collective."""
     engine.prime(checkpoint.step - checkpoint.skipped)
-    for name, p in own_parameters(model):
+    for name, p in adapter_parameters(model):
         if p.requires_grad:
             moments = {
                 m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")
@@ -343,7 +343,7 @@ def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], check
     for adapter in adapters:
         with engine.together():
             ledger = checkpoint.ledger(adapter)
-            adapter.runs = dict(checkpoint.state["runs"][adapter.name])
+            adapter.spans = dict(checkpoint.state["spans"][adapter.name])
             adapter.taken = int(checkpoint.state["taken"][adapter.name])
         _replay(engine, adapter, ledger)
         if engine.main:
@@ -378,13 +378,13 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
         key = name.removeprefix(at)
         if not checkpoint.files[name].name.startswith("memory-"):
             continue
-        value, along = checkpoint.tensor(name).to(engine.device), adapter.runs.get(key)
+        value, along = checkpoint.tensor(name).to(engine.device), adapter.spans.get(key)
         if along == "W":
             part = engine.part(adapter)
             value = part.mine_(value[part.rows].clone())
         elif along is not None:
-            run = engine.local(getattr(adapter, along))
-            value = value[run.start : run.start + run.value.numel()].clone()
+            span = engine.span(getattr(adapter, along))
+            value = value[span.start : span.start + span.value.numel()].clone()
         mine[key] = value
     return mine
 

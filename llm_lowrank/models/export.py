@@ -31,7 +31,7 @@ from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import file_sha256, stored_names, stream_safetensors, sync, write_json, write_safetensors
-from llm_lowrank.models.loading import blocks, encoded
+from llm_lowrank.models.loading import blocks, encode_rows
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.numerics.pairs import Pairs
 
@@ -104,7 +104,7 @@ def save_adapter(
     written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
     if not as_trained and method.export_rank and rank > method.export_rank:
         rank = method.export_rank
-        written[ALL] = _named(factors)
+        written[ALL] = _peft_names(factors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -122,7 +122,7 @@ def save_adapter(
     }
     if not as_trained:
         factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
-    written[WEIGHTS] |= _named(factors)
+    written[WEIGHTS] |= _peft_names(factors)
     described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
     (Path(path) / ALL).unlink(missing_ok=True)
     notes = {"format": "pt", "written_by": "llm_lowrank", "method": described}
@@ -133,7 +133,7 @@ def save_adapter(
     return SavedAdapter(Path(path), rank, ranks, error)
 
 
-def _named(factors: dict[str, Pairs]) -> dict[str, Tensor]:
+def _peft_names(factors: dict[str, Pairs]) -> dict[str, Tensor]:
     """A (rank, n) and B (m, rank) of every module under PEFT's names."""
     letters = {f"{PREFIX}{name}.lora_A.weight": pairs.A.contiguous() for name, pairs in factors.items()}
     return letters | {f"{PREFIX}{name}.lora_B.weight": pairs.B.contiguous() for name, pairs in factors.items()}
@@ -374,7 +374,7 @@ class Backbone:
         m, n = w.shape
         base = torch.empty(m, n)
         for rows in blocks(slice(0, m), n):
-            base[rows] = encoded(self.codec, w[rows].to(device), change, rows)[1].to("cpu", torch.float32)
+            base[rows] = encode_rows(self.codec, w[rows].to(device), change, rows)[1].to("cpu", torch.float32)
         return base
 
 

@@ -52,7 +52,7 @@ class Resumed(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
     # what left W at the start, with the sign that it left it
-    def taken_out(self, adapter: Adapter) -> Pairs | None: ...
+    def starting_change(self, adapter: Adapter) -> Pairs | None: ...
 
 
 @dataclass
@@ -155,7 +155,7 @@ def blocks(rows: slice, n: int) -> Iterator[slice]:
         yield slice(first, min(first + step, rows.stop))
 
 
-def changed(w: Tensor, change: Pairs, rows: slice) -> Tensor:
+def add_change(w: Tensor, change: Pairs, rows: slice) -> Tensor:
     """W + B A for some rows of W, rounded once to float32.
 
     In float64: float32 products of more or fewer rows differ in their last bit, and a code on an edge would tip over.
@@ -163,11 +163,11 @@ def changed(w: Tensor, change: Pairs, rows: slice) -> Tensor:
     return (w.double() + change.B[rows].double() @ change.A.double()).float()
 
 
-def encoded(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+def encode_rows(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
     """The parts of some rows of W + C, and decode(parts) - C: what has become of these rows of W. C is B A."""
-    parts = codec.encode(w if change is None else changed(w, change, rows))
+    parts = codec.encode(w if change is None else add_change(w, change, rows))
     decoded = codec.decode(parts, w.shape[1])
-    return parts, decoded if change is None else changed(decoded, change.scaled(-1), rows)
+    return parts, decoded if change is None else add_change(decoded, change.scaled(-1), rows)
 
 
 def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
@@ -202,10 +202,10 @@ class _Reader:
             values: dict[str, Tensor] = {}
             change = _out_of_w(module, pairs) if pairs is not None else None
             if self.resumed is not None and isinstance(module, Adapter):
-                change = self.resumed.taken_out(module)
+                change = self.resumed.starting_change(module)
             if isinstance(module, FrozenLinear):
                 mine = rows[module.part_names[0]]
-                values |= self._coded(name, module, mine, change)
+                values |= self._encode(name, module, mine, change)
                 if self.witness is None and not module.codec.writable:
                     self.witness = module, mine, {k: part.clone() for k, part in values.items()}
             if change is not None:
@@ -246,7 +246,7 @@ class _Reader:
                 f"{name}: the checkpoint holds {found}, the model {wanted}; is config.json that of this checkpoint?"
             )
 
-    def _coded(self, name: str, layer: FrozenLinear, stored: slice, change: Pairs | None) -> dict[str, Tensor]:
+    def _encode(self, name: str, layer: FrozenLinear, stored: slice, change: Pairs | None) -> dict[str, Tensor]:
         """The parts of my rows: encode(W + change)."""
         key, device = f"{name}.weight", self.engine.device
         self.loaded.modules += 1
@@ -263,7 +263,7 @@ class _Reader:
         for block in blocks(rows, n):
             w = self._read(key, block).to(device)
             try:
-                mine, kept = encoded(layer.codec, w, change, block)
+                mine, kept = encode_rows(layer.codec, w, change, block)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
             squares += torch.stack([(kept - w).double().square().sum(), w.double().square().sum()])

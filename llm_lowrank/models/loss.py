@@ -47,7 +47,7 @@ PROBE = 8  # tokens that `loss_layer` looks at
 Forward = Callable[[Tensor], Tensor]
 
 
-def summed(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None) -> Tensor:
+def sum_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None) -> Tensor:
     """Negative log-likelihood of the labels that are not IGNORE, each predicted from what is before it, summed.
 
     At least float32.
@@ -154,7 +154,7 @@ def loss_layer(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> tu
         reason = f"{type(model).__name__} changes logits after its output layer"
     else:
         whole = nll(logits[0, :-1], labels[0, 1:].to(logits.device))
-        apart = float(engine.sum((summed(wrapped, inputs, labels, layer) / whole - 1).abs())) / engine.world
+        apart = float(engine.sum((sum_loss(wrapped, inputs, labels, layer) / whole - 1).abs())) / engine.world
         if not apart <= torch.finfo(logits.dtype).eps ** 0.5:
             reason = f"the loss made in the output layer is {apart:.0e} away from that of the logits"
     wrapped.train(training)

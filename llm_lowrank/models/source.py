@@ -83,7 +83,7 @@ class Source:
         name = str(model_name_or_path)
         path = _local(name)
         if path is None:
-            path = _downloaded(name)
+            path = _download(name)
         else:
             name = str(path)
         files = _tensor_files(path)
@@ -155,12 +155,12 @@ class Source:
 def _local(name: str) -> Path | None:
     """The folder behind a name, after converting if it must; None if the name can only be one on the hub."""
     if name == DEMO:
-        return _converted(_demo_gguf())
+        return _convert_gguf(_demo_gguf())
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path.resolve())
+        return _convert_gguf(path.resolve())
     if path.is_file():
         raise ValueError(f"{path} is a file; give the folder that holds it, a .gguf file or a hub name")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
@@ -168,7 +168,7 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _downloaded(name: str) -> Path:
+def _download(name: str) -> Path:
     """The hub's snapshot in the local cache. huggingface_hub locks, so several ranks may ask at once."""
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
@@ -262,7 +262,7 @@ def _demo_gguf() -> Path:
     return found[0]
 
 
-def _converted(gguf: Path) -> Path:
+def _convert_gguf(gguf: Path) -> Path:
     """The folder a GGUF file was converted to, once; several processes may ask at once.
 
     The key is the file's content.

@@ -128,7 +128,7 @@ class _AdapterLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        products, parts = _grouped(tensors[: 3 * count]), tensors[3 * count :]
+        products, parts = _group_products(tensors[: 3 * count]), tensors[3 * count :]
         assert not any(needs[2:5] + needs[6:7] + needs[FIXED + 3 * count :]), (
             "bias, bank, norms and W must not require gradients"
         )
@@ -165,7 +165,11 @@ class _AdapterLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         read, y, bias, growth, magnitude, bank_A, bank_B, *rest = ctx.saved_tensors
-        kept, products, parts = rest[: ctx.count], _grouped(rest[ctx.count : 4 * ctx.count]), rest[4 * ctx.count :]
+        kept, products, parts = (
+            rest[: ctx.count],
+            _group_products(rest[ctx.count : 4 * ctx.count]),
+            rest[4 * ctx.count :],
+        )
         needs, dtype, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
         dx = dropped = dmagnitude = None
         found: list[Tensor | None] = []
@@ -217,7 +221,7 @@ def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tenso
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
-def _grouped(flat: Sequence[Any]) -> list[Product]:
+def _group_products(flat: Sequence[Any]) -> list[Product]:
     return [Product(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 

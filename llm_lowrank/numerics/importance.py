@@ -6,7 +6,7 @@ elementwise; then per pair (SRLoRA, https://arxiv.org/abs/2505.12433)
 
     S_k = 1/m sum_i s(B[i, k]) + 1/n sum_j s(A[k, j])
 
-A rank keeps these statistics for its own run of the flattened A and B only; the sums over ranks are the caller's.
+A rank keeps these statistics for its own span of the flattened A and B only; the sums over ranks are the caller's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 def update_(
     mean: list[Tensor], spread: list[Tensor], w: list[Tensor], g: list[Tensor], beta1: float, beta2: float
 ) -> None:
-    """One step of both moving averages of |w g|, in place, for many flat runs at once (few kernels instead of many)."""
+    """One step of both moving averages of |w g|, in place, for many flat spans at once (few kernels instead of many)."""
     now = list(torch._foreach_mul(w, g))
     torch._foreach_abs_(now)
     smooth_(mean, spread, now, beta1, beta2)
@@ -33,9 +33,9 @@ def smooth_(mean: list[Tensor], spread: list[Tensor], now: list[Tensor], beta1: 
 
 
 def pair_sums(score: Tensor, start: int, rank: int, row_length: int, rows_are_pairs: bool) -> Tensor:
-    """Sum a flat run of elementwise scores per pair: (rank,) float64, zero for pairs that this run does not touch.
+    """Sum a flat span of elementwise scores per pair: (rank,) float64, zero for pairs that this span does not touch.
 
-    The run begins at flat position `start` of a row-major matrix with rows of `row_length`: in A (r, n) the pair is the
+    The span begins at flat position `start` of a row-major matrix with rows of `row_length`: in A (r, n) the pair is the
     row, in B (m, r) it is the column.
     """
     at = torch.arange(start, start + score.numel(), device=score.device)

@@ -47,7 +47,7 @@ def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], s
         _put(tree, key, value)
     for section, key in identity.items():
         if isinstance(tree.get(section), dict) and key not in tree[section]:
-            tree[section] = _merged(base[section], tree[section])
+            tree[section] = _merge(base[section], tree[section])
     errors = _check(cls, tree, "", keys, synonyms)
     if errors:
         raise RecipeError("\n".join(errors))
@@ -64,9 +64,9 @@ def settings(cls: type) -> dict[str, Any]:
     for name, kind in _hints(cls).items():
         if is_choice_type(kind):
             found[f"{name}.{TYPE}"] = Literal[tuple(kind.get_known_choices())]
-        for part in kind.get_known_choices().values() if is_choice_type(kind) else [kind] if _nested(kind) else []:
+        for part in kind.get_known_choices().values() if is_choice_type(kind) else [kind] if _is_section(kind) else []:
             found |= {f"{name}.{key}": leaf for key, leaf in settings(part).items()}
-        if not _nested(kind):
+        if not _is_section(kind):
             found[name] = kind
     return found
 
@@ -138,9 +138,9 @@ def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> Non
         tree[field] = {key: value for key, value in section.items() if key in new_keys or key not in old_keys}
 
 
-def _merged(under: Tree, over: Tree) -> Tree:
+def _merge(under: Tree, over: Tree) -> Tree:
     both = {
-        key: _merged(under[key], over[key])
+        key: _merge(under[key], over[key])
         for key in over
         if isinstance(over[key], dict) and isinstance(under.get(key), dict)
     }
@@ -161,8 +161,8 @@ def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: d
         key, kind = f"{prefix}{name}", hints.get(name)
         optional, kind = type(None) in typing.get_args(kind), _bare(kind)
         if kind is None:
-            errors.append(_unknown(key, cls, keys, synonyms))
-        elif _nested(kind):
+            errors.append(_unknown_message(key, cls, keys, synonyms))
+        elif _is_section(kind):
             errors += _check_section(key, kind, value, keys, synonyms)
         elif typing.get_origin(kind) is Literal:
             if value not in typing.get_args(kind):
@@ -207,7 +207,7 @@ def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], synony
     return _check(kind, value, f"{key}.", keys, synonyms)
 
 
-def _unknown(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> str:
+def _unknown_message(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> str:
     """Names the setting that was probably meant: by another library's name for it, by its last part, by its spelling."""
     if key in keys:  # then another type of this section has it
         section = key.rpartition(".")[0]
@@ -231,13 +231,13 @@ def help_text(cls: type, defaults: Any, usage: str, headings: dict[str, str], wi
     `headings`: first field -> title.
     """
     file = "A YAML file with any of the settings below; the command line overrides it."
-    out = [usage, "", f"  --{CONFIG} PATH\n{_wrapped(file, '', width)}"]
+    out = [usage, "", f"  --{CONFIG} PATH\n{_wrap(file, '', width)}"]
     title = ""
     for name, kind in _hints(cls).items():
         value = getattr(defaults, name)
         if is_choice_type(kind):
             out += _choice_help(name, kind, value, _docs(cls)[name], width)
-        elif _nested(kind):
+        elif _is_section(kind):
             out.append(f"\n{name}: {_docs(cls)[name]}")
             out += [_entry(f"{name}.{key}", kind, key, getattr(value, key), width) for key in _hints(kind)]
         else:
@@ -271,19 +271,17 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
 
 
 def _entry(flag: str, owner: type, field: str, default: Any, width: int) -> str:
-    shown = "" if default is None else f"(default: {_shown(default)})"
-    return (
-        f"  --{flag} {_type_name(_bare(_hints(owner)[field]))}\n{_wrapped(_docs(owner).get(field, ''), shown, width)}"
-    )
+    shown = "" if default is None else f"(default: {_show(default)})"
+    return f"  --{flag} {_type_name(_bare(_hints(owner)[field]))}\n{_wrap(_docs(owner).get(field, ''), shown, width)}"
 
 
-def _wrapped(doc: str, default: str, width: int) -> str:
+def _wrap(doc: str, default: str, width: int) -> str:
     return textwrap.fill(
         f"{doc} {default}".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False
     )
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return (
@@ -327,5 +325,5 @@ def _bare(kind: Any) -> Any:
     return kinds[0] if len(kinds) == 1 and type(None) in typing.get_args(kind) else kind
 
 
-def _nested(kind: Any) -> bool:
+def _is_section(kind: Any) -> bool:
     return is_choice_type(kind) or dataclasses.is_dataclass(kind)

@@ -16,20 +16,29 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import Sharding, decoder_layers
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.recipe import Recipe, adapted, attention, deepspeed_config, dump, occupied, optimization, read_data
+from llm_lowrank.run.recipe import (
+    Recipe,
+    attention,
+    build_model,
+    deepspeed_config,
+    dump,
+    optimization,
+    output_dir_conflict,
+    read_data,
+)
 
 GIB = 2**30
 ENGINES = ("plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 
 
 def describe(recipe: Recipe, world: int) -> str:
-    """The resolved recipe, the parameters, the recompositions and the memory per rank of a run on `world` ranks, as
+    """The resolved recipe, the parameters, the exchanges and the memory per rank of a run on `world` ranks, as
     text.
     """
     folder = model_folder(recipe.model_name_or_path)
-    model, adapters = adapted(recipe, folder)
+    model, adapters = build_model(recipe, folder)
     sizes = Sizes.of(model, recipe.method)
-    notes = [message] if (message := occupied(recipe)) else []
+    notes = [message] if (message := output_dir_conflict(recipe)) else []
     kernel = "attention on this machine: " + ", ".join(attention(recipe))
     plan = [kernel, parameters(model), schedule(recipe, folder, world, adapters), memory(recipe, sizes, world)]
     return "\n\n".join([dump(recipe).rstrip(), *plan, *notes])
@@ -121,10 +130,10 @@ def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -
     try:
         total = total_steps(recipe, folder, world)
     except (ValueError, OSError) as error:
-        return f"schedule, {batch}\nsteps and recompositions are not known without the data (or max_steps): {str(error).splitlines()[0]}"
+        return f"schedule, {batch}\nsteps and exchanges are not known without the data (or max_steps): {str(error).splitlines()[0]}"
     steps = recipe.method.schedule(total, adapters)
     when = f"after step {', '.join(map(str, steps))}" if steps else "none"
-    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} recompositions: {when}"
+    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} exchanges: {when}"
 
 
 def total_steps(recipe: Recipe, folder: str, world: int) -> int:
@@ -167,10 +176,10 @@ class Sizes:
 
 def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     """A table of what every rank holds under each engine, with the formulas; a star marks the recipe's."""
-    config = _resolved(recipe, sizes, world)
+    config = _resolve_deepspeed(recipe, sizes, world)
     zero = config.get("zero_optimization", {})
     chosen = f"ZeRO-{zero['stage']}" if zero else {"fsdp": "FSDP2"}.get(recipe.engine, recipe.engine)
-    rows = expected(sizes, world, zero, recipe.fsdp, 1 if recipe.optim == "lion" else 2)
+    rows = memory_rows(sizes, world, zero, recipe.fsdp, 1 if recipe.optim == "lion" else 2)
     heads = [f"*{engine}" if engine == chosen else engine for engine in ENGINES]
     lines = [f"memory per rank, GiB, {world} rank(s)".ljust(36) + "".join(f"{head:>10}" for head in heads)]
     for label, values, formula in rows:
@@ -193,7 +202,7 @@ def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
     return "\n".join(lines)
 
 
-def expected(
+def memory_rows(
     sizes: Sizes, n: int, zero: dict[str, Any], sharding: Sharding, moments: int = 2
 ) -> list[tuple[str, list[float], str]]:
     """(what, bytes under each of ENGINES on n ranks, formula).
@@ -230,7 +239,7 @@ def expected(
     ]
 
 
-def _resolved(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:
+def _resolve_deepspeed(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, Any]:
     """The DeepSpeed configuration as the run will use it; what the run refuses, this refuses."""
     if recipe.engine != "deepspeed":
         return {}

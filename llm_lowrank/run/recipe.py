@@ -32,12 +32,12 @@ from llm_lowrank.run.command_line import RecipeError, help_text, read
 __all__ = [
     "Recipe",
     "RecipeError",
-    "adapted",
+    "build_model",
     "attention",
     "codec",
     "deepspeed_config",
     "dump",
-    "occupied",
+    "output_dir_conflict",
     "optimization",
     "parse",
     "read_data",
@@ -115,7 +115,7 @@ class Recipe:
     """What a run with a coded backbone merges into: the checkpoint's weights, or what it trained on, decoded; it prints
     both gaps."""
     dry_run: bool = False
-    """Print the resolved recipe, parameter counts, the schedule of recompositions and the expected memory, and exit."""
+    """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
 
     engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
     """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's
@@ -243,7 +243,7 @@ def codec(recipe: Recipe) -> Codec:
     return make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant)
 
 
-def adapted(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
+def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
     """The model of a checkpoint's config with its adapters, without any weights."""
     model = skeleton(folder, getattr(torch, recipe.dtype), attention(recipe)[0])
     return model, attach(model, recipe.method, codec(recipe), recipe.seed)
@@ -382,7 +382,7 @@ def _deepspeed_errors(recipe: Recipe) -> list[str]:
 
 def _path_errors(recipe: Recipe) -> list[str]:
     errors = []
-    taken = occupied(recipe)
+    taken = output_dir_conflict(recipe)
     if taken and not recipe.dry_run:  # a dry run only reports it
         errors.append(taken)
     asked = recipe.resume_from_checkpoint
@@ -394,7 +394,7 @@ def _path_errors(recipe: Recipe) -> list[str]:
     return errors
 
 
-def occupied(recipe: Recipe) -> str | None:
+def output_dir_conflict(recipe: Recipe) -> str | None:
     """Why output_dir cannot be written to."""
     output = recipe.output
     if output.exists() and not output.is_dir():

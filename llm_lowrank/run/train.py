@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter
-from llm_lowrank.adapters.exchange import Exchanged, measured
+from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.data import Batches, Corpus, Example, MicroBatch, Stream, StreamBatches, pad_id
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.fsdp import FSDP
@@ -29,15 +29,15 @@ from llm_lowrank.files import check_writable, write_text
 from llm_lowrank.models import checkpoint, export, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.generate import accuracy
-from llm_lowrank.models.loss import loss_layer, summed
+from llm_lowrank.models.loss import loss_layer, sum_loss
 from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.schedule import learning_rate
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.recipe import (
     Recipe,
-    adapted,
     attention,
+    build_model,
     check_same_run,
     deepspeed_config,
     optimization,
@@ -60,7 +60,7 @@ class Run:
     adapters: list[Adapter]
     batches: Batches | StreamBatches
     total_steps: int
-    recompositions: tuple[int, ...]
+    exchange_steps: tuple[int, ...]
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     resumed: Checkpoint | None = None  # of this run, to go on from
     loss_layer: nn.Module | None = None  # in which the loss can be made; None: from whole logits
@@ -151,7 +151,7 @@ def train(recipe: Recipe) -> None:
     """
     engine = make_engine(recipe)
     try:
-        with Signals() as signals, engine.guarded():
+        with Signals() as signals, engine.guard():
             source = _train(recipe, engine, signals)
     except Preempted:
         engine.close()
@@ -237,7 +237,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                 rates = method.rates(adapters, step - 1, total, rate)
                 for micro in run.batches.step(step - 1):
                     method.batch(adapters, step - 1, micro.samples)
-                    loss = summed_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
+                    loss = batch_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
                     engine.backward(loss)
                     seen.add(loss, micro)
                 if good := recipe.on_nan == "stop" or engine.finite():
@@ -251,19 +251,21 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
                     skipped, row = skipped + 1, row + 1
                     if recipe.on_nan == "stop" or row == LEFT_OUT:
                         saving.finish()  # what was saved before this step is good
-                    say(left_out(recipe, step, norm, skipped, row))
+                    say(report_skipped_step(recipe, step, norm, skipped, row))
                 seen.step(good)
-                if step in run.recompositions:
-                    engine.at(f"the recomposition after step {step}")
-                    if (event := measured(engine, partial(method.recompose, adapters, engine, step))) is not None:
-                        say(log_exchange(metrics, step, "recompose", event))
+                if step in run.exchange_steps:
+                    engine.at(f"the exchange after step {step}")
+                    if (
+                        event := measure_exchange(engine, partial(method.exchange, adapters, engine, step))
+                    ) is not None:
+                        say(log_exchange(metrics, step, "exchange", event))
                 bar.update()
                 if step % recipe.logging_steps == 0 or step == total:
                     record = seen.report(engine) | {"learning_rate": max(rates), "grad_norm": norm}
                     if skipped:
                         record["skipped"] = skipped
                     metrics.write("train", step, **record)
-                    upcoming = next((s for s in run.recompositions if s > step), None)
+                    upcoming = next((s for s in run.exchange_steps if s > step), None)
                     bar.set_postfix(
                         loss="none" if record["loss"] is None else f"{record['loss']:.4f}",
                         lr=f"{max(rates):.2e}",
@@ -368,13 +370,13 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     source = Source.open(recipe.model_name_or_path)
     tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
-    model, adapters = adapted(recipe, source.path)
-    recompositions = recipe.method.schedule(total, adapters)
+    model, adapters = build_model(recipe, source.path)
+    exchange_steps = recipe.method.schedule(total, adapters)
     unused = loading.bind(model, adapters, source)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    run = Run(source, tokenizer, corpus, model, adapters, batches, total, recompositions, unused)
+    run = Run(source, tokenizer, corpus, model, adapters, batches, total, exchange_steps, unused)
     if engine.main:
         check_writable(recipe.output)
     return run
@@ -387,14 +389,14 @@ def find_checkpoint(recipe: Recipe, engine: Engine, run: Run) -> None:
     """
     with engine.together():
         if engine.main:
-            run.resumed, run.notes = checked(recipe, run.source, run.facts)
+            run.resumed, run.notes = find_resumable(recipe, run.source, run.facts)
     path = engine.gather(None if run.resumed is None else str(run.resumed.path))[0]
     with engine.together():
         if isinstance(path, str) and not engine.main:
             run.resumed = Checkpoint.open(Path(path), checked=True)
 
 
-def checked(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tuple[Checkpoint | None, list[str]]:
+def find_resumable(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tuple[Checkpoint | None, list[str]]:
     """What resume_from_checkpoint names, checked against this run, and what is to be said about it."""
     asked = recipe.resume_from_checkpoint
     if asked == "none":
@@ -435,7 +437,7 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
     lines = [
         f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: {trained:,} trainable "
         "parameters",
-        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {stored(recipe)}; "
+        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {describe_storage(recipe)}; "
         f"{run.total_steps} steps of "
         f"{run.batches.global_batch} {amount(run)} ({len(run.corpus.held_out)} held out)",
         f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
@@ -449,13 +451,13 @@ def opening(recipe: Recipe, engine: Engine, run: Run) -> str:
         )
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
-    if run.recompositions and isinstance(adapter := run.adapters[0], PairAdapter):
+    if run.exchange_steps and isinstance(adapter := run.adapters[0], PairAdapter):
         where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
         lossy = "would round away part of" if adapter.codec.writable else "would round away"
         why = "holds" if adapter.codec.holds_small_updates else lossy
         lines.append(
-            f"exchanges after steps {', '.join(map(str, run.recompositions))}; frozen pairs are {where}, which in "
-            f"{stored(recipe)} "
+            f"exchanges after steps {', '.join(map(str, run.exchange_steps))}; frozen pairs are {where}, which in "
+            f"{describe_storage(recipe)} "
             f"{why} small updates"
         )
     return "\n".join(lines)
@@ -472,19 +474,19 @@ def amount(run: Run) -> str:
     return f"rows from {run.batches.rows}, into which {examples} examples are packed ({full:.1%} full)"
 
 
-def stored(recipe: Recipe) -> str:
+def describe_storage(recipe: Recipe) -> str:
     """How the frozen weights are stored."""
     return recipe.dtype if recipe.codec == "dense" else f"{recipe.codec} computed in {recipe.dtype}"
 
 
-def summed_loss(
+def batch_loss(
     model: nn.Module, batch: MicroBatch, device: torch.device, layer: nn.Module | None = None, flat: bool = False
 ) -> Tensor:
     """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean.
 
     layer: see loss.py. flat: see packing.py.
     """
-    return summed(model, batch.inputs(device, flat), batch.targets(flat), layer)
+    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer)
 
 
 class Seen:
@@ -523,7 +525,7 @@ class Seen:
         }
 
 
-def left_out(recipe: Recipe, step: int, norm: float, skipped: int, row: int) -> str:
+def report_skipped_step(recipe: Recipe, step: int, norm: float, skipped: int, row: int) -> str:
     """What is said of a step without a finite gradient, or FloatingPointError if it ends the run."""
     what = f"step {step}: the gradient norm is {norm}"
     if recipe.on_nan == "stop":
@@ -568,7 +570,7 @@ def held_out_loss(
     with torch.no_grad():
         for t in tqdm(range(batches.total_steps), desc="evaluate", unit="batch", leave=False, disable=not engine.main):
             for micro in batches.step(t):
-                total += summed_loss(model, micro, engine.device, layer)
+                total += batch_loss(model, micro, engine.device, layer)
     return float(engine.sum(total)) / int(batches.trained.sum())
 
 
