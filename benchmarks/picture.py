@@ -41,32 +41,31 @@ def curve(records: Records, kind: str, name: str) -> tuple[list[int], list[float
 def draw(records: Records, path: Path) -> None:
     """Write the picture of a run, 1600 pixels wide: readable at half of that."""
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    axis.plot(*curve(records, "train", "loss"), color="0.6", lw=1.5, label="training loss of a step")
-    steps, losses = curve(records, "eval", "loss")
-    axis.plot(steps, losses, color="tab:blue", lw=2, marker="o", ms=6, label="loss on held-out questions")
+    axis.plot(*curve(records, "train", "loss"), color="0.6", lw=1.5, label="training loss")
+    axis.plot(*curve(records, "eval", "loss"), color="tab:blue", lw=2, marker="o", ms=6, label="held-out loss")
     exchanges = [r for r in records if r["kind"] == "exchange"]
     for number, event in enumerate(exchanges):
-        # an exchange follows its step: between this step and the next one
-        label = None if number else "exchange: some pairs freeze, others start"
-        axis.axvline(event["step"] + 0.5, color="tab:orange", lw=2, ls="--", label=label)
+        between = event["step"] + 0.5  # an exchange follows its step and precedes the next one
+        label = None if number else "exchange"
+        axis.axvline(between, color="tab:orange", lw=2, ls="--", label=label)
         axis.annotate(
-            f"{event['pairs']} pairs of {event['modules']} layers\nthe function changes by {event['drift']:.0e}",
-            xy=(event["step"] + 0.5, 0.72),
+            f"a layer's function changes\nby at most {event['drift']:.0e} of itself",
+            xy=(between, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(7, 0),
             textcoords="offset points",
             va="top",
-            fontsize=10,
+            fontsize=11,
             color="0.25",
         )
     axis.set_xlabel("training step", fontsize=12)
     axis.set_ylabel("loss per trained token", fontsize=12)
-    axis.set_xlim(0, steps[-1] + 1)
+    axis.set_xlim(0, records[-1]["step"] + 1)
     axis.set_ylim(0, None)
     axis.tick_params(labelsize=11)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=11, loc="upper right", framealpha=1)
+    figure.legend(fontsize=11, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=200, facecolor="white")
     pyplot.close(figure)
 
