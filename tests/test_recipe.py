@@ -16,7 +16,6 @@ from llm_lowrank.run import command_line
 from llm_lowrank.run.recipe import (
     HEADINGS,
     IDENTITY,
-    SYNONYMS,
     Recipe,
     RecipeError,
     attention,
@@ -26,6 +25,7 @@ from llm_lowrank.run.recipe import (
     save,
     validate,
 )
+from llm_lowrank.run.synonyms import SYNONYMS
 
 ROOT = Path(__file__).parents[1]
 

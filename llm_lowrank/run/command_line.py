@@ -29,12 +29,13 @@ class RecipeError(ValueError):
     """What the user asked for cannot be done; the message says what to change."""
 
 
-def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], synonyms: dict[str, str]) -> T:
+def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], refusals: dict[str, str]) -> T:
     """The settings in --config_path, overridden by the rest of the command line; what neither names comes from
     `defaults`.
 
     `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset)
     starts from that thing's own defaults, any other continues the section in `defaults`.
+    `refusals`: a name that is no setting here, such as another library's -> the end of the message that refuses it.
     """
     keys = settings(cls)
     base = draccus.encode(defaults)
@@ -48,7 +49,7 @@ def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], s
     for section, key in identity.items():
         if isinstance(tree.get(section), dict) and key not in tree[section]:
             tree[section] = _merge(base[section], tree[section])
-    errors = _check(cls, tree, "", keys, synonyms)
+    errors = _check(cls, tree, "", keys, refusals)
     if errors:
         raise RecipeError("\n".join(errors))
     try:
@@ -150,7 +151,7 @@ def _merge(under: Tree, over: Tree) -> Tree:
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: dict[str, str]) -> list[str]:
+def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], refusals: dict[str, str]) -> list[str]:
     """Complaints about unknown names and about values that would be taken for something else.
 
     Splits `a,b,c` where a list is wanted.
@@ -161,9 +162,9 @@ def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], synonyms: d
         key, kind = f"{prefix}{name}", hints.get(name)
         optional, kind = type(None) in typing.get_args(kind), _bare(kind)
         if kind is None:
-            errors.append(_unknown_message(key, cls, keys, synonyms))
+            errors.append(_unknown_message(key, cls, keys, refusals))
         elif _is_section(kind):
-            errors += _check_section(key, kind, value, keys, synonyms)
+            errors += _check_section(key, kind, value, keys, refusals)
         elif typing.get_origin(kind) is Literal:
             if value not in typing.get_args(kind):
                 errors.append(f"{key}: '{value}' is not one of {', '.join(map(str, typing.get_args(kind)))}")
@@ -191,7 +192,7 @@ def _fits(value: Any, kind: type) -> bool:
     return True
 
 
-def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> list[str]:
+def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], refusals: dict[str, str]) -> list[str]:
     if not isinstance(value, dict):
         first = next(name for name in keys if name.startswith(f"{key}."))
         return [f"{key} is a section of settings, not a value; did you mean {first} {value}?"]
@@ -201,13 +202,13 @@ def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], synony
         if chosen not in kinds:
             return [f"{key}.{TYPE}: '{chosen}' is not one of {', '.join(kinds)}"]
         section = {name: part for name, part in value.items() if name != TYPE}
-        errors = _check(kinds[chosen], section, f"{key}.", keys, synonyms)
+        errors = _check(kinds[chosen], section, f"{key}.", keys, refusals)
         value.update(section)
         return errors
-    return _check(kind, value, f"{key}.", keys, synonyms)
+    return _check(kind, value, f"{key}.", keys, refusals)
 
 
-def _unknown_message(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[str, str]) -> str:
+def _unknown_message(key: str, cls: Any, keys: dict[str, Any], refusals: dict[str, str]) -> str:
     """Names the setting that was probably meant: by another library's name for it, by its last part, by its spelling."""
     if key in keys:  # then another type of this section has it
         section = key.rpartition(".")[0]
@@ -216,7 +217,9 @@ def _unknown_message(key: str, cls: Any, keys: dict[str, Any], synonyms: dict[st
     full = {
         known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: known.startswith(f"{section}."))
     }
-    guess = synonyms.get(last) or full.get(last)
+    if last in refusals:
+        return f"unknown setting '{key}'; {refusals[last]}"
+    guess = full.get(last)
     if guess is None:
         guess = next((full[name] for name in difflib.get_close_matches(last, full, n=1, cutoff=0.75)), None)
     return f"unknown setting '{key}'; " + (f"did you mean {guess}?" if guess else "--help lists what there is")
