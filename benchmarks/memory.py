@@ -15,8 +15,9 @@ the bank. Beside it lies what the method and the engine keep by design, counted 
 ledger and the directions that wait, and the small parameters that ZeRO-3 leaves gathered. Masters and buffers of the
 optimizer are not counted: they have to fit in the rest. The constants:
 
-    LOADING         128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64; 40 for buffers of
-                    gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it first runs
+    LOADING     128 MB: 88 for the block of 2^21 elements of W that is worked on, five and a half times in float64;
+                40 for buffers of gloo, of the matrix products and of DeepSpeed, and for code that is mapped when it
+                first runs
     EXCHANGE    64 MB: the same 40, and 24 for an allocator that gives back pages late
 
 The exit code is 1 if a bound does not hold.
@@ -235,10 +236,8 @@ def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
         worst["W"] / MB,
         worst["exchange_seconds"],
     )
-    print(
-        f"{engine:10}{codec:6}{len(rows):6}{''.join(f'{x:9.1f}' for x in figures)}{'' if good else '  BEYOND ITS BOUND'}",
-        flush=True,
-    )
+    cells = "".join(f"{figure:9.1f}" for figure in figures)
+    print(f"{engine:10}{codec:6}{len(rows):6}{cells}{'' if good else '  BEYOND ITS BOUND'}", flush=True)
     return good
 
 

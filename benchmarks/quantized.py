@@ -1,7 +1,8 @@
 """Our training against PEFT's, on the same random LLaMA.  python benchmarks/quantized.py
 
     python benchmarks/quantized.py            nf4, one process: engine plain against PEFT + bitsandbytes
-    python benchmarks/quantized.py --zero3    dense, two ranks: our ZeRO-3 against PEFT on ZeRO-3, the same DeepSpeed configuration
+    python benchmarks/quantized.py --zero3    dense, two ranks: our ZeRO-3 against PEFT on ZeRO-3, both with the same
+                                              DeepSpeed configuration
 
 LoRA of the same rank on every linear of the decoder layers in both; everything computed in --dtype, adapters in
 float32. Per arm, in fresh processes: start-up, from the checkpoint on disk to a model that can be trained, imports done
@@ -142,7 +143,7 @@ def in_turns(args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> di
     ids = tokens(args, engine)
     # ours first: transformers must not shard our skeleton
     steps = {arm: build(arm, args, engine, dtype) for arm in ARMS}
-    losses = {arm: [step(ids) for _ in range(2)][0] for arm, step in steps.items()}  # warm-up
+    losses, *_ = ({arm: step(ids) for arm, step in steps.items()} for _ in range(2))  # warm-up
     assert max(losses.values()) - min(losses.values()) < 0.02, f"the arms do not compute the same function: {losses}"
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for i in range(args.rounds):
@@ -173,8 +174,8 @@ def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     for arm in ARMS:
         rows[arm]["step"] = statistics.median(times[arm])
         r = rows[arm]
-        cells = f"{r['start']:9.2f}{r['loading'] / 1e6:9.1f}{r['kept'] / 1e6:9.1f}{r['training'] / 1e6:9.1f}{1000 * r['step']:9.1f}"
-        print(f"{dtype:10}{arm:8}{cells}")
+        memory = "".join(f"{r[name] / 1e6:9.1f}" for name in ("loading", "kept", "training"))
+        print(f"{dtype:10}{arm:8}{r['start']:9.2f}{memory}{1000 * r['step']:9.1f}")
     ratios = {k: rows["ours"][k] / rows["peft"][k] for k in rows["ours"]}
     rounds = [a / b for a, b in zip(times["ours"], times["peft"], strict=True)]
     ratios |= {"step": statistics.median(rounds), "step_min": min(rounds), "step_max": max(rounds)}

@@ -133,7 +133,7 @@ def live(arguments: list[str], world: int = 2, strike: Strike | None = None, gra
 def _follow(
     pipes: list[Connection], processes: list[Any], strike: Strike | None, deadline: float
 ) -> tuple[list[list[str]], bool]:
-    """The phases that the ranks tell, until one has closed its pipe; sends the signal on the way."""
+    """Collect the phases that the ranks report, until one has closed its pipe, and send the signal when it is due."""
     phases: list[list[str]] = [[] for _ in pipes]
     open_pipes, struck = dict(zip(pipes, range(len(pipes)), strict=True)), False
     while len(open_pipes) == len(pipes) and time.monotonic() < deadline:
@@ -144,13 +144,14 @@ def _follow(
             except (EOFError, OSError):
                 del open_pipes[pipe]
                 continue
-            if strike is not None and not struck and rank == strike.rank and phases[rank][-1].startswith(strike.phase):
-                if sum(phase.startswith(strike.phase) for phase in phases[rank]) == strike.count:
-                    time.sleep(strike.delay)
-                    for _ in range(strike.times):
-                        if processes[rank].is_alive():
-                            os.kill(processes[rank].pid, strike.kind)
-                            struck = True
+            if strike is None or struck or rank != strike.rank or not phases[rank][-1].startswith(strike.phase):
+                continue
+            if sum(phase.startswith(strike.phase) for phase in phases[rank]) == strike.count:
+                time.sleep(strike.delay)
+                for _ in range(strike.times):
+                    if processes[rank].is_alive():
+                        os.kill(processes[rank].pid, strike.kind)
+                        struck = True
     return phases, struck
 
 

@@ -1,10 +1,12 @@
 """Forward + backward of an adapted LLaMA, as a multiple of the frozen model alone.  python benchmarks/step_time.py
 
-    limit        the frozen model with no adapter: forward and the gradient of its input, which every adapter method has to compute
+    limit        the frozen model with no adapter: forward and the gradient of its input, which every adapter method has
+                 to compute
     peft lora    peft.get_peft_model with LoRA on every linear of the decoder layers; peft dora: the same with use_dora
-    losia 0.1.5  the layer of the PyPI package losia (LoSiA-Pro), after `pip install --no-deps losia` (its optimizer needs CUDA)
-    others       llm_lowrank's methods on the same linears, with the same rank, LoSiA with the paper's 1/8; in "losia slot" one of the
-                 layers records its whole gradient besides, as one of N does at any time
+    losia 0.1.5  the layer of the PyPI package losia (LoSiA-Pro), after `pip install --no-deps losia` (its optimizer
+                 needs CUDA)
+    others       llm_lowrank's methods on the same linears, with the same rank, LoSiA with the paper's 1/8; in "losia
+                 slot" one of the layers records its whole gradient besides, as one of N does at any time
 
 All run in one process on the same tokens and over the same weights, one after the other in each round, the order turned
 by one from round to round, so that whatever else the machine is doing hits them alike; the figures are the median,
@@ -140,7 +142,7 @@ def measure(models: dict[str, nn.Module], ids: Tensor, rounds: int) -> dict[str,
     """Seconds of every arm in every round."""
     for model in models.values():
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    losses = {name: [step(model, ids)[1] for _ in range(2)][0] for name, model in models.items()}  # warm-up
+    losses, *_ = ({name: step(model, ids)[1] for name, model in models.items()} for _ in range(2))  # warm-up
     assert max(losses.values()) - min(losses.values()) < 0.05, f"the arms do not compute the same function: {losses}"
     seconds: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)

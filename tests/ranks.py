@@ -1,6 +1,6 @@
 """Runs a test body on several ranks: persistent gloo workers, one pool per world size, shared by the whole session.
 
-    results = ranks.run(2, body, *args, **kwargs)      # body is a module-level function; results[rank] is what it returned
+    results = ranks.run(2, body, *args, **kwargs)    # body: a module-level function; results[rank]: what it returned
 
 Rendezvous is a file, so that pools never fight for a port. A body that raises fails the test with the traceback of
 every rank that raised; one that hangs is killed after `timeout` seconds. After either the pool is thrown away and
@@ -55,7 +55,7 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
         body, args, kwargs = job
         try:
             answer = (True, body(*args, **kwargs))
-        except BaseException:  # noqa: BLE001 - sent to the test
+        except BaseException:
             answer = (False, traceback.format_exc())
         # pickled here: the pipe's own pickler would send every tensor as an open file, and a test soon runs out of them
         pipe.send_bytes(pickle.dumps(answer))

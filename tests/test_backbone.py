@@ -1,4 +1,4 @@
-"""What a run over a coded backbone really trained on, made again from the checkpoint, and the gaps of the two merges."""
+"""The weights that a run over a quantized backbone trained on, made again from its checkpoint; both merges' gaps."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_an_answer_that_begins_with_what_a_token_would_take_the_template_s_end_i
 
 def test_template_without_prefixes_is_refused():
     only_last = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.last else 'gone' }}")
-    with pytest.raises(ValueError, match="message 1: the chat template does not render.*generation"):
+    with pytest.raises(ValueError, match=r"message 1: the chat template does not render.*generation"):
         encode_messages(byte_tokenizer(only_last), CHAT)
 
 
@@ -209,7 +209,7 @@ def test_a_folder_has_splits(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", pairs(2))
     assert len(load(Data(str(tmp_path), held_out=0), byte_tokenizer(), 0).train) == 5
     assert len(load(Data(str(tmp_path), split="test", held_out=0), byte_tokenizer(), 0).train) == 2
-    with pytest.raises(ValueError, match="split 'validation'.*Unknown split"):
+    with pytest.raises(ValueError, match=r"split 'validation'.*Unknown split"):
         load(Data(str(tmp_path), split="validation"), byte_tokenizer(), 0)
 
 
@@ -264,7 +264,7 @@ def test_bad_rows_are_refused(tmp_path, template, rows, message):
 
 
 def test_empty_plain_completion_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="row 0 .*the answer is empty"):
+    with pytest.raises(ValueError, match=r"row 0 .*the answer is empty"):
         load(
             Data(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]), held_out=0),
             byte_tokenizer(),
@@ -275,7 +275,7 @@ def test_empty_plain_completion_is_refused(tmp_path):
 def test_template_errors_name_the_row(tmp_path):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}" + CHATML
     rows = [{"messages": CHAT}, {"messages": [{"role": "system", "content": "be nice"}, *CHAT]}]
-    with pytest.raises(ValueError, match="row 1 .*no system messages"):
+    with pytest.raises(ValueError, match=r"row 1 .*no system messages"):
         load(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=0), byte_tokenizer(strict), 0)
 
 
@@ -309,7 +309,7 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="both JSON and Parquet"):
         load(Data(str(tmp_path / "folder")), byte_tokenizer(), 0)
     datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "none.parquet")
-    with pytest.raises(ValueError, match="none.parquet.* no data"):
+    with pytest.raises(ValueError, match=r"none.parquet.* no data"):
         load(Data(str(tmp_path / "none.parquet")), byte_tokenizer(), 0)
 
 
@@ -328,7 +328,7 @@ def test_settings_out_of_range_are_refused():
 
 def test_task_settings_of_a_file_are_refused_not_ignored(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", pairs(10))
-    with pytest.raises(ValueError, match="data.task is for reasoning-gym"):
+    with pytest.raises(ValueError, match=r"data.task is for reasoning-gym"):
         load(Data(path, held_out=2, task={"min_terms": 2}), byte_tokenizer(CHATML), seed=0)
 
 
@@ -344,7 +344,7 @@ def test_truncation_is_counted(tmp_path):
     assert corpus.truncated == 1
     assert [len(corpus.train[k].input_ids) for k in range(len(corpus.train))] == [8, 8]
     assert corpus.train.trained.tolist() == [4, 4]
-    with pytest.raises(ValueError, match="3 lost their completion to data.max_length"):
+    with pytest.raises(ValueError, match=r"3 lost their completion to data.max_length"):
         load(Data(name, held_out=0, max_length=3), byte_tokenizer(), 0)
 
 
@@ -399,8 +399,8 @@ def test_reasoning_gym_refusals(wrong, message):
 
 def test_reasoning_gym_with_too_few_distinct_questions():
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(ValueError, match="leaves nothing to train on, for .* distinct"):
-        task = {"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}  # ten questions
+    task = {"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}  # ten questions
+    with pytest.raises(ValueError, match=r"leaves nothing to train on, for .* distinct"):
         load(Data("reasoning-gym:chain_sum", size=60, held_out=30, task=task), byte_tokenizer(), 0)
 
 
@@ -433,7 +433,7 @@ def examples(count: int) -> list[Example]:
 def global_batch(
     data: list[Example], per_device: int, accumulation: int, world: int, t: int, seed: int = 7
 ) -> tuple[list[int], int]:
-    """Samples and trained tokens of step t over all ranks, with what must hold of every micro-batch checked on the way."""
+    """Samples and trained tokens of step t over all ranks; what must hold of every micro-batch is checked."""
     samples, claimed, trained, shapes = [], set(), 0, set()
     for rank in range(world):
         step = Batches(data, per_device, accumulation, rank, world, seed, 0, 3).step(t)
@@ -527,7 +527,7 @@ def test_batches_of_a_corpus_are_those_of_its_examples(tmp_path):
 
 def test_the_size_of_a_file_is_refused_not_ignored(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    with pytest.raises(ValueError, match="data.size is for reasoning-gym:<task> only"):
+    with pytest.raises(ValueError, match=r"data.size is for reasoning-gym:<task> only"):
         load(Data(str(tmp_path / "data.jsonl"), held_out=1, size=5), byte_tokenizer(), 0)
 
 

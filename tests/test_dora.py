@@ -103,7 +103,7 @@ def test_dropout_is_on_the_input_of_the_pairs_alone():
 
 
 def test_a_bf16_layer_is_the_float32_one_rounded():
-    adapter, linear = layer(dtype=torch.float32)
+    adapter, _linear = layer(dtype=torch.float32)
     fill(adapter)
     x = torch.randn(64, N)
     y = adapter(x)
@@ -128,7 +128,7 @@ def run(engine: str, dtype: str = "fp32") -> dict:
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "dtype"),
+    "engine, world, dtype",
     [("plain", 1, "bf16"), ("plain", 1, "int8"), ("zero3", 3, "fp32"), ("zero3", 3, "nf4"), ("fsdp", 2, "nf4")],
 )
 def test_the_magnitude_starts_as_the_length_of_the_stored_rows(engine, world, dtype):

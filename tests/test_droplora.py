@@ -162,7 +162,7 @@ def test_a_mask_changes_between_steps_and_in_step_mode_between_modules_but_not_i
         for step in range(20):
             at(one, step, [0, 1]), at(two, step, [0, 1])
             same += torch.equal(gate(one, x), gate(two, x))
-        assert same == alike or mask in ("sample", "step") and same <= 1, mask
+        assert same == alike or (mask in ("sample", "step") and same <= 1), mask
 
 
 def test_two_forwards_in_one_step_draw_different_masks_for_different_samples():

@@ -84,7 +84,10 @@ def test_schedule_from_max_steps(recipe):
 
 
 def test_schedule_from_the_data(recipe, tmp_path):
-    vocabulary = {text: number for number, text in enumerate("<s> </s> 0 1 2 3 4 5 6 7 8 9 + = ?".split())}
+    vocabulary = {
+        text: number
+        for number, text in enumerate(["<s>", "</s>", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "=", "?"])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(

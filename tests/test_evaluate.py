@@ -324,7 +324,7 @@ def test_lm_eval_gives_what_the_log_likelihoods_say(place, tasks, tmp_path, monk
         return float(logits[range(len(after)), after].sum())
 
     rows = [json.loads(line) for line in (tmp_path / "colours.jsonl").read_text().splitlines()][:9]
-    best = [max(range(3), key=lambda k: likelihood(row["question"], f" {row['choices'][k]}")) for row in rows]  # noqa: B023
+    best = [max(range(3), key=lambda k: likelihood(row["question"], f" {row['choices'][k]}")) for row in rows]
     found = results(tmp_path / "r.json")
     assert 0 < found["colours"]["acc"] < 1
     assert found["colours"]["acc"] == pytest.approx(
@@ -357,7 +357,7 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
             made(name)
     settings = (tasks / "colours.yaml").read_text().replace("task: colours", "task: missing")
     (tasks / "missing.yaml").write_text(settings.replace("colours.jsonl", "no.jsonl"))
-    with pytest.raises(ValueError, match="lm-eval cannot load the task missing: .*no.jsonl"):
+    with pytest.raises(ValueError, match=r"lm-eval cannot load the task missing: .*no.jsonl"):
         made("missing")
     with pytest.raises(ValueError, match="no chat template"):
         made("colours", apply_chat_template=True)

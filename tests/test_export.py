@@ -287,7 +287,7 @@ def test_folder_that_peft_saved_is_understood(tmp_path, base, dora):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    "changes, says",
     [
         ({"peft_type": "VERA"}, "type VERA"),
         ({"use_dora": True}, "not made of .*lora_magnitude_vector of every module"),

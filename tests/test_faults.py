@@ -214,7 +214,7 @@ def test_a_link_that_fails_between_ranks_that_wait_for_each_other_is_guessed(wat
 
 
 def test_a_rank_that_is_heard_of_late_or_not_at_all_does_not_silence_the_judge(watches):
-    """What the others told is read twice; a rank may be in the second reading only, and all but this one may be gone."""
+    """The others' signs are read twice; a rank may be in the second reading only, and all but this one may be gone."""
     asked = watches[1]
     told = {rank: Life("here", "step 3", 7, 1) for rank in range(3)}
     readings = iter([{0: told[0]}, told])
@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_while_saving_loses_no_checkpoint(place, whole, smal
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]  # what was half written is gone
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     done = live(arguments)
-    assert done.codes == [0, 0] and f"going on from {output}/checkpoints/{kept[-1]}" in done.said
+    assert done.codes == [0, 0] and f"resuming from {output}/checkpoints/{kept[-1]}" in done.said
     assert soak.result(output) == whole
 
 
@@ -347,10 +347,10 @@ def left_out(method: str, engine: str, broken: float) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("method", "broken"),
+    "method, broken",
     [("srlora-weight", float("nan")), ("srlora-weight", float("inf")), ("losia-weight", float("nan"))],
 )
-@pytest.mark.parametrize(("engine", "world"), PLACES)
+@pytest.mark.parametrize("engine, world", PLACES)
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, method, broken):
     assert all(ranks.run(world, left_out, method, engine, broken))
 
@@ -380,7 +380,7 @@ def test_steps_are_left_out_and_counted_and_a_resumed_run_knows_it(place, tmp_pa
     rows = {record["step"]: record for record in records if record["kind"] == "train"}
     assert [rows[step]["loss"] is None for step in range(1, 9)] == [False, True, True, False, False, False, True, False]
     assert [rows[step].get("skipped", 0) for step in (1, 2, 3, 6, 7, 24)] == [0, 1, 2, 2, 3, 3]
-    assert "step 7: the gradient norm is nan: left out (3 of 7 steps so far)" in capsys.readouterr().out
+    assert "step 7: the gradient norm is nan: skipped (3 of 7 steps so far)" in capsys.readouterr().out
     wanted = soak.result(tmp_path / "out")
     state = json.loads((tmp_path / "out/checkpoints/step-000021/state.json").read_text())
     assert (state["step"], state["skipped"]) == (21, 3)
@@ -391,12 +391,12 @@ def test_steps_are_left_out_and_counted_and_a_resumed_run_knows_it(place, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("policy", "steps", "message"),
+    "policy, steps, message",
     [
         (
             "stop",
             {5},
-            "step 5: the gradient norm is nan; lower learning_rate, look at the data, or leave such steps out with "
+            "step 5: the gradient norm is nan; lower learning_rate, look at the data, or skip such steps with "
             "--on_nan",
         ),
         (

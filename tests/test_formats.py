@@ -108,10 +108,10 @@ def test_settings_of_conversations_are_refused_beside_plain_text_not_ignored(tmp
 
 
 def test_settings_that_another_one_would_ignore_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="data.prompt_style: alpaca would ignore data.chat_template"):
+    with pytest.raises(ValueError, match=r"data.prompt_style: alpaca would ignore data.chat_template"):
         Data("a.jsonl", prompt_style="alpaca", chat_template="mine.jinja")
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([WILD["alpaca"]]))
-    with pytest.raises(ValueError, match="data.preset is for local copies and alpaca names its own"):
+    with pytest.raises(ValueError, match=r"data.preset is for local copies and alpaca names its own"):
         loaded("alpaca", preset="metamathqa")
 
 
@@ -226,7 +226,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tmp_path):
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHATML
     rows = [SHAREGPT[1], {"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "hi"}]}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match="row 1 .*begin with the user"):
+    with pytest.raises(ValueError, match=r"row 1 .*begin with the user"):
         loaded(path, strict)
     assert loaded(path, strict, bad_rows="drop")[1].dropped == {"begin with the user": 1}
 
@@ -278,9 +278,9 @@ def test_braces_in_the_data_stay(tmp_path):
 
 def test_a_style_is_one_question_and_one_answer(tmp_path):
     path = write_jsonl(tmp_path / "share.jsonl", [SHAREGPT[1], SHAREGPT[0]])
-    with pytest.raises(ValueError, match="row 1 .*does not fit data.prompt_style: plain.*chat_template"):
+    with pytest.raises(ValueError, match=r"row 1 .*does not fit data.prompt_style: plain.*chat_template"):
         loaded(path, None)
-    with pytest.raises(ValueError, match="prompt_style: chat needs a chat template.*data.chat_template FILE.jinja"):
+    with pytest.raises(ValueError, match=r"prompt_style: chat needs a chat template.*data.chat_template FILE.jinja"):
         loaded(path, None, prompt_style="chat")
 
 
@@ -313,7 +313,7 @@ WILD = {  # rows with the columns that the publishers give
 
 
 def test_a_preset_that_is_misspelt_gets_a_hint():
-    with pytest.raises(ValueError, match="cannot read metamathqq, .*did you mean 'metamathqa'"):
+    with pytest.raises(ValueError, match=r"cannot read metamathqq, .*did you mean 'metamathqa'"):
         loaded("metamathqq")
 
 
@@ -416,7 +416,7 @@ def test_a_chat_template_from_a_file(tmp_path):
     tokenizer = with_template(byte_tokenizer(None), str(tmp_path / "template.jinja"))
     path = write_jsonl(tmp_path / "share.jsonl", SHAREGPT)
     assert texts(tokenizer, load(Data(path, held_out=0), tokenizer, 0).train)[1] == chat("a", "b")
-    with pytest.raises(ValueError, match="data.chat_template: cannot read"):
+    with pytest.raises(ValueError, match=r"data.chat_template: cannot read"):
         with_template(tokenizer, str(tmp_path / "none.jinja"))
 
 
@@ -440,7 +440,7 @@ def test_a_mixture_takes_each_dataset_as_often_as_its_weight_says(tmp_path):
     assert half == counted(held_out=0, weights=[0.5, 2])[0]
     held = load(Data(f"{a}, {b}", held_out=6, weights=[1, 3]), tokenizer, 0)
     assert not set(texts(tokenizer, held.held_out)) & set(texts(tokenizer, held.train))
-    with pytest.raises(ValueError, match="data.weights has 1 numbers and data.dataset 2 names"):
+    with pytest.raises(ValueError, match=r"data.weights has 1 numbers and data.dataset 2 names"):
         Data(f"{a},{b}", weights=[1.0])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,7 +120,7 @@ def test_local_runs_cover_a_parameter_exactly_once(world, shard_size):
     for name, (shape, _, _) in told[0].items():
         spans = sorted((start, start + numel) for _, start, numel in (found[name] for found in told) if numel)
         assert spans[0][0] == 0 and spans[-1][1] == torch.Size(shape).numel(), name
-        assert all(stop == start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)), (name, spans)
+        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(spans)), (name, spans)
 
 
 def switched(engine_name: str, sharding: dict[str, int], codec: str) -> tuple[list[float], dict[str, Tensor], int]:
@@ -165,7 +168,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Two layers that share a trainable pool, as the layers of RaSA do."""
 
-    _no_split_modules = {"Layer"}
+    _no_split_modules: ClassVar = {"Layer"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -166,7 +166,7 @@ def test_keeps_x_and_the_trainable_part_of_h_only(bank):
     passed = [t for t in (layer.A, layer.B, layer.bank_A, layer.bank_B, *layer.parts) if t is not None]
     own = [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in passed}]
     assert len(kept) == len(passed) + 2, "every parameter once, as it was passed in"
-    assert [t.data_ptr() for t in own][0] == x.data_ptr()
+    assert own[0].data_ptr() == x.data_ptr()
     assert own[1].shape == (10, R) and own[1].untyped_storage().nbytes() == 10 * R * 4, (
         "a view would keep the bank's part too"
     )

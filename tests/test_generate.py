@@ -167,7 +167,7 @@ def test_a_stop_in_the_prompt_ends_nothing(model, tokenizer):
 
 
 def test_answers_are_drawn_as_the_model_says(model, tokenizer):
-    """Frequencies of the first token over many draws; no token is left out, whatever the checkpoint's own settings are."""
+    """Frequencies of the first token over many draws: no token is left out, whatever the checkpoint's settings are."""
     model.generation_config.top_k, model.generation_config.top_p, model.generation_config.temperature = 2, 0.5, 0.1
     asked = [Question([3, 5], "", len, "")] * 3000
     torch.manual_seed(0)

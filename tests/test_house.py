@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_every_dependency_is_pinned_at_a_version_that_satisfies_it():
             name, exact, version = line.partition("==")
             assert exact, f"constraints.txt: {line!r} is not NAME==VERSION"
             pins[canonicalize_name(name)] = version
-    tested = list(EXTRAS.values())
-    for requirement in [Requirement(r) for r in PROJECT["dependencies"]] + sum(tested, []):
+    tested = EXTRAS.values()
+    for requirement in chain(map(Requirement, PROJECT["dependencies"]), *tested):
         name = canonicalize_name(requirement.name)
         if name != canonicalize_name(PROJECT["name"]):
             assert name in pins, f"{name} is in pyproject.toml and has no pin in constraints.txt"

@@ -1,5 +1,7 @@
 """Importance against AdaLoRA's equations written naively in numpy, and pair sums over runs that are cut anywhere."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_pair_sums_over_runs_cut_anywhere_add_up_to_the_whole(r, d, cuts, rows_a
     bounds = [0, *sorted(min(cut, r * d) for cut in cuts), r * d]  # equal neighbours: an empty run
     parts = [
         pair_sums(score.view(-1)[start:stop], start, r, shape[1], rows_are_pairs)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in itertools.pairwise(bounds)
     ]
     assert all(part.shape == (r,) and part.dtype == torch.float64 for part in parts)
     assert torch.equal(sum(parts), score.double().sum(1 if rows_are_pairs else 0))  # whole numbers: exact

@@ -133,7 +133,7 @@ def test_a_run_learns_and_exchanges_on_schedule(runs):
         before, after = (r["loss"] for r in records(output, "eval"))
         assert after < before
         events = records(output, "exchange")
-        assert [(e["what"], e["step"], e["pairs"]) for e in events] == [("exchange", 2, 28), ("exchange", 4, 28)]
+        assert [(e["kind"], e["step"], e["pairs"]) for e in events] == [("exchange", 2, 28), ("exchange", 4, 28)]
         (loaded,) = records(output, "load")
         assert (loaded["modules"], loaded["pairs"]) == (14, 56) and loaded["error"] < 1e-6
         assert all(e["drift"] < 1e-6 and e["into"] == "weight" for e in events)

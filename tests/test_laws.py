@@ -413,7 +413,7 @@ def test_every_rank_computes_the_same_function(lives, cell):
 
 @over(CELLS)
 def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
-    method, _, _, dtype = cell
+    _method, _, _, dtype = cell
     (life, *_), folder = lives(*cell)
     wanted = life.final.logits
 

@@ -1,4 +1,4 @@
-"""Loading: rows from a checkpoint to shards, what is refused on the way, and the checks that loading makes of itself."""
+"""Loading: rows from a checkpoint to shards, what is refused on the way, and the checks that loading makes."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def cast_on_the_way(engine_name: str) -> str:
     real = loading._Reader.check_sharded_bytes
 
     def spoiled(self: loading._Reader) -> None:
-        layer, rows, handed = self.witness
+        layer, _rows, _handed = self.witness
         whole = self.engine.whole
         self.engine.whole = lambda p: whole(p) + (p is layer.scales) * torch.ones((), dtype=torch.uint8)  # type: ignore[method-assign]
         try:

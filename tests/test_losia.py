@@ -273,7 +273,7 @@ def importances(engine: str, kind: str, accumulation: int) -> dict[str, tuple[Te
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "accumulation", "kind"),
+    "engine, world, accumulation, kind",
     [
         ("plain", 1, 3, "mix"),
         ("plain", 2, 1, "first"),
@@ -356,7 +356,7 @@ class Constant(nn.Module):
         return self.layers[0](torch.ones(1, 8)).sum()
 
 
-@pytest.mark.parametrize(("moments", "bound"), [("seeded", 1.01), ("zeroed", 7.0)])
+@pytest.mark.parametrize("moments, bound", [("seeded", 1.01), ("zeroed", 7.0)])
 def test_with_a_constant_gradient_no_update_after_a_move_is_larger_than_the_rate(moments, bound):
     method = LoSiA(factor=0.5, output_factor=0, period=400, rewarm_steps=0, moments=moments, target_modules=["0"])
     torch.manual_seed(0)
@@ -408,7 +408,7 @@ def moments_after_a_move(engine: str) -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("engine", "world"), [("plain", 1), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("fsdp", 2)])
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("fsdp", 2)])
 def test_a_move_starts_the_moments_anew_and_leaves_those_of_other_layers(engine, world):
     for value, mean, square in ranks.run(world, moments_after_a_move, engine)[0]:
         assert not value.any() and not mean.any()
@@ -424,7 +424,7 @@ def lived(
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "accumulation", "max_grad_norm"),
+    "engine, world, accumulation, max_grad_norm",
     [("plain", 1, 3, 0.05), ("plain", 2, 1, 0.0), ("zero1", 2, 1, 0.05), ("zero3", 2, 3, 0.05), ("fsdp", 3, 2, 0.05)],
 )
 def test_accumulation_ranks_and_clipping_give_what_one_process_gives(engine, world, accumulation, max_grad_norm):
@@ -471,17 +471,17 @@ def test_over_a_coded_backbone_the_output_layer_is_dense():
 
 
 def test_a_tied_output_layer_is_refused():
-    with pytest.raises(ValueError, match="lm_head shares its weight with the embeddings.*set method.output_factor: 0"):
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with the embeddings.*set method.output_factor: 0"):
         attach(llama(), LoSiA(factor=0.5), Dense())
 
 
 def test_an_output_layer_that_is_named_and_not_trained_is_refused():
     with pytest.raises(
-        ValueError, match="names lm_head, the output layer, of which method.output_factor: 0 trains nothing"
+        ValueError, match=r"names lm_head, the output layer, of which method.output_factor: 0 trains nothing"
     ):
         attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0, target_modules=["k_proj", "lm_head"]), Dense())
     with pytest.raises(
-        ValueError, match="lm_head: method.output_factor 0.001 of its 67 x 42 weight is less than one row"
+        ValueError, match=r"lm_head: method.output_factor 0.001 of its 67 x 42 weight is less than one row"
     ):
         attach(llama(**UNTIED), LoSiA(factor=0.5, output_factor=0.001), Dense())
 
@@ -526,18 +526,18 @@ def test_a_bank_that_would_overflow_is_refused_before_the_run():
             t.method.schedule(steps, t.adapters)
         period = int(str(refused.value).partition("method.period to ")[2].partition(" ")[0])
         assert replace(t.method, period=period).schedule(steps, t.adapters)
-        with pytest.raises(ValueError, match="raise method.period"):
+        with pytest.raises(ValueError, match=r"raise method.period"):
             replace(t.method, period=period - 1).schedule(steps, t.adapters)
 
 
 @pytest.mark.parametrize("codec", [CODECS["nf4"], CODECS["int8"]], ids=["nf4", "int8"])
 def test_into_a_coded_weight_is_refused(codec: Codec):
-    with pytest.raises(ValueError, match="into: weight cannot be used with codec: .*set method.into: bank"):
+    with pytest.raises(ValueError, match=r"into: weight cannot be used with codec: .*set method.into: bank"):
         LoSiA(into="weight").build("layers.0.x", nn.Linear(64, 64), codec, 0)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings, message",
     [
         (dict(factor=0.0), "method.factor must be above 0"),
         (dict(factor=1.5), "method.factor"),
@@ -555,7 +555,7 @@ def test_a_setting_out_of_range_is_refused(settings, message):
 
 def test_a_subnet_without_a_row_is_refused():
     with pytest.raises(
-        ValueError, match="layers.0.x: method.factor 0.01 of its 12 x 64 weight is less than one row or column"
+        ValueError, match=r"layers.0.x: method.factor 0.01 of its 12 x 64 weight is less than one row or column"
     ):
         LoSiA(factor=0.01).build("layers.0.x", nn.Linear(64, 12), Dense(), 0)
 
@@ -610,7 +610,7 @@ def test_an_export_that_was_cut_down_says_so_and_the_merge_has_all(tmp_path):
             whole = weights.read_bytes()
             save_file({k: v * 2 for k, v in load_file(weights).items()}, weights)  # as PEFT would, over ours
             with pytest.raises(
-                ValueError, match="untruncated.safetensors belongs to another adapter_model.safetensors"
+                ValueError, match=r"untruncated.safetensors belongs to another adapter_model.safetensors"
             ):
                 merge(source, tmp_path / "adapter-4", tmp_path / "stale")
             weights.write_bytes(whole)

@@ -358,7 +358,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "engine_name", "world"), CELLS)
+@pytest.mark.parametrize("method, engine_name, world", CELLS)
 def test_training_is_the_same_as_with_whole_logits(method, engine_name, world):
     assert ranks.run(world, compared, METHODS.get(method, SHARED), engine_name) == [[]] * world
 

@@ -1,4 +1,4 @@
-"""What every method shares: settings that say what is wrong, targets, attaching, the registry, reproducible randomness."""
+"""What every method shares: checked settings, targets, attaching, the registry, reproducible randomness."""
 
 from pathlib import Path
 
@@ -177,7 +177,7 @@ def test_all_linear_of_a_model_without_one_is_refused():
 @every_method
 def test_attach_replaces_the_targets_in_place_and_freezes_everything_else(method):
     model = llama()
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     adapters = attach(model, method, FP32)
     assert [a.name for a in adapters] == list(targets(llama(), ["all-linear"]))
     for adapter in adapters:

@@ -140,7 +140,7 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
     for a in as_pair_adapters(t.adapters):
         rank = 2 if a.name == K else RANKS[a.name.rsplit(".", 1)[-1]]
         alpha = 3 if a.name.endswith("o_proj") else 6
-        assert (a.rank, tuple(a.A.shape)[0], a.B.shape[1]) == (rank, rank, rank)
+        assert (a.rank, a.A.shape[0], a.B.shape[1]) == (rank, rank, rank)
         assert a.scale == pytest.approx(alpha / (rank**0.5 if method.use_rslora else rank))
         assert (a.bank_A is not None) == (label == "relora-bank") and (a.bank_A is None or len(a.bank_A) == 2 * rank)
     save_adapter(t.engine, t.adapters, method, tmp_path / "adapter", "base")
@@ -210,7 +210,7 @@ def test_a_rank_of_a_pattern_that_is_too_large_for_its_module_is_refused():
 
 def test_srlora_refuses_rank_pattern_with_the_reason_and_takes_alpha_pattern():
     with pytest.raises(
-        ValueError, match="^method.rank_pattern cannot be used with srlora: .* different numbers of exchanges"
+        ValueError, match=r"^method.rank_pattern cannot be used with srlora: .* different numbers of exchanges"
     ):
         SRLoRA(rank=4, target_rank=8, rank_pattern={"k_proj": 2})
     method = SRLoRA(rank=4, target_rank=8, target_modules=MODULES, alpha_pattern={"k_proj": 8})
@@ -252,5 +252,5 @@ method:
 
 @pytest.mark.parametrize("value", ["8", "{k_proj: eight}", "{k_proj: 2.5}", "[k_proj, 8]"])
 def test_a_pattern_that_is_none_is_refused_on_the_command_line(value):
-    with pytest.raises(RecipeError, match="method.rank_pattern"):
+    with pytest.raises(RecipeError, match=r"method.rank_pattern"):
         parse(["--method.type", "lora", "--method.rank_pattern", value])

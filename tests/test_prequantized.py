@@ -200,7 +200,7 @@ AGAIN = "download the checkpoint again"
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    "changes, says",
     [
         ({"config": {"quant_method": "gptq"}}, rf"\(gptq\).*{START_OVER}"),
         ({"config": {"quant_method": "awq", "load_in_4bit": None}}, rf"\(awq\).*{START_OVER}"),

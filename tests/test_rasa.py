@@ -272,7 +272,7 @@ def test_without_a_pool_or_with_nothing_else_engines_train_as_one_process(engine
 
 
 def test_a_reentrant_layer_without_the_first_one_is_noticed_in_the_next_forward():
-    model, adapters = adapted(fill=True)
+    _model, adapters = adapted(fill=True)
     later, x = adapters[2], torch.randn(2, 42, requires_grad=True)
     assert later.pool is adapters[0].pool and adapters[0].first and not later.first
     torch.utils.checkpoint.checkpoint(later, x, use_reentrant=True).sum().backward()
@@ -480,7 +480,7 @@ def test_settings_that_cannot_be_are_refused():
 
 
 def test_ranks_may_differ_between_pools_but_not_in_one():
-    model, adapters = adapted(replace(METHOD, k=None, rank=4, rank_pattern={"up_proj": 16}))
+    _model, adapters = adapted(replace(METHOD, k=None, rank=4, rank_pattern={"up_proj": 16}))
     assert {a.name.rpartition(".")[2]: (len(a.A), len(a.e)) for a in adapters} == {"k_proj": (3, 3), "up_proj": (14, 6)}
     with pytest.raises(
         ValueError,

@@ -117,7 +117,8 @@ def test_what_the_deepspeed_launcher_adds_is_dropped(flag):
 
 
 def test_a_saved_recipe_parses_back(tmp_path):
-    argv = "--method.type srlora --method.alpha 8 --method.target_modules q_proj,v_proj --learning_rate 3e-7 --adam_epsilon 1e-12"
+    argv = "--method.type srlora --method.alpha 8 --method.target_modules q_proj,v_proj --adam_epsilon 1e-12"
+    argv += " --learning_rate 3e-7"
     recipe = parse(
         [*argv.split(), "--data.dataset=r\u00e9ponses: #1.jsonl", "--output_dir", "null", "--data.split", "train[:5%]"]
     )

@@ -112,8 +112,16 @@ def test_a_dry_run_from_the_config_alone(stem, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     total = steps(stem)
     run = parse(
-        ["--config_path", str(ROOT / "recipes" / f"{stem}.yaml"), "--model_name_or_path", str(tmp_path)]
-        + ["--output_dir", str(tmp_path / "output"), "--max_steps", str(total)]
+        [
+            "--config_path",
+            str(ROOT / "recipes" / f"{stem}.yaml"),
+            "--model_name_or_path",
+            str(tmp_path),
+            "--output_dir",
+            str(tmp_path / "output"),
+            "--max_steps",
+            str(total),
+        ]
     )
     validate(run)
     check(run.data)

@@ -113,7 +113,7 @@ def test_a_checkpoint_that_leads_out_of_its_folder_is_refused(written, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    "dataset, message",
     [
         ("{place}/data.zip", "is not a .jsonl, .json, .parquet file"),
         ("../up/data", "no such file"),

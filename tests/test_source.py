@@ -189,7 +189,7 @@ def test_rows_of_a_file_that_was_cut_short_are_refused(tmp_path):
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-4])
     m = opened.layout(last)[1][0]
     opened.rows(last, 0, m - 1)
-    with pytest.raises(ValueError, match="cut short.*download or write it again"):
+    with pytest.raises(ValueError, match=r"cut short.*download or write it again"):
         opened.rows(last, 0, m)
 
 
@@ -225,7 +225,7 @@ def break_checkpoint(folder, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    "how, says",
     [
         ("pickled", "pickled weights only.*save_pretrained"),
         ("cut", "damaged or incomplete"),

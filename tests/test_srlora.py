@@ -299,10 +299,12 @@ def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2)])
 def test_no_update_of_a_replaced_entry_exceeds_the_rate_with_seeded_moments(engine, world):
-    """Adam at step T + t with |g| = c, m = 0 and v = (1 - b2^T) c^2 after T steps: v becomes (1 - b2^(T + t)) c^2, so
-    that
+    """Take Adam at step T + t with |g| = c, m = 0 and v = (1 - b2^T) c^2 after T steps. v becomes
+    (1 - b2^(T + t)) c^2, and therefore
 
-    |update| / lr = (1 - b1^t) / (1 - b1^(T + t)) <= 1       and with v = 0 instead     that * sqrt((1 - b2^(T + t)) / (1 - b2^t))
+        |update| / lr = (1 - b1^t) / (1 - b1^(T + t)) <= 1.
+
+    With v = 0 instead the ratio is larger by the factor sqrt((1 - b2^(T + t)) / (1 - b2^t)).
     """
     t = np.arange(1, AFTER + 1)
     grown = (1 - 0.9**t) / (1 - 0.9 ** (BEFORE + t))
@@ -559,7 +561,7 @@ def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target,
 
 @every_story
 def test_a_switch_reports_its_modules_pairs_and_destination(story):
-    engine, world, into = story
+    _engine, world, into = story
     for event in stories(*story)[0].events:
         assert (event.modules, event.pairs, event.into) == (4, 8, into)
         assert 0 < event.drift <= 1e-6 and (event.lost == 0 if into == "bank" else 0 < event.lost < 1e-6)

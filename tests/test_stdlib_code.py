@@ -166,7 +166,8 @@ def test_files_that_are_not_python_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"x = '\xff\xfe'\n")
     (tmp_path / "coding.py").write_bytes(b"# -*- coding: no-such-code -*-\n")
     (tmp_path / "zero.py").write_bytes(b"x = 1\0\n")
-    latin = f"# -*- coding: latin-1 -*-\r\ndef g(x):\r\n    {DOC}\r\n    \x0c\r\n    return 'gr\u00fc\u00dfe' + x + 'something'\r\n"
+    latin = f"# -*- coding: latin-1 -*-\r\ndef g(x):\r\n    {DOC}\r\n    \x0c\r\n"
+    latin += "    return 'gr\u00fc\u00dfe' + x + 'something'\r\n"
     (tmp_path / "latin.py").write_bytes(latin.encode("latin-1"))
     (tmp_path / "broken.py").symlink_to(tmp_path / "not-there.py")
     found, left_out = collect(tmp_path)

@@ -79,7 +79,7 @@ def test_a_corpus_of_a_stream(path):
     assert corpus.some(2) == corpus.held_out[:2]
     batches = training_batches(corpus, settings, 2, 1, 0, 1, 0, 0, 1.0)
     assert isinstance(batches, StreamBatches)
-    with pytest.raises(ValueError, match="data.streaming: how long the data is cannot be known; set max_steps"):
+    with pytest.raises(ValueError, match=r"data.streaming: how long the data is cannot be known; set max_steps"):
         _ = batches.total_steps
 
 
@@ -88,14 +88,14 @@ def test_streams_that_cannot_be(path, tmp_path):
         ValueError, match=r"row \d+ of the stream as it is read: the answer is empty.*data.bad_rows: drop"
     ):
         list(islice(stream(path, bad_rows="refuse").examples(), 43))
-    with pytest.raises(ValueError, match="data.held_out=60 is more than the distinct examples"):
+    with pytest.raises(ValueError, match=r"data.held_out=60 is more than the distinct examples"):
         stream(path, held_out=60)
     with pytest.raises(ValueError, match="nothing to train on beyond the 48 held out"):
         next(stream(path, held_out=48).examples())
     for wrong in ({"packing": True}, {"group_by_length": True}, {"dataset": "a.jsonl, b.jsonl"}):
-        with pytest.raises(ValueError, match="data.streaming cannot be used with"):
+        with pytest.raises(ValueError, match=r"data.streaming cannot be used with"):
             Data(**{"dataset": "a.jsonl", "streaming": True, **wrong})
-    with pytest.raises(ValueError, match="data.streaming is for files and hub names only"):
+    with pytest.raises(ValueError, match=r"data.streaming is for files and hub names only"):
         load(Data("reasoning-gym:chain_sum", streaming=True), byte_tokenizer(CHATML), 0)
     useless = write_jsonl(tmp_path / "useless.jsonl", [{"prompt": "q", "completion": ""}] * 1100)
     with pytest.raises(ValueError, match="1000 rows in a row cannot be used, the last one for: the answer is empty"):

@@ -193,12 +193,12 @@ def test_a_stage_without_sharding_is_refused(stage):
 
 
 def test_a_config_without_zero_is_refused():
-    with pytest.raises(ValueError, match="zero_optimization.stage must be 1, 2 or 3, not None"):
+    with pytest.raises(ValueError, match=r"zero_optimization.stage must be 1, 2 or 3, not None"):
         resolved({"gradient_clipping": "auto"})
 
 
 def test_an_auto_that_nobody_can_replace_is_refused_by_name():
-    with pytest.raises(ValueError, match="no automatic value for zero_optimization.sub_group_size; write a number"):
+    with pytest.raises(ValueError, match=r"no automatic value for zero_optimization.sub_group_size; write a number"):
         resolved(minimal(sub_group_size="auto"))
 
 
