@@ -28,7 +28,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.data import Batches, Data, load, pad_id
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.train import batch_loss
+from llm_lowrank.run.held_out import batch_loss
 
 LENGTH, EXAMPLES = 512, 8
 

@@ -68,7 +68,8 @@ from llm_lowrank.models import loading
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import learning_rate
 from llm_lowrank.run.recipe import Recipe, build_model
-from llm_lowrank.run.train import batch_loss, train
+from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.train import train
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "quality.md"

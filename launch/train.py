@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
             return 0
     except (ValueError, OSError) as error:  # every rank finds the same mistake: rank 0 tells
         return refuse(str(error)) if RANK == 0 else leave()
-    from llm_lowrank.run.train import Preempted, train
+    from llm_lowrank.run.signals import Preempted
+    from llm_lowrank.run.train import train
 
     try:
         train(recipe)

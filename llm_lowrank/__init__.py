@@ -1,3 +1,42 @@
-"""Dynamic low-rank adaptation of sharded language models."""
+"""Dynamic low-rank adaptation of sharded language models.
 
-__version__ = "0.1.0"
+    from llm_lowrank import Recipe, SRLoRA, train
+    train(Recipe(method=SRLoRA(rank=16, target_rank=32)))
+
+The names below are imported when they are first used, so that `import llm_lowrank` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_lowrank.methods.dora import DoRA
+    from llm_lowrank.methods.droplora import DropLoRA
+    from llm_lowrank.methods.lora import LoRA
+    from llm_lowrank.methods.losia import LoSiA
+    from llm_lowrank.methods.pissa import PiSSA
+    from llm_lowrank.methods.rasa import RaSA
+    from llm_lowrank.methods.relora import ReLoRA
+    from llm_lowrank.methods.srlora import SRLoRA
+    from llm_lowrank.run.recipe import Recipe
+    from llm_lowrank.run.train import train
+
+__version__ = "0.2.0"
+__all__ = ["DoRA", "DropLoRA", "LoRA", "LoSiA", "PiSSA", "RaSA", "ReLoRA", "Recipe", "SRLoRA", "train"]
+
+_HOMES = {name: f"llm_lowrank.methods.{name.lower()}" for name in __all__} | {
+    "Recipe": "llm_lowrank.run.recipe",
+    "train": "llm_lowrank.run.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The point of the bank, on the real model: a bfloat16 weight rounds away part of what was learned, the bank nothing."""
+"""The point of the bank, on the real model: a bfloat16 weight rounds away what the bank keeps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.loading import bind, skeleton
 from llm_lowrank.models.loading import load as load_model
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.train import batch_loss
+from llm_lowrank.run.held_out import batch_loss
 from tests import ranks
 
 # Shallow, middle and deep, attention and MLP; a part of the model, so that the test is short.
-MODULES = """layers.0.self_attn.q_proj layers.8.mlp.up_proj layers.15.self_attn.o_proj layers.22.mlp.gate_proj
-    layers.29.mlp.down_proj""".split()
+MODULES = [
+    "layers.0.self_attn.q_proj",
+    "layers.8.mlp.up_proj",
+    "layers.15.self_attn.o_proj",
+    "layers.22.mlp.gate_proj",
+    "layers.29.mlp.down_proj",
+]
 STEPS = 8
 
 
 def one_switch(into: str) -> dict:
-    """A few steps on real data, one switch: the layers' maps at the start, before and after the switch, and its report."""
+    """A few steps on real data and one exchange: the layers' maps at the start, before and after it, and its report."""
     source = Source.open(DEMO)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     model = skeleton(source.path, torch.bfloat16, "sdpa")

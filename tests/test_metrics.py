@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(tmp_path):
             metrics.write("train", step, loss=float(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed in the middle of a line
-    with Metrics(tmp_path, "none", main=True, resumed=3) as metrics:
+    with Metrics(tmp_path, "none", main=True, resume_step=3) as metrics:
         metrics.write("train", 4, loss=40.0)
     assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 

@@ -21,7 +21,8 @@ from llm_lowrank.data import IGNORE, Batches, Example, best_fit
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.packing import check_apart
-from llm_lowrank.run.train import Seen, batch_loss
+from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.meter import Meter
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -107,7 +108,6 @@ def test_packed_rows_hold_the_tokens_of_their_examples():
 
 @pytest.mark.parametrize("split", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)])
 def test_the_packed_global_batch_does_not_depend_on_the_hardware(split):
-    per_device, accumulation, world = split
     data = examples(60)
 
     def rows(t: int, split: tuple[int, int, int]) -> list[list[int]]:
@@ -115,7 +115,7 @@ def test_the_packed_global_batch_does_not_depend_on_the_hardware(split):
             Batches(data, split[0], split[1], rank, split[2], 5, 0, 1, pack=20).step(t) for rank in range(split[2])
         ]
         found = [row.tolist() for micros in ranks for micro in micros for row in micro.input_ids]
-        return sorted([token for token in row] for row in (_trim(row) for row in found))
+        return sorted(list(row) for row in (_trim(row) for row in found))
 
     for t in range(3):
         assert rows(t, split) == rows(t, (4, 1, 1))
@@ -139,7 +139,7 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused():
         return forward(input_ids, **{**options, "attention_mask": torch.ones_like(input_ids)})
 
     model.model.forward = blind
-    with pytest.raises(ValueError, match="data.packing: LlamaForCausalLM with sdpa .*see each other"):
+    with pytest.raises(ValueError, match=r"data.packing: LlamaForCausalLM with sdpa .*see each other"):
         check_apart(engine, model, model)
     engine.close()
 
@@ -155,7 +155,7 @@ def test_flat_rows_are_the_same_examples_in_one_row():
 def test_tokens_per_second_count_no_padding():
     data = examples(9)
     for pack in (0, 20):
-        seen, batches = Seen(), Batches(data, 4, 1, 0, 1, 0, 0, 1, pack)  # the last batch is filled up
+        seen, batches = Meter(), Batches(data, 4, 1, 0, 1, 0, 0, 1, pack)  # the last batch is filled up
         for t in range(batches.total_steps):
             for micro in batches.step(t):
                 seen.add(torch.tensor(1.0), micro)

@@ -30,7 +30,7 @@ from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
 from llm_lowrank.numerics.schedule import learning_rate
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.train import log_exchange
+from llm_lowrank.run.messages import log_exchange
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 
@@ -268,7 +268,7 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
         assert [event.lost for event in told.events] == pytest.approx([0.0, 0.0, error], rel=1e-5) and error > 0.01
     with Metrics(tmp_path, "none", main=True) as metrics:
         lines = [
-            log_exchange(metrics, step, "exchange", event) for step, event in zip(RESTARTS, told.events, strict=True)
+            log_exchange(metrics, step, event) for step, event in zip(RESTARTS, told.events, strict=True)
         ]
     assert [f"compressing the bank took {error:.1e} of it" in line for line in lines] == [False, False, True]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

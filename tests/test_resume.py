@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(place, whole, tmp_path):  # noqa
     stopped = int((output / "checkpoints/LATEST").read_text().removeprefix("step-"))
     assert (
         code == 75
-        and f"stopped by a signal after step {stopped} of {STEPS}; go on with --resume_from_checkpoint auto" in said
+        and f"stopped by a signal after step {stopped} of {STEPS}; resume with --resume_from_checkpoint auto" in said
     )
     assert 0 < stopped < STEPS
     assert f"{stopped} of {STEPS} steps are done" in succeed(

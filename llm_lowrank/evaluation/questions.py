@@ -20,7 +20,7 @@ from llm_lowrank.evaluation.task import Found, Metrics
 from llm_lowrank.models.generate import accuracy
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.run.recipe import parse
-from llm_lowrank.run.train import answer_room, held_out_loss
+from llm_lowrank.run.held_out import answer_room, held_out_loss
 
 HELD_OUT = "held_out"
 

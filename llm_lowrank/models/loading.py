@@ -69,6 +69,16 @@ class Loaded:
     def worst(self) -> str:
         return max(self.errors, key=self.errors.__getitem__)
 
+    def figures(self) -> dict[str, float]:
+        """The numbers of metrics.jsonl's record of loading."""
+        return {
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "modules": self.modules,
+            "pairs": self.pairs,
+            "error": self.errors[self.worst],
+        }
+
     def __str__(self) -> str:
         mean = sum(self.errors.values()) / len(self.errors)
         taken = f"{self.pairs} pairs taken out of W, " if self.pairs else ""

@@ -22,10 +22,12 @@ class Tracker(Protocol):
 class TensorBoard:
     """output_dir/tensorboard"""
 
-    def __init__(self, folder: Path, resumed: int | None) -> None:
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resumed is None else resumed + 1)
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -35,14 +37,14 @@ class TensorBoard:
         self.board.close()
 
 
-def tracker(report_to: str, folder: Path, resumed: int | None, settings: dict[str, Any]) -> Tracker | None:
+def tracker(report_to: str, folder: Path, resume_step: int | None, settings: dict[str, Any]) -> Tracker | None:
     """What report_to names. wandb and trackio have the same functions; where and whether they upload is set in their
     own environment.
     """
     if report_to == "none":
         return None
     if report_to == "tensorboard":
-        return TensorBoard(folder, resumed)
+        return TensorBoard(folder, resume_step)
     module = importlib.import_module(report_to)
     module.init(project=PROJECT, name=folder.name, config=settings)
     return module
@@ -56,21 +58,21 @@ class Metrics:
         output_dir: str | Path,
         report_to: str,
         main: bool,
-        resumed: int | None = None,
+        resume_step: int | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        """`resumed`: the step from which a run goes on; what was recorded of later steps is dropped."""
+        """`resume_step`: the step from which the run resumes; records of later steps are dropped."""
         self.file = self.tracker = None
         if not main:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if resumed is not None and path.is_file():
-            write_text(path, "".join(_up_to(resumed, path.read_text(encoding="utf-8"))))
-        mode = "w" if resumed is None else "a"
+        if resume_step is not None and path.is_file():
+            write_text(path, "".join(_up_to(resume_step, path.read_text(encoding="utf-8"))))
+        mode = "w" if resume_step is None else "a"
         self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line at a time: readable while it runs
-        self.tracker = tracker(report_to, folder, resumed, settings or {})
+        self.tracker = tracker(report_to, folder, resume_step, settings or {})
 
     def write(self, kind: str, step: int, **values: float | str | None) -> None:
         """One record: what it is about (train, eval, exchange, ...), completed steps, named values."""

@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, attach
-from llm_lowrank.codecs import Codec, make
+from llm_lowrank.codecs import CODECS, Codec, CodecName, make
 from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load, pad_id, tokenizer_of, training_batches
 from llm_lowrank.engines.base import TIMEOUT, Optimization
 from llm_lowrank.engines.fsdp import Sharding
@@ -85,7 +85,7 @@ class Recipe:
     DDP."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed configuration, looked up here, then beside the package; its "auto" values come from this recipe."""
-    codec: Literal["dense", "nf4", "int8"] = "dense"
+    codec: CodecName = "dense"
     """How the frozen linear weights are stored. dense: in `dtype`; nf4, int8: in 4 or 8 bits, decoded to `dtype` at
     each use."""
     codec_double_quant: bool = False
@@ -301,8 +301,8 @@ def validate(recipe: Recipe) -> None:
         errors.append(
             "merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one"
         )
-    if recipe.codec != "dense" and importlib.util.find_spec("bitsandbytes") is None:
-        errors.append(f"codec: {recipe.codec} needs bitsandbytes; pip install bitsandbytes")
+    if missing := CODECS[recipe.codec].missing():
+        errors.append(f"codec: {recipe.codec} needs {' '.join(missing)}; pip install {' '.join(missing)}")
     if recipe.attn_implementation == "flash_attention_2" and (lacking := _flash_lacks(recipe)):
         install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
         errors.append(

@@ -1,0 +1,107 @@
+"""The sentences that a run prints."""
+
+from __future__ import annotations
+
+from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.exchange import Exchanged
+from llm_lowrank.data import Stream, StreamBatches, pad_id
+from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.prepare import Run
+from llm_lowrank.run.recipe import Recipe, attention
+
+HOPELESS = 10  # skipped steps in a row, after which it is not bad luck
+
+
+def opening(run: Run) -> str:
+    """What is about to be trained, on what data, and where the pairs of an exchange will go."""
+    engine, recipe = run.engine, run.recipe
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    padding = run.tokenizer.convert_ids_to_tokens(pad_id(run.tokenizer))
+    lines = [
+        f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: "
+        f"{trained:,} trainable parameters",
+        f"{type(engine).__name__} engine, {engine.world} rank(s) on {engine.device.type}, {describe_storage(recipe)}; "
+        f"{run.total_steps} steps of {run.batches.global_batch} {describe_batch(run)} ({len(run.corpus.held_out)} held "
+        "out)",
+        f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
+        "attention: " + ", ".join(attention(recipe)),
+    ]
+    lines += run.notes
+    if run.unused:
+        first = ", ".join(run.unused[:3]) + (", ..." if len(run.unused) > 3 else "")
+        lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {first}")
+    if run.corpus.dropped or run.corpus.truncated:
+        lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
+    if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
+        lines.append(_exchanges(run, run.adapters[0]))
+    return "\n".join(lines)
+
+
+def _exchanges(run: Run, adapter: PairAdapter) -> str:
+    """When pairs are exchanged, where the frozen ones go, and why."""
+    where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
+    lossy = "would round away part of" if adapter.codec.writable else "would round away"
+    why = "holds" if adapter.codec.holds_small_updates else lossy
+    steps = ", ".join(map(str, run.exchange_steps))
+    storage = describe_storage(run.recipe)
+    return f"exchanges after steps {steps}; frozen pairs are {where}, which in {storage} {why} small updates"
+
+
+def describe_batch(run: Run) -> str:
+    """What the samples of a batch are, and how many samples there are."""
+    if isinstance(run.batches, StreamBatches):
+        return "samples from a stream"
+    examples = len(run.batches.examples)
+    if run.batches.packs is None:
+        return f"samples from {examples}"
+    full = run.batches.lengths.sum() / (run.batches.rows * run.batches.pack)
+    return f"rows from {run.batches.rows}, into which {examples} examples are packed ({full:.1%} full)"
+
+
+def describe_storage(recipe: Recipe) -> str:
+    """How the frozen weights are stored."""
+    return recipe.dtype if recipe.codec == "dense" else f"{recipe.codec} computed in {recipe.dtype}"
+
+
+def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
+    """Record an exchange, and return the line that says what moved, what it cost and what rounding took."""
+    milliseconds = event.seconds * 1000
+    metrics.write(
+        "exchange",
+        step,
+        modules=event.modules,
+        **{event.unit: event.pairs},
+        into=event.into,
+        drift=event.drift,
+        lost=event.lost,
+        milliseconds=milliseconds,
+        bytes=event.traffic,
+    )
+    if event.into == "bank":
+        lost = f", compressing the bank took {event.lost:.1e} of it" if event.lost else ""
+    else:
+        lost = f", rounding took {event.lost:.1%} of the update" if event.lost > 1e-4 else ""
+    return (
+        f"step {step}: exchange: {event.pairs} {event.unit} of {event.modules} modules, frozen ones into the "
+        f"{event.into}; "
+        f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
+    )
+
+
+def describe_skipped_step(run: Run, step: int, norm: float, *, in_a_row: int) -> str:
+    """Return the line about a step without a finite gradient; raise FloatingPointError if the step ends the run."""
+    what = f"step {step}: the gradient norm is {norm}"
+    if run.recipe.on_nan == "stop":
+        raise FloatingPointError(
+            f"{what}; lower learning_rate, look at the data, or skip such steps with --on_nan skip"
+        )
+    if in_a_row == HOPELESS:
+        raise FloatingPointError(
+            f"{what}, as in the {in_a_row - 1} steps before it; lower learning_rate or look at the data"
+        )
+    return f"{what}: skipped ({run.skipped} of {step} steps so far)"
+
+
+def describe_stream(stream: Stream, dropped: dict[str, int]) -> str:
+    """What reading the stream left out, as far as it was read."""
+    return f"of the stream, as far as it was read: {stream.truncated} examples truncated, dropped {dropped or 'none'}"

@@ -1,0 +1,138 @@
+"""Everything that a run checks before it reads a weight: model, data, schedule, and the checkpoint it resumes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.data import Batches, Corpus, StreamBatches
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.files import check_writable
+from llm_lowrank.models import checkpoint, loading
+from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.source import Source
+from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, read_data
+
+
+@dataclass
+class Run:
+    """A training run: what is known before any weight is read, and what changes while it trains."""
+
+    recipe: Recipe
+    engine: Engine
+    source: Source
+    tokenizer: transformers.PreTrainedTokenizerBase
+    corpus: Corpus
+    model: transformers.PreTrainedModel
+    adapters: list[Adapter]
+    batches: Batches | StreamBatches
+    total_steps: int
+    exchange_steps: tuple[int, ...]  # completed steps after which pairs are exchanged
+    unused: list[str]  # tensors of the checkpoint that the model has no place for
+    resume_from: Checkpoint | None = None
+    loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
+    notes: list[str] = field(default_factory=list)  # what a user should know before the run starts
+    skipped: int = 0  # steps without an update so far, as their gradients were not finite
+
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """Facts about the data. A run that resumes must find the same ones."""
+        return {
+            "global_batch": self.batches.global_batch,
+            "total_steps": self.total_steps,
+            "data": self.corpus.fingerprint,
+        }
+
+    def say(self, line: str) -> None:
+        """Print a line beside the progress bar, on rank 0."""
+        if self.engine.main:
+            tqdm.write(line)
+
+
+def prepare(recipe: Recipe, engine: Engine) -> Run:
+    """Read the data and check everything that a mistake in the recipe could break; no weights yet. No communication."""
+    if not engine.main:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    source = Source.open(recipe.model_name_or_path)
+    tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world)
+    total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
+    model, adapters = build_model(recipe, source.path)
+    exchange_steps = recipe.method.schedule(total, adapters)
+    unused = loading.bind(model, adapters, source)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if engine.main:
+        check_writable(recipe.output)
+    return Run(
+        recipe=recipe,
+        engine=engine,
+        source=source,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        model=model,
+        adapters=adapters,
+        batches=batches,
+        total_steps=total,
+        exchange_steps=exchange_steps,
+        unused=unused,
+    )
+
+
+def find_checkpoint(run: Run) -> None:
+    """Set run.resume_from. Rank 0 reads all of it once, to compare checksums; the others open what it found.
+
+    Collective.
+    """
+    engine = run.engine
+    with engine.together():
+        if engine.main:
+            run.resume_from, run.notes = check_resumable(run.recipe, run.source, run.facts)
+    path = engine.gather(None if run.resume_from is None else str(run.resume_from.path))[0]
+    with engine.together():
+        if isinstance(path, str) and not engine.main:
+            run.resume_from = Checkpoint.open(Path(path), checked=True)
+
+
+def check_resumable(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint that resume_from_checkpoint names, checked against this run, and what to print about it.
+
+    Raises ValueError when the checkpoint is damaged or belongs to another run, model or data.
+    """
+    wanted = recipe.resume_from_checkpoint
+    if wanted == "none":
+        return None, []
+    if wanted == "auto":
+        newest, damaged = checkpoint.newest(recipe.output)
+        notes = [f"NOT used: {line}" for line in damaged]
+        if newest is None and damaged:
+            damaged.append("resume_from_checkpoint: no checkpoint is whole; move them away to start from the beginning")
+            raise ValueError("\n".join(damaged))
+        if newest is None:
+            return None, [f"no checkpoint in {recipe.output}: starting from the beginning"]
+    else:
+        newest, notes = Checkpoint.open(Path(wanted).expanduser()), []
+    check_same_run(recipe, newest.state["recipe"], newest.path)
+    if newest.state["base"] != source.fingerprint:
+        raise ValueError(f"{newest.path} was written over another model than the one that is in {source.path} now")
+    saved = newest.state["data"]
+    differing = {name for name in facts.keys() | saved.keys() if facts.get(name) != saved.get(name)}
+    if differing == {"data"}:
+        raise ValueError(
+            f"{newest.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since "
+            "then"
+        )
+    if differing:
+        raise ValueError(
+            f"{newest.path} was written by a run with {saved}, now it is {facts}; set per_device_train_batch_size and "
+            "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same "
+            "data"
+        )
+    return newest, [*notes, f"resuming from {newest.path}: {newest.step} of {facts['total_steps']} steps are done"]
