@@ -40,7 +40,9 @@ class Layer:
 
     def __call__(self, x: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
-        return adapter_linear(x, self.parts, decode, [Product(self.A, self.B)], SCALE, self.bias, bank)
+        return adapter_linear(
+            x, self.parts, decode=decode, products=[Product(self.A, self.B)], scale=SCALE, bias=self.bias, bank=bank
+        )
 
     def naive(self, x: Tensor) -> Tensor:
         y = x @ decode(*self.parts).T + SCALE * (x @ self.A.T) @ self.B.T
@@ -120,7 +122,7 @@ def test_two_products_with_gates_and_an_input_of_their_own(gates, dropped, bias)
     for A, B, gate in products:
         h = (read @ A.T).reshape(6, -1) * (1 if gate is None else gate)
         wanted = wanted + SCALE * (h @ B.T).view(2, 3, M)
-    found = adapter_linear(x, layer.parts, decode, products, SCALE, layer.bias, dropped=z)
+    found = adapter_linear(x, layer.parts, decode=decode, products=products, scale=SCALE, bias=layer.bias, dropped=z)
     torch.testing.assert_close(found, wanted)
     leaves = [t for t in (x, z, layer.A, layer.B, *more, *d) if t is not None and t.requires_grad]
     g = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape)
@@ -132,7 +134,9 @@ def test_a_bank_does_not_read_the_dropped_input():
     layer, x = Layer(torch.float64, bank=True), inputs(5, N, dtype=torch.float64)
     z = inputs(5, N, dtype=torch.float64).detach().mul(2).requires_grad_()
     bank = Product(layer.bank_A, layer.bank_B)
-    found = adapter_linear(x, layer.parts, decode, [Product(layer.A, layer.B)], SCALE, None, bank, z)
+    found = adapter_linear(
+        x, layer.parts, decode=decode, products=[Product(layer.A, layer.B)], scale=SCALE, bank=bank, dropped=z
+    )
     w = decode(*layer.parts) + SCALE * layer.bank_B @ layer.bank_A
     wanted = x @ w.T + SCALE * z @ layer.A.T @ layer.B.T
     torch.testing.assert_close(found, wanted)
@@ -304,7 +308,14 @@ def test_moving_pairs_between_trainable_and_bank_changes_the_order_of_a_sum_only
 
     def y(order: Tensor) -> Tensor:
         a, b = A[order], B[:, order]
-        return adapter_linear(x, (w,), lambda w: w, [Product(a[:r], b[:, :r])], SCALE, None, Product(a[r:], b[:, r:]))
+        return adapter_linear(
+            x,
+            (w,),
+            decode=lambda w: w,
+            products=[Product(a[:r], b[:, :r])],
+            scale=SCALE,
+            bank=Product(a[r:], b[:, r:]),
+        )
 
     before, after = y(torch.arange(r + k)), y(torch.randperm(r + k, generator=rng))
     if dtype is torch.float32:
@@ -323,7 +334,14 @@ def test_a_pair_weighs_the_same_on_either_side():
 
 def test_an_adapter_without_pairs_is_the_frozen_linear():
     layer, x = Layer(bias=True), inputs(5, N)
-    y = adapter_linear(x, layer.parts, decode, [Product(torch.zeros(0, N), torch.zeros(M, 0))], SCALE, layer.bias)
+    y = adapter_linear(
+        x,
+        layer.parts,
+        decode=decode,
+        products=[Product(torch.zeros(0, N), torch.zeros(M, 0))],
+        scale=SCALE,
+        bias=layer.bias,
+    )
     assert torch.equal(y, frozen_linear(x, layer.parts, decode, layer.bias))
     assert torch.equal(
         torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(frozen_linear(x, layer.parts, decode).sum(), x)[0]

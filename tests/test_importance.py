@@ -37,7 +37,7 @@ def test_update_is_the_equations_over_several_steps_and_many_runs(dtype, beta1, 
     storage = [t.data_ptr() for t in mean + spread]
     for step in range(5):
         w, g = [run[step][0].clone() for run in runs], [run[step][1].clone() for run in runs]
-        update_(mean, spread, w, g, beta1, beta2)
+        update_(mean, spread, w=w, g=g, beta1=beta1, beta2=beta2)
         for run, (left, right) in zip(runs, zip(w, g, strict=True), strict=True):
             assert torch.equal(left, run[step][0]) and torch.equal(right, run[step][1])  # read only
     assert [t.data_ptr() for t in mean + spread] == storage
@@ -50,7 +50,8 @@ def test_update_is_the_equations_over_several_steps_and_many_runs(dtype, beta1, 
 
 def test_spread_measures_from_the_mean_that_already_knows_this_step():
     mean, spread = [torch.zeros(1)], [torch.zeros(1)]
-    update_(mean, spread, [torch.tensor([-2.0])], [torch.tensor([4.0])], beta1=0.75, beta2=0.5)  # I = 8
+    w, g = [torch.tensor([-2.0])], [torch.tensor([4.0])]
+    update_(mean, spread, w=w, g=g, beta1=0.75, beta2=0.5)  # I = 8
     assert mean[0].item() == 2.0  # 0.25 * 8
     assert spread[0].item() == 3.0  # 0.5 * |8 - 2|, not 0.5 * |8 - 0|
 
@@ -67,7 +68,7 @@ def test_pair_sums_over_runs_cut_anywhere_add_up_to_the_whole(r, d, cuts, rows_a
     score = torch.tensor(scores[: r * d], dtype=torch.float32).view(shape)
     bounds = [0, *sorted(min(cut, r * d) for cut in cuts), r * d]  # equal neighbours: an empty run
     parts = [
-        pair_sums(score.view(-1)[start:stop], start, r, shape[1], rows_are_pairs)
+        pair_sums(score.view(-1)[start:stop], start, rank=r, row_length=shape[1], rows_are_pairs=rows_are_pairs)
         for start, stop in itertools.pairwise(bounds)
     ]
     assert all(part.shape == (r,) and part.dtype == torch.float64 for part in parts)
@@ -82,4 +83,4 @@ def test_a_run_says_nothing_about_pairs_that_it_does_not_touch():
 
 def test_pair_sums_do_not_lose_small_scores_beside_large_ones():
     score = torch.tensor([1e8, 1.0, 1.0, 1.0, 1.0])  # in float32 1e8 + 1 = 1e8
-    assert pair_sums(score, 0, 1, 5, rows_are_pairs=True).item() == 1e8 + 4
+    assert pair_sums(score, 0, rank=1, row_length=5, rows_are_pairs=True).item() == 1e8 + 4

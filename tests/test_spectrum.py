@@ -170,7 +170,7 @@ def test_a_hit_is_bitwise_what_was_computed_and_computes_nothing(tmp_path, compu
     first = cached_triplets(w, **ASK, cache=tmp_path / "not" / "there")
     again = cached_triplets(w.clone(), **ASK, cache=tmp_path / "not" / "there")
     assert len(computed) == 1 and same(first, again)
-    assert same(first, top_triplets(Matrix(w.float()), ASK["k"], ASK["niter"]))
+    assert same(first, top_triplets(Matrix(w.float()), ASK["k"], niter=ASK["niter"]))
     assert same(first, cached_triplets(w, **ASK, cache=None)) and len(computed) == 2
 
 

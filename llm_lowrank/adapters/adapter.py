@@ -199,7 +199,15 @@ class PairAdapter(Adapter):
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
         return adapter_linear(
-            x, self.parts(), self.decode, self.products(x), self.scale, self.bias, bank, dropped, self.direction()
+            x,
+            self.parts(),
+            decode=self.decode,
+            products=self.products(x),
+            scale=self.scale,
+            bias=self.bias,
+            bank=bank,
+            dropped=dropped,
+            direction=self.direction(),
         )
 
     def factors(self) -> tuple[nn.Parameter, ...]:

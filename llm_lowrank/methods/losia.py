@@ -385,7 +385,8 @@ class LoSiA(Method):
             now = {"mix": (wg - wg.square() / 2).abs(), "first": wg.abs(), "second": wg.square()}[self.importance]
             for key in ("mean", "spread"):
                 adapter.memory.setdefault(key, torch.zeros_like(now))
-            importance.smooth_([adapter.memory["mean"]], [adapter.memory["spread"]], [now], self.beta1, self.beta2)
+            mean, spread = adapter.memory["mean"], adapter.memory["spread"]
+            importance.smooth_([mean], [spread], now=[now], beta1=self.beta1, beta2=self.beta2)
 
     def discard(self, adapters: list[Adapter]) -> None:
         for adapter in _subnets(adapters):
@@ -427,8 +428,9 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
     with engine.edit(adapter.S) as (s,):
         trained = s.value.clone()
         s.value.zero_()
+        starts = engine.settings.kind.moments
         for name, moment in s.moments.items():
-            moment.fill_(float(moment.mean()) if moments == "seeded" and name == "exp_avg_sq" else 0.0)
+            moment.fill_(float(moment.mean()) if moments == "seeded" and starts[name] == "mean" else 0.0)
     if adapter.bank_S is None:
         lost = into_weight_(engine, adapter, Block(*old, trained, adapter.shape))
     else:

@@ -75,7 +75,9 @@ class PiSSA(LoRA):
             if self.svd_cache
             else None
         )
-        return cached_triplets(w, k, self.svd_niter, self.svd_exact, self.svd_seed, cache, device)
+        return cached_triplets(
+            w, k, niter=self.svd_niter, exact=self.svd_exact, seed=self.svd_seed, cache=cache, device=device
+        )
 
 
 def _or_raise(found: Triplets | Exception | None) -> list[Tensor]:

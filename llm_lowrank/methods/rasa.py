@@ -194,7 +194,15 @@ class RaSALayer(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
-        return adapter_linear(x, self.parts(), self.decode, self.products(), 1.0, self.bias, None, dropped)
+        return adapter_linear(
+            x,
+            self.parts(),
+            decode=self.decode,
+            products=self.products(),
+            scale=1.0,
+            bias=self.bias,
+            dropped=dropped,
+        )
 
     def change(self, whole: Whole) -> Pairs:
         """[B_i diag(d_i), B_S diag(e_i)] [A_i; A_S], of rank r - k + L k."""

@@ -116,7 +116,7 @@ class SRLoRA(PiSSA):
         spread = [a.memory[f"spread_{name}"] for a, name, _ in params]
         values = [engine.span(p).value for _, _, p in params]
         gradients = [engine.gradient(p) for _, _, p in params]
-        importance.update_(mean, spread, values, gradients, self.beta1, self.beta2)
+        importance.update_(mean, spread, w=values, g=gradients, beta1=self.beta1, beta2=self.beta2)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
@@ -157,10 +157,18 @@ class SRLoRA(PiSSA):
         m, n = adapter.shape
         memory, r = adapter.memory, self.rank
         rows = importance.pair_sums(
-            memory["mean_A"] * memory["spread_A"], engine.span(adapter.A).start, r, n, rows_are_pairs=True
+            memory["mean_A"] * memory["spread_A"],
+            engine.span(adapter.A).start,
+            rank=r,
+            row_length=n,
+            rows_are_pairs=True,
         )
         columns = importance.pair_sums(
-            memory["mean_B"] * memory["spread_B"], engine.span(adapter.B).start, r, r, rows_are_pairs=False
+            memory["mean_B"] * memory["spread_B"],
+            engine.span(adapter.B).start,
+            rank=r,
+            row_length=r,
+            rows_are_pairs=False,
         )
         return columns / m + rows / n
 

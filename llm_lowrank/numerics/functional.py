@@ -1,34 +1,35 @@
-"""The linear layer of a frozen W with low-rank products beside it, as one autograd Function.
+"""The linear layer of a frozen W and the low-rank products added to it, as one autograd Function.
 
     z  = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T                     W = decode(*parts), d_j a gate per pair, or none
     y  = z * g + b                                                   g = magnitude / |rows of W + s B A|, or 1
 
     u_j = (dy * g) B_j
-    dx = (dy * g) W + s sum_j (u_j * d_j) A_j        dA_j = s (u_j * d_j)^T x        dB_j = s (dy * g)^T ((x A_j^T) * d_j)
+    dx = (dy * g) W + s sum_j (u_j * d_j) A_j
+    dA_j = s (u_j * d_j)^T x                         dB_j = s (dy * g)^T ((x A_j^T) * d_j)
     dd_j = s sum_t u_j * (x A_j^T)                   dmagnitude = sum_t dy * (y - b) / magnitude
 
-LoRA: https://arxiv.org/abs/2106.09685. Which order of the small products is cheapest: RunLoRA,
-https://arxiv.org/abs/2312.03415. m out, n in, r pairs, k bank pairs, t tokens.
+The layer is LoRA's, https://arxiv.org/abs/2106.09685. RunLoRA, https://arxiv.org/abs/2312.03415, compares the orders of
+the small products. m out, n in, r pairs, k bank pairs, t tokens.
 
 **Order.** The small products share x A^T (forward and dB) and g B (dx and dA): 3 t r (m + n) multiplications, all of
-them skinny. RunLoRA's two other orders are not taken. dA and dB by way of g^T x are cheaper only from r > mn / (m + n)
-on, which is no low rank. One product with W + s B A is cheaper from t > 2 mn / (m + n) on, but holds a second W, and a
-low-precision W + s B A rounds the update away. The adapter's term is added to the base product in place, by addmm_: no
-second (t, m) or (t, n) is made.
+them skinny. RunLoRA's two other orders are not used. Computing dA and dB from g^T x is cheaper only for
+r > mn / (m + n), and such a rank is not low. One product with W + s B A is cheaper for t > 2 mn / (m + n), but it needs
+memory for a second W, and a low-precision W + s B A rounds the update away. The adapter's term is added to the base
+product in place, by addmm_, so that no second (t, m) or (t, n) tensor is made.
 
-**Memory.** Kept for backward: x and x A^T (and y, where a magnitude is trained), beside references to the parameters
-just as they were passed in. A decoded, cast or concatenated parameter is made again in backward: keeping one would keep
-the dense model alive, and a sharding engine (ZeRO-3, FSDP2) swaps the storage behind a parameter between forward and
-backward, which only the parameter itself follows.
+**Memory.** The Function keeps x, x A^T and (where a magnitude is trained) y for backward, and references to the
+parameters exactly as they were passed in. Decoded, cast and concatenated parameters are computed again in backward: a
+kept copy would keep the dense model alive. A sharding engine (ZeRO-3, FSDP2) also swaps the storage behind a parameter
+between forward and backward, and only the parameter itself follows that.
 
 **Direction.** |row i of W + s B A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i^T: W + s B A is never made, and
-W A^T costs as much as r tokens. The gradient takes the norm for a constant (DoRA, https://arxiv.org/abs/2402.09353
+W A^T costs as much as r tokens. The gradient treats the norm as a constant (DoRA, https://arxiv.org/abs/2402.09353
 section 4.3).
 
-**Precision.** Everything runs in one dtype, autocast's where it is on and otherwise x's, but for the norms, which are
-at least float32; gradients are returned in the dtype of what they belong to. Trainable and bank pairs are concatenated,
-so that the sum over all pairs is one product, rounded once: moving a pair from one side to the other changes nothing
-but the order of that sum.
+**Precision.** Everything runs in one dtype, autocast's if autocast is on and otherwise x's. The norms are an exception
+and are at least float32. A gradient is returned in the dtype of its tensor. Trainable and bank pairs are concatenated,
+so that the sum over all pairs is one product, rounded once: a pair that moves from one side to the other changes only
+the order of that sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ Decode = Callable[..., Tensor]
 
 
 class Product(NamedTuple):
-    """s ((x A^T) * gate) B^T.   A (r, n), B (m, r), gate (r,) or (t, r), a constant or trained"""
+    """The term s ((x A^T) * gate) B^T of a layer.   A (r, n), B (m, r), gate (r,) or (t, r), a constant or trained"""
 
     A: Tensor
     B: Tensor
@@ -51,11 +52,11 @@ class Product(NamedTuple):
 
 
 def frozen_linear(x: Tensor, parts: tuple[Tensor, ...], decode: Decode, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b with W = decode(*parts) frozen, decoded again in backward.
+    """Return y = x W^T + b with W = decode(*parts) frozen.
 
-    Nothing but references to the parts is kept.
+    W is decoded again in backward; only references to the parts are kept for it.
 
-    x (..., n), W (m, n), bias (m,) -> y (..., m). Gradient for x only.
+    x (..., n), W (m, n), bias (m,) -> y (..., m). Only x gets a gradient.
     """
     return _FrozenLinear.apply(x, bias, decode, *parts)
 
@@ -63,6 +64,7 @@ def frozen_linear(x: Tensor, parts: tuple[Tensor, ...], decode: Decode, bias: Te
 def adapter_linear(
     x: Tensor,
     parts: tuple[Tensor, ...],
+    *,
     decode: Decode,
     products: Sequence[Product],
     scale: float,
@@ -71,13 +73,12 @@ def adapter_linear(
     dropped: Tensor | None = None,
     direction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.
-    https://arxiv.org/abs/2106.09685 eq. 3
+    """Return y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.
 
-    x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped`: what the
-    products read in the place of x, after dropout. `direction`: (magnitude (m,), |rows of W| (m,)) of DoRA, with one
-    product and no bank; g is 1 without. Gradients for x, dropped, the products and the magnitude; the parts, the bias,
-    the bank and the norms are frozen.
+    x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped` is x after
+    dropout: the products read it in the place of x, W and the bank read x. `direction` is DoRA's (magnitude (m,), |rows
+    of W| (m,)), for one product without a bank; without it g is 1. x, dropped, the products and the magnitude get
+    gradients; the parts, the bias, the bank and the norms are frozen. https://arxiv.org/abs/2106.09685 eq. 3
     """
     assert direction is None or (len(products) == 1 and bank is None), "a direction is that of one product"
     assert bank is None or products[0].gate is None, "pairs beside a bank have no gate"
@@ -107,7 +108,8 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, None, None, *(None for _ in parts)
 
 
-# inputs of _AdapterLinear before the products: x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, count
+# _AdapterLinear.apply takes x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, count, and behind these
+# (A, B, gate) of every product and the parts of W. Product j begins at FIXED + 3 j.
 FIXED = 10
 
 
@@ -134,30 +136,36 @@ class _AdapterLinear(torch.autograd.Function):
         )
         ctx.decode, ctx.scale, ctx.count = decode, scale, count
         ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
-        kept: list[Tensor | None] = []
+        hidden: list[Tensor | None] = []  # x A_j^T, for dB and dd
         growth = None
         with torch.autocast(x.device.type, enabled=False):
+            # W reads x, the products read x after dropout
             rows = flat_rows(x.to(ctx.dtype))  # (t, n)
             read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))  # (t, n)
+            # W's part; with a magnitude the bias comes last, as it is not multiplied
             w = decode(*parts)
             y = base_linear(rows, w, bias if magnitude is None else None)  # (t, m)
             for j, (A, B, gate) in enumerate(products):
+                # the bank reads x too: without dropout it joins the first product, in one sum that is rounded once
                 joint = bank_A is not None and dropped is None and j == 0
                 h = read @ _all_A(A, bank_A if joint else None, ctx.dtype).T  # (t, r), (t, r + k)
-                gated = h if gate is None else h * gate.to(ctx.dtype)
+                gated = h if gate is None else h * gate.to(ctx.dtype)  # (t, r)
                 y.addmm_(gated, _all_B(B, bank_B if joint else None, ctx.dtype).T, alpha=scale)
                 first = FIXED + 3 * j
-                kept.append(h[:, : len(A)].contiguous() if any(needs[first + 1 : first + 3]) else None)
+                hidden.append(h[:, : len(A)].contiguous() if any(needs[first + 1 : first + 3]) else None)
+            # the bank's part, outside of the dropout
             if bank_A is not None and bank_B is not None and dropped is not None:
                 y.addmm_(rows @ bank_A.to(ctx.dtype).T, bank_B.to(ctx.dtype).T, alpha=scale)
+            # DoRA: rows of W + s B A get the trained lengths
             if magnitude is not None and norms is not None:
                 growth = magnitude / row_norms(w, products[0], scale, norms)  # (m,)
                 y.mul_(growth.to(ctx.dtype))
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
         y = y.view(*x.shape[:-1], y.shape[1])  # (..., m)
+        # only tensors whose gradients are asked for are kept; parameters as they came, see Memory above
         need_A = any(needs[FIXED + 3 * j] for j in range(count))
-        whole = (y, bias) if needs[5] else (None, None)
-        ctx.save_for_backward(read if need_A else None, *whole, growth, magnitude, bank_A, bank_B, *kept, *tensors)
+        output = (y, bias) if needs[5] else (None, None)
+        ctx.save_for_backward(read if need_A else None, *output, growth, magnitude, bank_A, bank_B, *hidden, *tensors)
         ctx.dropped = dropped is not None
         return y
 
@@ -165,34 +173,37 @@ class _AdapterLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         read, y, bias, growth, magnitude, bank_A, bank_B, *rest = ctx.saved_tensors
-        kept, products, parts = (
-            rest[: ctx.count],
-            _group_products(rest[ctx.count : 4 * ctx.count]),
-            rest[4 * ctx.count :],
-        )
+        count = ctx.count
+        hidden, products, parts = rest[:count], _group_products(rest[count : 4 * count]), rest[4 * count :]
         needs, dtype, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
-        dx = dropped = dmagnitude = None
-        found: list[Tensor | None] = []
+        dx = ddropped = dmagnitude = None
+        product_gradients: list[Tensor | None] = []  # dA, dB, dgate of each product in turn
         with torch.autocast(g.device.type, enabled=False):
             rows = flat_rows(g.to(dtype))  # (t, m)
+            # DoRA: z comes from the kept y; a row of zeros keeps its zero length
             if y is not None:
-                z = flat_rows(y) if bias is None else flat_rows(y) - bias.to(dtype)
-                sums = (rows * z).sum(0, dtype=magnitude.dtype)
-                dmagnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)  # (m,); a row of zeros stays one
+                z = flat_rows(y) if bias is None else flat_rows(y) - bias.to(dtype)  # (t, m)
+                sums = (rows * z).sum(0, dtype=magnitude.dtype)  # (m,)
+                dmagnitude = torch.where(magnitude == 0, 0.0, sums / magnitude)  # (m,)
+            # from here on rows is dy * g
             if growth is not None:
                 rows = rows * growth.to(dtype)
+            # W's part
             if needs[0]:
                 dx = rows @ ctx.decode(*parts).to(dtype)  # (t, n)
+            # the products' part of the gradient goes to the tensor that they read
             if needs[1]:
-                dropped = torch.zeros_like(dx if dx is not None else read)
-            # where the products' part of the gradient goes
-            into = dropped if ctx.dropped else dx
+                ddropped = torch.zeros_like(dx if dx is not None else read)  # (t, n)
+            into = ddropped if ctx.dropped else dx
+            # the bank's part, outside of the dropout
             if dx is not None and bank_A is not None and ctx.dropped:
                 dx.addmm_(rows @ bank_B.to(dtype), bank_A.to(dtype), alpha=s)
-            for j, ((A, B, gate), h) in enumerate(zip(products, kept, strict=True)):
+            for j, ((A, B, gate), h) in enumerate(zip(products, hidden, strict=True)):
                 need_A, need_B, need_gate = needs[FIXED + 3 * j : FIXED + 3 * j + 3]
                 dA = dB = dgate = None
+                # without dropout the bank joins the first product, as in forward
                 joint = into is not None and bank_A is not None and not ctx.dropped and j == 0
+                # u is shared by the gradients of the input, of A and of the gate
                 if into is not None or need_A or need_gate:
                     u = rows @ _all_B(B, bank_B if joint else None, dtype)  # (t, r), (t, r + k)
                     v = u if gate is None else u * gate.to(dtype)
@@ -203,17 +214,17 @@ class _AdapterLinear(torch.autograd.Function):
                     if need_gate and gate is not None:
                         dgate = (u * h).to(gate.dtype).sum(0).mul_(s)  # (r,)
                 if need_B:
-                    gated = h if gate is None else h * gate.to(dtype)
-                    # (m, r); h^T g runs faster than g^T h
-                    dB = (gated.T @ rows).T.to(B.dtype).mul_(s)
-                found += [dA, dB, dgate]
+                    gated = h if gate is None else h * gate.to(dtype)  # (t, r)
+                    dB = (gated.T @ rows).T.to(B.dtype).mul_(s)  # (m, r); h^T g runs faster than g^T h
+                product_gradients += [dA, dB, dgate]
         shape = (*g.shape[:-1], products[0].A.shape[1])
-        dx, dropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, dropped))
-        return dx, dropped, None, None, None, dmagnitude, None, None, None, None, *found, *(None for _ in parts)
+        dx, ddropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, ddropped))
+        fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None)  # in the order of FIXED
+        return *fixed, *product_gradients, *(None for _ in parts)
 
 
 def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tensor:
-    """|rows of W + s B A| from |rows of W|: (m, n), (r, n), (m, r), (m,) -> (m,), at least float32."""
+    """Return |rows of W + s B A|, given norms = |rows of W|: w (m, n), norms (m,) -> (m,), at least float32."""
     A, B = product.A, product.B
     cross = (w @ A.to(w.dtype).T).to(norms.dtype)  # (m, r)
     gram = A @ A.T  # (r, r)
@@ -226,18 +237,18 @@ def _group_products(flat: Sequence[Any]) -> list[Product]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's where it is on, otherwise x's."""
+    """Autocast's dtype if autocast is on, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """(..., n) -> (t, n)"""
+    """x as a matrix: (..., n) -> (t, n)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in the dtype of x."""
+    """x W^T + b in the dtype of x: x (t, n), w (m, n) -> (t, m)."""
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

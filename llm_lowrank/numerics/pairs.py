@@ -2,7 +2,7 @@
 
     delta = B A = sum_k B[:, k] A[k, :]          B (m, k), A (k, n)
 
-A pair is what is trained, frozen, fused or started afresh; nothing here knows about models or ranks.
+A pair is the unit that a method trains, freezes, adds to W or starts afresh. Nothing here knows about models or ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
+    """k pairs, the factors of the product B A."""
+
     B: Tensor  # (m, k)
     A: Tensor  # (k, n)
 
@@ -30,30 +32,33 @@ class Pairs:
         return self.A.shape[0]
 
     def take(self, index: Tensor | slice) -> Pairs:
+        """The pairs at `index`: copies for a tensor of indices, views for a slice."""
         return Pairs(self.B[:, index], self.A[index])
 
     def put_(self, index: Tensor, fresh: Pairs) -> None:
-        """Overwrite the pairs at `index`; asserts that as many come as go."""
+        """Overwrite the pairs at `index` with as many fresh ones."""
         assert len(index) == len(fresh), (len(index), len(fresh))
         self.B[:, index], self.A[index] = fresh.B, fresh.A
 
     def scaled(self, s: float) -> Pairs:
-        """Pairs whose product is s B A (the factor goes to B)."""
+        """Pairs whose product is s B A: B is multiplied by s, A stays."""
         return Pairs(self.B * s, self.A)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pairs:
         return Pairs(self.B.to(device, dtype), self.A.to(device, dtype))
 
     def product(self) -> Tensor:
-        return self.B @ self.A  # (m, n)
+        """B A, (m, n)."""
+        return self.B @ self.A
 
     # ---- as a change of W
 
     def pairs(self) -> Pairs:
+        """The pairs themselves; a Block is converted here."""
         return self
 
     def of_rows(self, rows: slice) -> Tensor:
-        """Some rows of the product."""
+        """The product's rows `rows`, (rows, n)."""
         return self.B[rows] @ self.A
 
     @property
@@ -63,17 +68,18 @@ class Pairs:
 
     @staticmethod
     def cat(parts: list[Pairs]) -> Pairs:
-        """The sum of several products as one set of pairs."""
+        """Pairs whose product is the sum of the products of `parts`."""
         return Pairs(torch.cat([p.B for p in parts], 1), torch.cat([p.A for p in parts], 0))
 
     def compress(self, tol: float = 1e-7, most: int | None = None) -> tuple[Pairs, float]:
-        """The same product with as few pairs as it needs, `most` at most, and the Frobenius norm of what was dropped.
+        """Return the fewest pairs with this product, at most `most`, and the Frobenius norm of the dropped part.
 
             B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T   =>   B A = (Q_B U sqrt(S)) (sqrt(S) V^T Q_A^T)
 
-        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. So are those
-        within the rounding of this very computation: a sum that cancels has no pairs. Works in float64 without ever
-        forming the (m, n) product; factors come back balanced, in the dtypes of B and A.
+        Singular values up to tol * S[0] are dropped: 1e-7 is below the rounding of a float32 product. Values within
+        the rounding error of this computation are dropped too, so that a sum that cancels has no pairs. The
+        computation runs in float64 and never forms the (m, n) product. The new factors are balanced and have the
+        dtypes of B and A.
         """
         if len(self) == 0:
             return self, 0.0
@@ -92,7 +98,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Block:
-    """A change of the entries of W at some rows and columns: E_X values E_Y^T, E the columns of the identity."""
+    """A change of the entries of W at rows X and columns Y: E_X values E_Y^T, E the columns of the identity."""
 
     rows: Tensor  # X, (p,)
     columns: Tensor  # Y, (q,)
@@ -103,14 +109,15 @@ class Block:
         return Block(self.rows.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
 
     def product(self) -> Tensor:
+        """The change as a dense matrix, (m, n)."""
         return self.of_rows(slice(0, self.shape[0]))
 
     def of_rows(self, rows: slice) -> Tensor:
-        """Some rows of the product."""
-        mine = (self.rows >= rows.start) & (self.rows < rows.stop)
-        found = self.values.new_zeros(rows.stop - rows.start, self.shape[1])
-        found[(self.rows[mine] - rows.start)[:, None], self.columns] = self.values[mine]
-        return found
+        """The product's rows `rows`, (rows, n)."""
+        inside = (self.rows >= rows.start) & (self.rows < rows.stop)
+        product_rows = self.values.new_zeros(rows.stop - rows.start, self.shape[1])
+        product_rows[(self.rows[inside] - rows.start)[:, None], self.columns] = self.values[inside]
+        return product_rows
 
     @property
     def entries(self) -> int:
@@ -121,6 +128,7 @@ class Block:
         """min(p, q) pairs with the same product."""
         m, n = self.shape
         p, q = self.values.shape
+        # the shorter side becomes the pairs: the values go into one factor, the other one only says where they lie
         b, a = self.values.new_zeros(m, min(p, q)), self.values.new_zeros(min(p, q), n)
         if q <= p:
             b[self.rows], a[torch.arange(q), self.columns] = self.values, 1.0

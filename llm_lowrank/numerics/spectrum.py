@@ -1,10 +1,10 @@
-"""Singular pairs of a matrix that is only known by its products.
+"""Singular pairs of a matrix of which only products are available.
 
 Randomized subspace iteration (Halko, Martinsson, Tropp 2011, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1):
 
     Q = qr(W X),  X random (n, p),   then niter times   Q = qr(W qr(W^T Q)),   finally  svd(Q^T W)
 
-so that a sharded W is never gathered: each product moves p (m + n) numbers instead of m n.
+A sharded W is therefore never gathered: each product moves p (m + n) numbers instead of m n.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from llm_lowrank.files import sha256, write_safetensors
 
 OVERSAMPLE = 8  # extra random directions; Halko et al. recommend 5 to 10
-ALGORITHM = 1  # raise when a change here changes results, so that cached pairs are not mistaken for new ones
+ALGORITHM = 1  # to be raised when a change here changes results, so that cached pairs are not mistaken for new ones
 
 
 class Products(Protocol):
-    """What is asked of a matrix W (m, n). Both products may be collective."""
+    """A matrix W (m, n) that can be multiplied. Both products may be collective."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -34,7 +34,7 @@ class Products(Protocol):
 
 
 class Matrix(NamedTuple):
-    """Products of a matrix that is at hand."""
+    """The products of a matrix in memory."""
 
     w: Tensor  # (m, n)
 
@@ -58,14 +58,14 @@ class Triplets(NamedTuple):
 
 
 def top_triplets(
-    w: Products, k: int, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu"
+    w: Products, k: int, *, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Triplets:
-    """The k largest singular triplets of W, float32, the same for the same seed on every machine that multiplies alike.
+    """Return the k largest singular triplets of W in float32.
 
-    exact=True asks W for its product with the identity and decomposes that: min(m, n) columns travel, one whole W is
-    held. It is also what happens when k + OVERSAMPLE reaches min(m, n), where iterating would save nothing. Signs are
-    fixed so that the largest entry of each column of U is positive. Raises ValueError when k > min(m, n): there are no
-    such directions.
+    The same seed gives the same triplets on every machine that multiplies alike. With `exact` the product of W with
+    the identity is decomposed: min(m, n) columns travel and one whole W is held. The same path is taken when
+    k + OVERSAMPLE reaches min(m, n), where the iteration would save nothing. The signs are chosen so that the largest
+    entry of each column of U is positive. Raise ValueError when k > min(m, n), as W has no more directions.
     """
     m, n = w.shape
     if not 0 < k <= min(m, n):
@@ -73,9 +73,11 @@ def top_triplets(
             f"{k} singular directions asked of a {m} x {n} matrix, which has {min(m, n)}; lower rank or target_rank"
         )
     p = min(k + OVERSAMPLE, m, n)
+    # exact: one product with the identity, on the shorter side of W
     if exact or p == min(m, n):
         full = w.matmul(torch.eye(n, device=device)) if n <= m else w.rmatmul(torch.eye(m, device=device)).T  # (m, n)
         u, s, vt = torch.linalg.svd(full, full_matrices=False)
+    # randomized: p columns that span nearly the space of the k largest, then the small SVD of W in that space
     else:
         noise = torch.randn(n, p, generator=torch.Generator().manual_seed(seed)).to(device)
         q = torch.linalg.qr(w.matmul(noise))[0]  # (m, p)
@@ -84,27 +86,33 @@ def top_triplets(
         u, s, vt = torch.linalg.svd(w.rmatmul(q).T, full_matrices=False)
         u = q @ u
     u, s, v = u[:, :k], s[:k], vt[:k].T
+    # an SVD leaves the sign of every direction open
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, k)
     return Triplets((u * sign).contiguous(), s.contiguous(), (v * sign).contiguous())
 
 
 def cached_triplets(
-    w: Tensor, k: int, niter: int, exact: bool, seed: int, cache: Path | None, device: torch.device | str = "cpu"
+    w: Tensor, k: int, *, niter: int, exact: bool, seed: int, cache: Path | None, device: torch.device | str = "cpu"
 ) -> Triplets:
-    """top_triplets of a matrix at hand, computed on `device`, remembered in the folder `cache` (None: not remembered).
+    """Return top_triplets of a matrix in memory, computed on `device` and stored in the folder `cache` (None: nowhere).
 
-    The key is the content of W (SHA-256) with k, niter, exact and seed: a changed checkpoint can never hit an old
+    The key is the content of W (SHA-256) with k, niter, exact and seed, so that a changed checkpoint never hits an old
     entry.
     """
+
+    def compute() -> Triplets:
+        matrix = Matrix(w.to(device, torch.float32))
+        return top_triplets(matrix, k, niter=niter, exact=exact, seed=seed, device=device)
+
     if cache is None:
-        return top_triplets(Matrix(w.to(device, torch.float32)), k, niter, exact, seed, device)
+        return compute()
     settings = f"{ALGORITHM}-{w.dtype}-{tuple(w.shape)}-{k}-{niter}-{exact}-{seed}"
     file = cache / f"{sha256(w)[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     try:
-        found = load_file(file)
-        return Triplets(found["U"], found["S"], found["V"])
+        factors = load_file(file)
+        return Triplets(factors["U"], factors["S"], factors["V"])
     except (FileNotFoundError, SafetensorError, KeyError):  # absent or damaged: compute and write anew
-        triplets = top_triplets(Matrix(w.to(device, torch.float32)), k, niter, exact, seed, device)
+        triplets = compute()
         cache.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, triplets._asdict(), {"settings": settings})
         return triplets

@@ -79,9 +79,9 @@ def test_the_fused_linear_over_codes_equals_the_dense_one(codec):
     y = adapter_linear(
         x,
         tuple(parts.values()),
-        lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n),
-        [Product(a, b)],
-        0.5,
+        decode=lambda *found: codec.decode(dict(zip(parts, found, strict=True)), n),
+        products=[Product(a, b)],
+        scale=0.5,
     )
     wanted = x @ w.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     tolerance = 2**-6 if codec.dtype == torch.bfloat16 else 1e-5
