@@ -19,6 +19,7 @@ from llm_lowrank.engines import base
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
 from tests.tiny import Trainee
@@ -455,7 +456,7 @@ def test_pruned_keeps_the_largest_entries_of_the_replaced_pairs_and_no_first_mom
     exchange_(t.engine, a, torch.tensor(index), fresh=nothing_yet(a, len(index)), moments="pruned", prune=prune)
     after = Layer.now(t, a).moments
     for letter in "AB":
-        rows = {k: (before[f"{letter}.{k}"], after[f"{letter}.{k}"]) for k in base.MOMENTS}
+        rows = {k: (before[f"{letter}.{k}"], after[f"{letter}.{k}"]) for k in OPTIMIZERS["adamw"].moments}
         rows = {k: pair if letter == "A" else (pair[0].T, pair[1].T) for k, pair in rows.items()}
         masks = {}
         for k, (was, now) in rows.items():
@@ -518,7 +519,7 @@ def stale_copy(engine: str, into: str, copy: str) -> tuple[str, str]:
     def storage() -> Tensor:
         if copy == "master":
             return t.engine.span(victim).value
-        if copy in base.MOMENTS:
+        if copy in OPTIMIZERS["adamw"].moments:
             return t.engine.span(victim).moments[copy]
         return victim.ds_tensor.data if hasattr(victim, "ds_tensor") and copy == "forward" else victim.data
 

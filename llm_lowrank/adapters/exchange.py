@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, Slot
+from llm_lowrank.numerics.optimizers import Start
 from llm_lowrank.numerics.pairs import Change, Pairs
 
 Moments = Literal["seeded", "zeroed", "pruned"]
@@ -84,7 +85,7 @@ def needs_bank(into: Into, codec: Codec) -> bool:
     """
     if into == "weight" and not codec.writable:
         raise ValueError(
-            f"method.into: weight cannot be used with codec: {type(codec).__name__.lower()}: encoding W again would "
+            f"method.into: weight cannot be used with codec: {codec.name}: encoding W again would "
             "round away all "
             "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank "
             "(or auto), "
@@ -138,7 +139,7 @@ def exchange_(
             # of a pair that adds nothing the ledger keeps nothing
             lost = into_weight_(engine, adapter, update.take(update.B.any(0)))
         trained.put_(index, fresh.to(engine.device))
-        renew_moments_(a, b, index, moments, prune)
+        renew_moments_(a, b, index, moments, prune, engine.settings.kind.moments)
         expected = [s.value for s in (a, b, *bank)]
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
@@ -193,7 +194,9 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
     return used, float(lost)
 
 
-def renew_moments_(a: Slot, b: Slot, index: Tensor, moments: Moments, prune: float) -> None:
+def renew_moments_(
+    a: Slot, b: Slot, index: Tensor, moments: Moments, prune: float, starts: Mapping[str, Start]
+) -> None:
     """The moments of the pairs that were replaced, those of A and of B each for itself; all others stay as they are.
 
     Pruned: the largest (1 - prune) of each moment stay. A first moment goes where its second went too: over a second
@@ -203,15 +206,17 @@ def renew_moments_(a: Slot, b: Slot, index: Tensor, moments: Moments, prune: flo
         replaced = {name: moment[index] for name, moment in mine.items()}  # copies
         if moments == "pruned":
             kept = {name: _largest(moment, 1 - prune) for name, moment in replaced.items()}
-            if "exp_avg_sq" in kept:
-                kept["exp_avg"] &= kept["exp_avg_sq"]
+            second = [kept[name] for name in mine if starts[name] == "mean"]
+            for name in (name for name in mine if starts[name] == "zero"):
+                for mask in second:
+                    kept[name] &= mask
             renewed = {name: moment * kept[name] for name, moment in replaced.items()}
         else:
             renewed = {name: torch.zeros_like(moment) for name, moment in replaced.items()}
-            if moments == "seeded" and "exp_avg_sq" in mine:
-                stay = torch.ones(len(mine["exp_avg_sq"]), dtype=torch.bool, device=index.device)
+            for name in (name for name in mine if moments == "seeded" and starts[name] == "mean"):
+                stay = torch.ones(len(mine[name]), dtype=torch.bool, device=index.device)
                 stay[index] = False
-                renewed["exp_avg_sq"] += mine["exp_avg_sq"][stay if stay.any() else ~stay].mean()
+                renewed[name] += mine[name][stay if stay.any() else ~stay].mean()
         for name, moment in mine.items():
             moment[index] = renewed[name]
 

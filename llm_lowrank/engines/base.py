@@ -20,11 +20,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,8 +31,8 @@ from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.watch import Watch
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.files import raw_bytes
+from llm_lowrank.numerics.optimizers import Optimization, check_state, initial_state
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 TIMEOUT, PATIENCE = 1800.0, 120.0  # seconds
 
 RELEASE = 2**25  # bytes
@@ -51,35 +50,19 @@ class LostContact(RuntimeError):
     """A collective failed: another rank is gone."""
 
 
-@dataclass(frozen=True)
-class Optimization:
-    """What an engine needs to know to build and step the optimizer: AdamW, or Lion with the same decoupled weight
-    decay.
-    """
-
-    learning_rate: float = 1e-4
-    optim: Literal["adamw", "lion"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0  # 0 means no clipping
-    accumulation: int = 1  # micro-batches per optimizer step
-    micro_batch: int = 1  # samples per micro-batch and rank
-
-
 @dataclass
 class Span:
     """This rank's contiguous stretch of a flattened parameter: nothing here was communicated."""
 
     start: int  # flat position of its first element
     value: Tensor  # (numel,) the master value, a view of it outside of autograd
-    # exp_avg, exp_avg_sq, each (numel,); empty before the first step and for frozen parameters
+    # by the optimizer's names, each (numel,); empty before the first step and for frozen parameters
     moments: dict[str, Tensor]
 
 
 @dataclass
 class Slot:
-    """A whole parameter, and its Adam moments if it is trained and has been stepped."""
+    """A whole parameter, and its moments if it is trained and has been stepped."""
 
     value: Tensor
     moments: dict[str, Tensor]
@@ -105,18 +88,8 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
                 groups.setdefault(getattr(module, "group", 0), []).append(p)
     assert sorted(groups) == list(range(len(groups))), f"groups {sorted(groups)}"
     listed = [{"params": groups[number]} for number in range(len(groups))]
-    if settings.optim == "lion":
-        return Lion(listed, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
-        listed, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-
-
-def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
-    """What the optimizer keeps of one tensor after so many steps, moments zero."""
-    moments = {"adamw": MOMENTS, "lion": MOMENTS[:1]}[settings.optim]
-    counter = {"step": torch.tensor(float(steps))} if settings.optim == "adamw" else {}
-    return counter | {name: torch.zeros_like(t) for name in moments}
+    check_state(settings)
+    return settings.kind.build(listed, settings)
 
 
 def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
@@ -170,6 +143,7 @@ class Engine(ABC):
     always_a_group = False  # whether a single process needs a process group too
     loss_scale = 1.0  # what `backward` multiplies the loss by, for who reads gradients inside of it
     params: list[nn.Parameter]  # what is trained, once the model is wrapped
+    settings: Optimization  # of the optimizer, once the model is wrapped
     shards_parameters = False  # whether every forward is collective, so that no rank may run fewer of them
 
     @staticmethod
@@ -450,7 +424,6 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """An engine that steps the optimizer over its parameters itself."""
 
-    settings: Optimization
     micro: int  # micro-batches since the last step
 
     def _optimize(self, model: nn.Module, settings: Optimization) -> None:
@@ -464,7 +437,7 @@ class TorchEngine(Engine):
 
     def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {}) if p.requires_grad else {}
-        return {k: state[k] for k in MOMENTS if k in state}
+        return {k: state[k] for k in self.settings.kind.moments if k in state}
 
     def step(self, *rates: float) -> float:
         assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)

@@ -24,9 +24,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llm_lowrank.engines.base import TIMEOUT, Optimization, Read, Slot, Span, TorchEngine, share
+from llm_lowrank.engines.base import TIMEOUT, Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.numerics.optimizers import Optimization
 
 
 @dataclass(frozen=True)

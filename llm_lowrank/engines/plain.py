@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_lowrank.engines.base import Optimization, Read, Slot, Span, TorchEngine, share
+from llm_lowrank.engines.base import Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.numerics.optimizers import Optimization
 
 
 class Plain(TorchEngine):

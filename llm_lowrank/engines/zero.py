@@ -37,14 +37,11 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from llm_lowrank.engines.base import (
-    MOMENTS,
     TIMEOUT,
     Engine,
-    Optimization,
     Read,
     Slot,
     Span,
-    initial_state,
     optimizer,
     set_rates,
     share,
@@ -52,6 +49,7 @@ from llm_lowrank.engines.base import (
 )
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.numerics.optimizers import Optimization, initial_state
 
 # Top-level keys that say how to shard and communicate. DeepSpeed ignores a key that it does not know; we do not.
 KNOBS = (
@@ -246,7 +244,7 @@ class Zero(Engine):
 
     def _moment_names(self, p: nn.Parameter) -> list[str]:
         state = self.zero.optimizer.state
-        return [k for k in MOMENTS if p.requires_grad and any(k in s for s in state.values())]
+        return [k for k in self.settings.kind.moments if p.requires_grad and any(k in s for s in state.values())]
 
     def weight(self, linear: FrozenLinear) -> Weight:
         parts = linear.named_parts()
