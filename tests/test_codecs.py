@@ -4,6 +4,7 @@ is what we store.
 
 import subprocess
 import sys
+from typing import get_args
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, make
+from llm_lowrank.codecs import CODECS as TABLE
+from llm_lowrank.codecs import Codec, CodecName, Dense, Int8, Nf4, make
 from llm_lowrank.codecs.nf4 import _quantize, _quantize_by_kernel
+from tests import tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CODED = [codec for dtype in DTYPES for codec in (Nf4(dtype), Nf4(dtype, double_quant=True), Int8(dtype))]
-CODECS = CODED + [Dense(dtype) for dtype in [*DTYPES, torch.float64]]
+QUANTIZED = [codec for dtype in DTYPES for codec in (Nf4(dtype), Nf4(dtype, double_quant=True), Int8(dtype))]
+CODECS = QUANTIZED + [Dense(dtype) for dtype in [*DTYPES, torch.float64]]
 SHAPES = [(43, 42), (14, 42), (42, 43), (7, 130), (1, 64), (1, 1), (3, 128), (576, 1536)]
 LEVELS = bnb.get_4bit_type("nf4", device="cpu")
 HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max().item() / 2  # 0.3038 / 2, between the two lowest levels
@@ -88,7 +91,7 @@ def test_rows_stand_alone_bit_for_bit(codec, shape):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(CODED),
+    st.sampled_from(QUANTIZED),
     st.integers(1, 9),
     st.integers(1, 200),
     st.integers(0, 99),
@@ -198,7 +201,7 @@ def test_int8_holds_the_largest_and_the_smallest_rows():
     assert ((decoded - w).abs() <= w.abs().amax(1, keepdim=True).clamp(min=1e-36) / 254 * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("codec", CODED, ids=str)
+@pytest.mark.parametrize("codec", QUANTIZED, ids=str)
 @pytest.mark.parametrize("n", [42, 128])
 def test_zeros_stay_zeros(codec, n):
     w = normal(6, n)
@@ -224,7 +227,7 @@ def test_the_kernel_path_refuses_too():
         _quantize_by_kernel(torch.full((1, 64), torch.nan))
 
 
-@pytest.mark.parametrize("codec", CODED, ids=str)
+@pytest.mark.parametrize("codec", QUANTIZED, ids=str)
 def test_a_rank_without_rows(codec):
     parts = codec.encode(torch.zeros(0, 42))
     assert all(part.shape[0] == 0 for part in parts.values())
@@ -234,7 +237,7 @@ def test_a_rank_without_rows(codec):
         assert empty.shape == (0, 42) and empty.dtype == codec.dtype
 
 
-@pytest.mark.parametrize("codec", CODED, ids=str)
+@pytest.mark.parametrize("codec", QUANTIZED, ids=str)
 @pytest.mark.parametrize("shape", [(5, 64), (5, 42), (1, 64), (4, 130)], ids=str)
 def test_parts_may_lie_anywhere_in_a_flat_buffer(codec, shape):
     m, n = shape
@@ -246,7 +249,7 @@ def test_parts_may_lie_anywhere_in_a_flat_buffer(codec, shape):
     assert same(codec.decode(apart, n), expected)
 
 
-@pytest.mark.parametrize("codec", CODED, ids=str)
+@pytest.mark.parametrize("codec", QUANTIZED, ids=str)
 @pytest.mark.parametrize("n", [42, 64])
 def test_a_decoded_weight_is_fresh_memory_without_a_gradient(codec, n):
     parts = codec.encode(torch.nn.Parameter(normal(5, n)))
@@ -259,7 +262,7 @@ def test_a_decoded_weight_is_fresh_memory_without_a_gradient(codec, n):
     assert not (codec.decode(parts, n) == 7).any()
 
 
-@pytest.mark.parametrize("codec", CODED, ids=str)
+@pytest.mark.parametrize("codec", QUANTIZED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [70, 128])
 def test_encoding_is_done_in_float32_whatever_comes_in(codec, dtype, n):
@@ -274,7 +277,7 @@ def test_encoding_is_done_in_float32_whatever_comes_in(codec, dtype, n):
 def test_encoding_does_not_touch_a_float32_weight():
     w = normal(9, 128)
     kept = w.clone()
-    for codec in CODED:
+    for codec in QUANTIZED:
         codec.encode(w)
     assert same(w, kept)
 
@@ -309,6 +312,18 @@ def test_make():
             make(name, torch.float32, double_quant=True)
 
 
+def test_every_codec_of_the_table_is_a_choice_of_the_recipe_and_runs_under_the_laws():
+    assert list(TABLE) == ["dense", "nf4", "int8"] == list(get_args(CodecName))
+    assert set(TABLE.values()) == {type(codec) for codec in CODECS}
+    assert {codec.name for codec in tiny.CODECS.values()} == set(TABLE)
+
+
+def test_a_codec_names_the_packages_that_it_needs(monkeypatch):
+    assert [kind.missing() for kind in TABLE.values()] == [[], [], []]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert {name: kind.missing() for name, kind in TABLE.items()} == {"dense": [], "nf4": ["bitsandbytes"], "int8": []}
+
+
 def test_bitsandbytes_is_needed_for_nf4_only():
     body = """
 import sys
@@ -328,8 +343,8 @@ except ImportError as error:
 
 
 def test_encoding_again_loses_a_small_update():
-    """Why a coded W is not writable: of W + D, NF4 keeps less than half of a D of 2 % of W or less, int8 of one of 0.5
-    % or less.
+    """Why a quantized W is not writable: less than half of an update D is left after W + D was encoded again, if D is
+    2 % of W or less in nf4, or 0.5 % or less in int8.
 
     What is lost may exceed D: an element that sets a scale keeps its update, and drags the other elements of its block
     along.
@@ -343,11 +358,11 @@ def test_encoding_again_loses_a_small_update():
         for size in (0.1, 0.02, 0.005, 0.001):
             d = update * (size * w.norm() / update.norm())
             kept = codec.decode(codec.encode(stored + d), 512) - stored
-            lost[type(codec).__name__, size] = ((kept - d).norm() / d.norm()).item()
+            lost[codec.name, size] = ((kept - d).norm() / d.norm()).item()
     print(
         "\n|kept - D| / |D|",
         *(f"{name:5} |D| = {size:6.1%} |W|: lost {part:6.1%}" for (name, size), part in lost.items()),
         sep="\n",
     )
-    assert all(lost["Nf4", size] > 0.5 for size in (0.02, 0.005, 0.001))
-    assert lost["Int8", 0.001] > 0.5 and lost["Int8", 0.005] > 0.5
+    assert all(lost["nf4", size] > 0.5 for size in (0.02, 0.005, 0.001))
+    assert lost["int8", 0.001] > 0.5 and lost["int8", 0.005] > 0.5

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-class Codec(Protocol):
-    """decode(encode(W)) ~ W, and bit for bit  encode(W)[a:b] = encode(W[a:b])  and  decode(parts)[a:b] =
-    decode(parts[a:b]).
+@dataclass(frozen=True)
+class Codec(ABC):
+    """A way to store W: decode(encode(W)) ~ W, and bit for bit
 
-    Blocks never cross a row, so a shard of rows decodes alone and every part has W's rows as its dim 0.
+        encode(W)[a:b] = encode(W[a:b])    decode(parts)[a:b] = decode(parts[a:b])
+
+    Blocks never cross a row, so that a shard of rows can be decoded alone and every part has W's rows as its dim 0.
     """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of a decoded W."""
-        ...
+    name: ClassVar[str]  # in a recipe and in the files of a run
+    packages: ClassVar[tuple[str, ...]] = ()  # what must be installed beside torch
+
+    dtype: torch.dtype = torch.float32  # of a decoded W
 
     @property
+    @abstractmethod
     def writable(self) -> bool:
-        """Whether a stored W may be changed. A coded one may not: encoding again rounds most of a small update away."""
-        ...
+        """Whether a stored W may be changed.
+
+        A quantized W may not: encoding again rounds most of a small update away.
+        """
 
     @property
+    @abstractmethod
     def holds_small_updates(self) -> bool:
         """Whether an update of a thousandth of W survives being stored."""
-        ...
 
+    @abstractmethod
     def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
-        """part -> (elements per row of W, stored dtype): enough to allocate the parts of a W that is not there yet."""
-        ...
+        """Return part -> (elements per row of W, stored dtype): enough to allocate the parts before W is read."""
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]: ...  # (m, n), any float dtype -> parts (m, width), contiguous
-    def decode(self, parts: dict[str, Tensor], n: int) -> Tensor: ...  # parts -> (m, n) in self.dtype
+    @abstractmethod
+    def encode(self, w: Tensor) -> dict[str, Tensor]:
+        """Return the parts of W, each (m, width) and contiguous. W (m, n) may have any floating dtype."""
+
+    @abstractmethod
+    def decode(self, parts: dict[str, Tensor], n: int) -> Tensor:
+        """Return W (m, n) in `dtype`."""
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Return the packages that this codec needs and that are not installed."""
+        return [package for package in cls.packages if importlib.util.find_spec(package) is None]
 
 
-class Coded:
+class Quantized(Codec):
     """What the codecs that round W have in common: a stored W is final."""
 
     @property
@@ -52,21 +70,22 @@ class Coded:
 
 
 def empty_parts(codec: Codec, m: int, n: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Room for the parts of m rows of a W with n columns."""
+    """Allocate the parts of m rows of a W with n columns."""
     return {name: torch.empty(m, width, dtype=dtype, device=device) for name, (width, dtype) in codec.layout(n).items()}
 
 
 def row_slices(x: Tensor) -> Iterator[slice]:
-    """The rows of x (m, n), a few at a time, so that no copy of all of x is made on the way to another type."""
-    elements = 2**16 if x.device.type == "cpu" else 2**22  # what stays in a cache; what fills an accelerator
+    """Yield the rows of x (m, n), a few at a time, so that no copy of all of x is made on the way to another type."""
+    # 2^16 elements stay in the cache of a CPU; an accelerator needs 2^22 to be busy
+    elements = 2**16 if x.device.type == "cpu" else 2**22
     step = max(1, elements // x.shape[1])
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
 def absmax(x: Tensor) -> Tensor:
-    """max |x| over the last dimension: (..., n) -> (..., 1).
+    """Return max |x| over the last dimension: (..., n) -> (..., 1).
 
-    The one place where a codec meets every element, so it refuses here.
+    This is the one place where a codec reads every element, so a W that no scale can hold is refused here: ValueError.
     """
     largest = x.abs().amax(-1, keepdim=True)
     if not largest.isfinite().all():
@@ -77,21 +96,23 @@ def absmax(x: Tensor) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """float32 (m, k) -> uint8 (m, 4k): sharding engines cast floating parameters to the type of the model, and leave
-    bytes alone.
+    """Return the bytes of a float32 tensor: (m, k) -> uint8 (m, 4k).
+
+    Sharding engines cast floating parameters to the type of the model and leave bytes alone.
     """
     return x.contiguous().view(torch.uint8)
 
 
-def align(part: Tensor) -> Tensor:
-    """Contiguous and at a multiple of 4 bytes; a view into an engine's flat buffer may be neither, and is copied then."""
-    return (
-        part.clone(memory_format=torch.contiguous_format)
-        if part.data_ptr() % 4 or part.storage_offset() % 4
-        else part.contiguous()
-    )
-
-
 def from_bytes(part: Tensor) -> Tensor:
-    """uint8 (m, 4k) -> float32 (m, k)."""
+    """Return the float32 tensor of these bytes: uint8 (m, 4k) -> (m, k)."""
     return align(part).view(torch.float32)
+
+
+def align(part: Tensor) -> Tensor:
+    """Return the part contiguous and at a multiple of 4 bytes.
+
+    A view into an engine's flat buffer may be neither; then this is a copy.
+    """
+    if part.data_ptr() % 4 or part.storage_offset() % 4:
+        return part.clone(memory_format=torch.contiguous_format)
+    return part.contiguous()

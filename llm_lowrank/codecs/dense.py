@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from llm_lowrank.codecs.base import Codec
+
 
 @dataclass(frozen=True)
-class Dense:
-    """parts = {"weight": W rounded once to `dtype`}; the name is the one in the checkpoint.
+class Dense(Codec):
+    """parts = {"weight": W rounded once to `dtype`}; the name of the part is the one in the checkpoint.
 
-    Elements are independent of one another, so a flat run of W is encoded and decoded like a whole one.
+    Elements are independent of one another, so a span of the flattened W is encoded and decoded as the whole W is.
     """
 
-    dtype: torch.dtype = torch.float32
+    name: ClassVar[str] = "dense"
 
     @property
     def writable(self) -> bool:

@@ -5,30 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llm_lowrank.codecs.base import Coded, absmax, align, empty_parts, from_bytes, row_slices, to_bytes
+from llm_lowrank.codecs.base import Quantized, absmax, align, empty_parts, from_bytes, row_slices, to_bytes
 
 BLOCK = 64  # elements that share a scale
 
 
 @dataclass(frozen=True)
-class Nf4(Coded):
-    """W_ij ~ s_ib t[c_ij], b = j // 64.  s_ib = max |W_ij| over block b,  c_ij = the nearest of the 16 levels t to W_ij
-    / s_ib.
+class Nf4(Quantized):
+    """W_ij ~ s_ib t[c_ij],  b = j // 64,  s_ib = max |W_ij| over block b.
 
+    c_ij is the index of the one of the 16 levels t that is nearest to W_ij / s_ib. The format is that of
     https://arxiv.org/abs/2305.14314 section 3; levels and kernels are those of bitsandbytes. With `double_quant` the
     scales of a row are stored in 8 bits,  s ~ lo + step q,  q = round((s - lo) / step),  step = (hi - lo) / 255, with
-    lo and hi of that row alone; QLoRA shares them among 256 blocks, which would tie rows together.
+    lo and hi of that row alone. QLoRA shares them among 256 blocks, which would make rows depend on one another.
 
-    codes        uint8 (m, N / 2)       two to a byte, the left one in the high bits; N = n up to a multiple of 64, filled with zeros
+    N is n, rounded up to a multiple of 64; a row is filled with zeros.
+
+    codes        uint8 (m, N / 2)       two to a byte, the left one in the high bits
     scales       uint8 (m, 4 N / 64)    float32 as bytes; with double_quant q itself, (m, N / 64)
     scale_range  uint8 (m, 8)           float32 lo and step as bytes, with double_quant only
     """
 
-    dtype: torch.dtype = torch.float32
+    name: ClassVar[str] = "nf4"
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+
     double_quant: bool = False
 
     def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -57,18 +62,18 @@ class Nf4(Coded):
     def decode(self, parts: dict[str, Tensor], n: int) -> Tensor:
         codes = parts["codes"]
         m, device = codes.shape[0], codes.device
-        if m == 0:  # a rank may hold no row; no kernel takes that
+        if m == 0:  # a rank may hold no row, and the kernels refuse an empty tensor
             return torch.empty(0, n, dtype=self.dtype, device=device)
         functional, shape = kernels(), torch.Size((m, -(-n // BLOCK) * BLOCK))
         state = functional.QuantState(
             self._scales(parts).flatten(), shape, levels(device), BLOCK, quant_type="nf4", dtype=self.dtype
         )
-        # codes as a column: given a single row, bitsandbytes returns the transpose
+        # the codes are handed over as a column, for bitsandbytes returns the transpose of a single row
         w = functional.dequantize_4bit(align(codes).view(-1, 1), state)  # (m, N)
         return w[:, :n].contiguous()
 
     def _scales(self, parts: dict[str, Tensor]) -> Tensor:
-        """(m, N / 64) in float32."""
+        """Return the scales in float32: (m, N / 64)."""
         if not self.double_quant:
             return from_bytes(parts["scales"])
         low, step = from_bytes(parts["scale_range"]).split(1, 1)  # (m, 1) each
@@ -76,11 +81,11 @@ class Nf4(Coded):
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes and scales of bitsandbytes, bit for bit, 4 times as fast on a CPU: (m, N) -> uint8 (m, N / 2), (m, N /
-    64).
+    """Return the codes and scales of bitsandbytes, bit for bit, 4 times as fast on a CPU.
 
-    c = #{midpoints of neighbouring levels below x / s}. Counting 15 comparisons is vectorized (with a float32 result:
-    torch's comparisons into bool are not), the binary search of `torch.bucketize` is not.
+    x (m, N) -> codes uint8 (m, N / 2), scales (m, N / 64);  c = #{midpoints of neighbouring levels below x / s}.
+    Counting 15 comparisons is vectorized if their result is float32; torch's comparisons into bool and the binary
+    search of `torch.bucketize` are not.
     """
     scales = absmax(x.view(x.shape[0], -1, BLOCK))  # (m, N / 64, 1)
     steps = levels(x.device)
@@ -92,20 +97,20 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_quantize`, by the kernel that bitsandbytes has for x's device."""
-    absmax(x)  # a kernel may pass over NaN
+    """Return the same as `_quantize`, by the kernel that bitsandbytes has for x's device."""
+    absmax(x)  # it refuses NaN, which a kernel may encode without a complaint
     codes, state = kernels().quantize_4bit(x, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
     return codes.view(x.shape[0], -1), state.absmax.view(x.shape[0], -1)
 
 
 @cache
 def levels(device: torch.device) -> Tensor:
-    """The 16 levels t in ascending order, -1 to 1."""
+    """Return the 16 levels t in ascending order, -1 to 1."""
     return kernels().get_4bit_type("nf4", device=device)
 
 
 def kernels() -> ModuleType:
-    """Imported when first used: it takes seconds, and only this codec needs it."""
+    """Import bitsandbytes.functional when it is first used: that takes seconds, and only this codec needs it."""
     try:
         from bitsandbytes import functional
     except ImportError as error:

@@ -336,7 +336,7 @@ class Backbone:
                 tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
         codec = next(iter(coded.values())).codec
         settings = {
-            "name": type(codec).__name__.lower(),
+            "name": codec.name,
             "dtype": str(codec.dtype),
             "double_quant": getattr(codec, "double_quant", False),
         }
