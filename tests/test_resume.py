@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.soak import live
-from llm_lowrank.run.recipe import Recipe, occupied
+from llm_lowrank.run.recipe import Recipe, output_dir_conflict
 from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 STEPS = 60
@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
         ("auto", "a finished run and no checkpoint"),
         (str(tmp_path / "other/checkpoints/step-000002"), "is not empty"),
     ):
-        assert said in (occupied(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or "")
+        assert said in (output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or "")
     (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
     for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):
-        assert occupied(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None
+        assert output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None
