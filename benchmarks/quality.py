@@ -66,7 +66,7 @@ from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.numerics.schedule import learning_rate
+from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.recipe import Recipe, build_model
 from llm_lowrank.run.held_out import batch_loss
 from llm_lowrank.run.train import train
@@ -224,12 +224,13 @@ def pretrain(model: LlamaForCausalLM, base: Base) -> None:
     random = generator(base.seed, "pre-training")
     optimizer = torch.optim.AdamW(model.parameters(), lr=base.rate, weight_decay=0.01)
     model.train()
+    schedule = Schedule(base.rate, base.steps, warmup=base.steps // 12)
     for step in range(base.steps):
         tokens = examples(OWN, base.batch, random)
         loss = nn.functional.cross_entropy(*answered(model, tokens))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, base.steps, base.rate, base.steps // 12, "cosine")
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 200 == 0:
@@ -359,12 +360,12 @@ def adapt(
     """The loop of train.py on one process; the result, filled in."""
     began, total, since = time.perf_counter(), small.steps, []
     exchange_steps = method.schedule(total, adapters)
-    rate = partial(learning_rate, total=total, peak=peak, warmup=small.warmup, shape="cosine")
+    schedule = Schedule(peak, total, warmup=small.warmup)
     model.train()
     result.held_out_curve.append((0, judged(model, held_out)[0]))
     for step in range(1, total + 1):
         (micro,) = batches.step(step - 1)
-        rates = method.rates(adapters, step - 1, total, rate)
+        rates = method.rates(adapters, step - 1, total, schedule.rate)
         method.batch(adapters, step - 1, micro.samples)
         loss = batch_loss(model, micro, engine.device) / micro.tokens
         engine.backward(loss)

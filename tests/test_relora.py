@@ -28,9 +28,9 @@ from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.models.export import merge, save_adapter
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
-from llm_lowrank.numerics.schedule import learning_rate
-from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.messages import log_exchange
+from llm_lowrank.run.metrics import Metrics
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 
@@ -267,9 +267,7 @@ def test_the_error_of_compressing_equals_that_of_an_independent_svd_and_is_print
         error = max(float((bank - best(bank, RANK)).norm() / bank.norm()) for bank in full)
         assert [event.lost for event in told.events] == pytest.approx([0.0, 0.0, error], rel=1e-5) and error > 0.01
     with Metrics(tmp_path, "none", main=True) as metrics:
-        lines = [
-            log_exchange(metrics, step, event) for step, event in zip(RESTARTS, told.events, strict=True)
-        ]
+        lines = [log_exchange(metrics, step, event) for step, event in zip(RESTARTS, told.events, strict=True)]
     assert [f"compressing the bank took {error:.1e} of it" in line for line in lines] == [False, False, True]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["lost"] for record in records] == [event.lost for event in told.events]
@@ -414,7 +412,8 @@ def test_restarts_are_multiples_of_interval_that_leave_a_step_at_the_full_rate(i
 def test_rates_equal_the_closed_form(warmup, shape):
     """rate(t) of the recipe, times (t - last restart + 1) / warmup where that is less than 1."""
     method, total = ReLoRA(interval=10, restart_warmup=warmup), 36
-    curve = [learning_rate(step, total, 1e-3, 3, shape) for step in range(total)]
+    schedule = Schedule(1e-3, total, warmup=3, shape=shape)
+    curve = [schedule.rate(step) for step in range(total)]
     factor = [1.0] * 10 + ([min(1.0, (k + 1) / warmup) if warmup else 1.0 for k in range(10)] * 3)[: total - 10]
     found = [method.rates([], step, total, lambda step: curve[step]) for step in range(total)]
     assert found == [[pytest.approx(rate * f)] for rate, f in zip(curve, factor, strict=True)]

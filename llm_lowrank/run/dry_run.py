@@ -25,6 +25,7 @@ from llm_lowrank.run.recipe import (
     optimization,
     output_dir_conflict,
     read_data,
+    schedule_of,
 )
 
 GIB = 2**30
@@ -133,7 +134,8 @@ def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -
         return f"schedule, {batch}\nsteps and exchanges are not known without the data (or max_steps): {str(error).splitlines()[0]}"
     steps = recipe.method.schedule(total, adapters)
     when = f"after step {', '.join(map(str, steps))}" if steps else "none"
-    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} exchanges: {when}"
+    rates = schedule_of(recipe, total)
+    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} exchanges: {when}\nlearning rate: {rates}"
 
 
 def total_steps(recipe: Recipe, folder: str, world: int) -> int:

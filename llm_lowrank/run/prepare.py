@@ -17,7 +17,8 @@ from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.source import Source
-from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, read_data
+from llm_lowrank.numerics.schedule import Schedule
+from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, read_data, schedule_of
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Run:
     adapters: list[Adapter]
     batches: Batches | StreamBatches
     total_steps: int
+    schedule: Schedule  # of the learning rate
     exchange_steps: tuple[int, ...]  # completed steps after which pairs are exchanged
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     resume_from: Checkpoint | None = None
@@ -64,6 +66,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
     tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     model, adapters = build_model(recipe, source.path)
+    schedule = schedule_of(recipe, total)
     exchange_steps = recipe.method.schedule(total, adapters)
     unused = loading.bind(model, adapters, source)
     if recipe.gradient_checkpointing:
@@ -81,6 +84,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         adapters=adapters,
         batches=batches,
         total_steps=total,
+        schedule=schedule,
         exchange_steps=exchange_steps,
         unused=unused,
     )

@@ -22,11 +22,13 @@ from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import CODECS, Codec, CodecName, make
 from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load, pad_id, tokenizer_of, training_batches
-from llm_lowrank.engines.base import TIMEOUT, Optimization
+from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.loading import skeleton
+from llm_lowrank.numerics.optimizers import OPTIMIZERS, Optimization, OptimizerName
+from llm_lowrank.numerics.schedule import Schedule, Shape
 from llm_lowrank.run.command_line import RecipeError, help_text, read
 from llm_lowrank.run.synonyms import REFUSALS
 
@@ -43,6 +45,7 @@ __all__ = [
     "parse",
     "read_data",
     "save",
+    "schedule_of",
     "validate",
 ]
 
@@ -55,6 +58,8 @@ HEADINGS = {  # above the field in --help
     "optim": "optimizer",
     "logging_steps": "logging and evaluation",
 }
+
+WARMUP = 5  # steps, where the recipe names none and the run is long enough
 
 IDENTITY = {"method": "type", "data": "dataset"}
 
@@ -111,9 +116,9 @@ class Recipe:
     seed: int = 42
     """Of the split, the order of the samples, dropout and the adapters' start."""
 
-    optim: Literal["adamw", "lion"] = "adamw"
-    """AdamW, or Lion (arXiv 2302.06675): the sign of a mean gradient, one moment; wants a rate about ten times smaller.
-    """
+    optim: OptimizerName = "adamw"
+    """The optimizer. lion (arXiv 2302.06675) steps by the sign of a mean gradient, keeps one moment instead of two, and
+    wants a rate about ten times smaller than adamw."""
     learning_rate: float = 5e-4
     """The peak, after warm-up."""
     weight_decay: float = 0.0
@@ -126,10 +131,15 @@ class Recipe:
     """Added to the denominator of AdamW."""
     max_grad_norm: float = 1.0
     """Clip the gradient of all adapters together to this norm; 0: no clipping."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak down to 0, or constant."""
-    warmup_steps: int = 5
-    """Linear warm-up to the peak."""
+    lr_scheduler_type: Shape = "cosine"
+    """After warm-up. cosine, linear: from the peak down to the lowest rate. warmup_stable_decay: the peak, then down in
+    the last tenth of the run by a cosine. constant: the peak."""
+    min_lr_rate: float = 0.0
+    """The lowest rate as a share of the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up to the peak; by default 5, or half of the run if it has fewer than 10 steps."""
+    warmup_ratio: float | None = None
+    """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
 
     logging_steps: int = 10
     """Report loss, learning rate and tokens/s every so many steps."""
@@ -202,6 +212,16 @@ def optimization(recipe: Recipe) -> Optimization:
 
 
 def codec(recipe: Recipe) -> Codec:
+def schedule_of(recipe: Recipe, total: int) -> Schedule:
+    """Return the learning rates of a run of `total` steps. RecipeError where the recipe contradicts that length."""
+    if errors := _schedule_errors(recipe, total, f"the {total} steps of the run"):
+        raise RecipeError("\n".join(errors))
+    warmup = min(WARMUP, total // 2) if recipe.warmup_steps is None else recipe.warmup_steps
+    if recipe.warmup_ratio is not None:
+        warmup = round(recipe.warmup_ratio * total)
+    return Schedule(recipe.learning_rate, total, warmup, recipe.lr_scheduler_type, recipe.min_lr_rate)
+
+
     """How the frozen weights are stored."""
     return make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant)
 
@@ -277,7 +297,8 @@ RANGES: dict[str, Check] = {
     **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio"), DECAY),
+    "min_lr_rate": ("must be at least 0 and at most 1", lambda x: 0 <= x <= 1),
     "max_steps": ("must be at least 1, or -1 for as many as num_train_epochs take", lambda x: x >= 1 or x == -1),
     "model_name_or_path": ("must name a model", bool),
     "output_dir": ("must name a folder", bool),
@@ -289,10 +310,10 @@ def validate(recipe: Recipe) -> None:
     errors = [
         f"{key} {text}, not {getattr(recipe, key)}"
         for key, (text, good) in RANGES.items()
-        if not good(getattr(recipe, key))
+        if getattr(recipe, key) is not None and not good(getattr(recipe, key))
     ]
-    if 1 <= recipe.max_steps < recipe.warmup_steps:
-        errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than max_steps ({recipe.max_steps})")
+    errors += _optimizer_errors(recipe)
+    errors += _schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     if recipe.codec_double_quant and recipe.codec != "nf4":
         errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
     if recipe.merge_base == "dequantized" and recipe.codec == "dense":
@@ -315,8 +336,6 @@ def validate(recipe: Recipe) -> None:
         )
     if recipe.data.streaming and recipe.max_steps < 1:
         errors.append("data.streaming: how long the data is cannot be known; set max_steps")
-    if recipe.optim == "lion" and recipe.adam_epsilon != Recipe.adam_epsilon:
-        errors.append("adam_epsilon is of AdamW, optim: lion has none; remove it")
     if recipe.engine != "fsdp" and recipe.fsdp != Sharding():
         errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
@@ -332,6 +351,32 @@ def validate(recipe: Recipe) -> None:
 
 
 def _deepspeed_errors(recipe: Recipe) -> list[str]:
+def _optimizer_errors(recipe: Recipe) -> list[str]:
+    """Settings that this optimizer does not take, where they are not at their defaults."""
+    known = OPTIMIZERS[recipe.optim].settings
+    errors = []
+    for key in sorted({key for kind in OPTIMIZERS.values() for key in kind.settings if key not in known}):
+        if getattr(recipe, key) != getattr(Recipe, key):
+            takers = " and ".join(kind.title for kind in OPTIMIZERS.values() if key in kind.settings)
+            errors.append(f"{key} is of {takers}, optim: {recipe.optim} has none; remove it")
+    return errors
+
+
+def _schedule_errors(recipe: Recipe, total: int, length: str) -> list[str]:
+    """Settings of the learning rate that contradict each other or the run's length; a total of -1 is not known yet."""
+    errors = []
+    if recipe.warmup_steps is not None and recipe.warmup_ratio is not None:
+        errors.append(
+            f"warmup_steps ({recipe.warmup_steps}) and warmup_ratio ({recipe.warmup_ratio:g}) both say how long the "
+            "warm-up is; remove one"
+        )
+    if recipe.warmup_steps is not None and 1 <= total < recipe.warmup_steps:
+        errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than {length}; lower it or train longer")
+    if recipe.min_lr_rate and recipe.lr_scheduler_type == "constant":
+        errors.append(f"min_lr_rate ({recipe.min_lr_rate:g}) has no use with lr_scheduler_type: constant; remove one")
+    return errors
+
+
     if importlib.util.find_spec("deepspeed") is None:
         return ["engine: deepspeed is not installed; pip install deepspeed or --engine plain"]
     try:

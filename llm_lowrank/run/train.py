@@ -19,7 +19,6 @@ from llm_lowrank.models import checkpoint, export, loading
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
-from llm_lowrank.numerics.schedule import learning_rate
 from llm_lowrank.run.gaps import merged_gaps
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
@@ -172,11 +171,7 @@ def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple
     sees nothing, and the engine changes no value and no moment.
     """
     recipe, engine, method, adapters = run.recipe, run.engine, run.recipe.method, run.adapters
-
-    def rate(t: int) -> float:
-        return learning_rate(t, run.total_steps, recipe.learning_rate, recipe.warmup_steps, recipe.lr_scheduler_type)
-
-    rates = method.rates(adapters, step - 1, run.total_steps, rate)
+    rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
     for micro in run.batches.step(step - 1):
         method.batch(adapters, step - 1, micro.samples)
         loss = batch_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
