@@ -130,6 +130,15 @@ class Method(draccus.ChoiceRegistry):
 def output_layer(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
+    def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
+        """Return numbers for the log by their names, whichever there are at this step.
+
+        Called at every multiple of `logging_steps` and after the last step, after an exchange of the same step. The run
+        writes the numbers to metrics.jsonl and to the tracker, as method/name. Collective: all ranks call it at the same
+        steps, and it may sum over them. What rank 0 returns is written.
+        """
+        return {}
+
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
     """The linear modules that `wanted` names, in the model's order.

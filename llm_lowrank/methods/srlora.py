@@ -105,6 +105,9 @@ class SRLoRA(PiSSA):
         for adapter in as_pair_adapters(adapters):
             # directions that have been trained, the next one's number
             adapter.memory["visited"] = torch.tensor(self.rank)
+            # which pairs came at the last exchange, and how many it replaced: (all, those that the one before brought)
+            adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.bool, device=engine.device)
+            adapter.memory["replaced"] = torch.zeros(2, dtype=torch.int64)
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
                     adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.span(p).value)
@@ -133,17 +136,42 @@ class SRLoRA(PiSSA):
                 factors += [b, a]
                 events.append(exchange_(engine, adapter, index, fresh=Pairs(b, a), moments=self.moments))
             adapter.memory["visited"] += count
+            fresh = adapter.memory["fresh"]
+            adapter.memory["replaced"].copy_(torch.tensor([count, int(fresh[index].sum())]))
+            fresh.zero_()
+            fresh[index] = True
             for key in ("mean_A", "mean_B", "spread_A", "spread_B"):
                 adapter.memory[key].zero_()
         engine.same("the exchanged pairs", *factors)
         return Exchanged.total(events)
+
+    def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
+        """Return how the pairs' scores differ, and how many fresh pairs the last exchange replaced again. Collective.
+
+            replaced_fresh         of the pairs that the last exchange replaced in all modules, those that had come at
+                                   the exchange before it; 0 before the second exchange
+            replaced_fresh_share   the same, divided by all pairs that the last exchange replaced; 0 before the second
+            score_variation        std_k(S_k) / mean_k(S_k) over the r pairs of a module, mean over the modules; 0 where
+                                   all pairs matter alike, sqrt(r - 1) where only one does. Missing directly after an
+                                   exchange, where there are no scores yet
+
+        The standard deviation is that of the population: divided by r.
+        """
+        layers = as_pair_adapters(adapters)
+        replaced, fresh = torch.stack([a.memory["replaced"] for a in layers]).sum(0).tolist()
+        found = {"replaced_fresh": fresh, "replaced_fresh_share": fresh / replaced if replaced else 0.0}
+        scores = self.scores(layers, engine)
+        scores = scores[scores.sum(1) > 0]
+        if len(scores):
+            found["score_variation"] = float((scores.std(1, correction=0) / scores.mean(1)).mean())
+        return found
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
         """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides.
 
         Collective.
         """
-        scores = engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))  # (modules, r)
+        scores = self.scores(adapters, engine)
         if not torch.isfinite(scores).all():
             bad = adapters[int((~torch.isfinite(scores)).any(1).nonzero()[0])].name
             raise RuntimeError(
@@ -151,6 +179,10 @@ class SRLoRA(PiSSA):
             )
         (choice,) = engine.broadcast(lambda: [torch.argsort(scores, dim=1, stable=True)[:, :count].sort(1).values])
         return choice
+
+    def scores(self, adapters: list[PairAdapter], engine: Engine) -> Tensor:
+        """Return S_k of every pair: (modules, r) float64. Collective."""
+        return engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))
 
     def _my_scores(self, adapter: PairAdapter, engine: Engine) -> Tensor:
         """S_k as far as this rank's runs of A and B go: (r,)."""

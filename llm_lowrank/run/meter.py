@@ -67,6 +67,8 @@ def log_step(run: Run, metrics: Metrics, meter: Meter, step: int, *, rate: float
     if run.skipped:
         record["skipped"] = run.skipped
     metrics.write("train", step, **record)
+    if of_method := run.recipe.method.metrics(run.adapters, run.engine):
+        metrics.write("method", step, **of_method)
     bar.set_postfix(
         loss="none" if record["loss"] is None else f"{record['loss']:.4f}",
         lr=f"{rate:.2e}",
