@@ -122,14 +122,6 @@ class Method(draccus.ChoiceRegistry):
         """After a step of the schedule; `step` steps are done. Collective."""
         return None
 
-    def peft(self) -> dict[str, Any]:
-        """What the PEFT configuration says of adapters that are exported as they were trained."""
-        return {}
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-
     def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
         """Return numbers for the log by their names, whichever there are at this step.
 
@@ -138,6 +130,14 @@ def output_layer(model: nn.Module) -> nn.Module | None:
         steps, and it may sum over them. What rank 0 returns is written.
         """
         return {}
+
+    def peft(self) -> dict[str, Any]:
+        """What the PEFT configuration says of adapters that are exported as they were trained."""
+        return {}
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
