@@ -211,7 +211,6 @@ def optimization(recipe: Recipe) -> Optimization:
     )
 
 
-def codec(recipe: Recipe) -> Codec:
 def schedule_of(recipe: Recipe, total: int) -> Schedule:
     """Return the learning rates of a run of `total` steps. RecipeError where the recipe contradicts that length."""
     if errors := _schedule_errors(recipe, total, f"the {total} steps of the run"):
@@ -222,6 +221,7 @@ def schedule_of(recipe: Recipe, total: int) -> Schedule:
     return Schedule(recipe.learning_rate, total, warmup, recipe.lr_scheduler_type, recipe.min_lr_rate)
 
 
+def codec(recipe: Recipe) -> Codec:
     """How the frozen weights are stored."""
     return make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant)
 
@@ -350,7 +350,6 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("\n".join(errors))
 
 
-def _deepspeed_errors(recipe: Recipe) -> list[str]:
 def _optimizer_errors(recipe: Recipe) -> list[str]:
     """Settings that this optimizer does not take, where they are not at their defaults."""
     known = OPTIMIZERS[recipe.optim].settings
@@ -377,6 +376,7 @@ def _schedule_errors(recipe: Recipe, total: int, length: str) -> list[str]:
     return errors
 
 
+def _deepspeed_errors(recipe: Recipe) -> list[str]:
     if importlib.util.find_spec("deepspeed") is None:
         return ["engine: deepspeed is not installed; pip install deepspeed or --engine plain"]
     try:
