@@ -11,6 +11,7 @@ import difflib
 import inspect
 import textwrap
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from draccus.utils import ParsingError, is_choice_type
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+Complaint = tuple[str, str]  # the dotted name that it is about, and what to print
 TYPE = "type"  # the key that names the kind of a choice
 CONFIG = "config_path"
 IGNORED = ("local_rank", "local-rank")  # the deepspeed launcher adds it; the environment says the same
@@ -29,29 +31,39 @@ class RecipeError(ValueError):
     """What the user asked for cannot be done; the message says what to change."""
 
 
-def read(cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], refusals: dict[str, str]) -> T:
-    """The settings in --config_path, overridden by the rest of the command line; what neither names comes from
-    `defaults`.
+def read(
+    cls: type[T], argv: list[str], defaults: T, identity: dict[str, str], refusals: dict[str, str], output: str = ""
+) -> T:
+    """Return the settings of the files in --config_path, overridden by the rest of the command line.
+
+    Files are separated by commas, and a later one overrides an earlier one setting by setting. Where a file, or the
+    command line, changes the type of a section, those settings of the old type that the new one lacks are dropped. What
+    nobody names comes from `defaults`. RecipeError names the file of a mistake where there are several files.
 
     `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset)
     starts from that thing's own defaults, any other continues the section in `defaults`.
     `refusals`: a name that is no setting here, such as another library's -> the end of the message that refuses it.
+    `output`: the setting that names the folder of results; a run of a.yaml,b.yaml that gives none writes to output/a-b.
     """
     keys = settings(cls)
     base = draccus.encode(defaults)
     given = _arguments(argv, keys)
-    path = given.pop(CONFIG, None)
-    tree = _file(path) if path is not None else {}
+    paths = _paths(given.pop(CONFIG)) if CONFIG in given else []
+    tree, origin = _files(cls, paths, base)
+    if paths and output:
+        tree = {output: f"output/{'-'.join(Path(path).stem for path in paths)}", **tree}
     for key, value in given.items():
         if key.endswith(f".{TYPE}"):
             _change_type(cls, tree, base, key.removesuffix(f".{TYPE}"), value)
         _put(tree, key, value)
+        origin.pop(key, None)
     for section, key in identity.items():
         if isinstance(tree.get(section), dict) and key not in tree[section]:
             tree[section] = _merge(base[section], tree[section])
     errors = _check(cls, tree, "", keys, refusals)
     if errors:
-        raise RecipeError("\n".join(errors))
+        where = origin if len(paths) > 1 else {}
+        raise RecipeError("\n".join(f"{where[key]}: {text}" if key in where else text for key, text in errors))
     try:
         return draccus.decode(cls, {**base, **tree})
     except ParsingError as error:
@@ -105,6 +117,36 @@ def _value(name: str, text: str, kind: Any) -> Any:
         raise RecipeError(f"--{name}: cannot read '{text}'") from None
 
 
+def _paths(text: str) -> list[str]:
+    """The files that --config_path names."""
+    paths = [path.strip() for path in text.split(",")]
+    if not all(paths):
+        raise RecipeError(f"--{CONFIG} {text} has an empty name; write a.yaml,b.yaml")
+    return paths
+
+
+def _files(cls: type, paths: Sequence[str], base: Tree) -> tuple[Tree, dict[str, str]]:
+    """What the files say together, later ones over earlier ones, and the file that each dotted name comes from."""
+    tree: Tree = {}
+    origin: dict[str, str] = {}
+    for path in paths:
+        over = _file(path)
+        for section, value in over.items():
+            if isinstance(value, dict) and TYPE in value:
+                _change_type(cls, tree, base, section, value[TYPE])
+        tree = _merge(tree, over)
+        origin |= dict.fromkeys(_names(over), path)
+    return tree, origin
+
+
+def _names(tree: Tree, prefix: str = "") -> Iterator[str]:
+    """The dotted names of sections and settings."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+
+
 def _file(path: str) -> Tree:
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
@@ -130,7 +172,7 @@ def _put(tree: Tree, key: str, value: Any) -> None:
 
 
 def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> None:
-    """--method.type on the command line keeps those of the file's settings that the new type has, too."""
+    """Drop the settings of a section that its old type has and the new one lacks."""
     choice, section = _hints(cls).get(field), tree.get(field)
     if choice is not None and is_choice_type(choice) and isinstance(section, dict):
         kinds = choice.get_known_choices()
@@ -151,34 +193,36 @@ def _merge(under: Tree, over: Tree) -> Tree:
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], refusals: dict[str, str]) -> list[str]:
+def _check(cls: type, tree: Tree, prefix: str, keys: dict[str, Any], refusals: dict[str, str]) -> list[Complaint]:
     """Complaints about unknown names and about values that would be taken for something else.
 
     Splits `a,b,c` where a list is wanted.
     """
-    errors: list[str] = []
+    errors: list[Complaint] = []
     hints = _hints(cls)
     for name, value in tree.items():
         key, kind = f"{prefix}{name}", hints.get(name)
         optional, kind = type(None) in typing.get_args(kind), _bare(kind)
+        text = ""
         if kind is None:
-            errors.append(_unknown_message(key, cls, keys, refusals))
+            text = _unknown_message(key, cls, keys, refusals)
         elif _is_section(kind):
             errors += _check_section(key, kind, value, keys, refusals)
         elif typing.get_origin(kind) is Literal:
             if value not in typing.get_args(kind):
-                errors.append(f"{key}: '{value}' is not one of {', '.join(map(str, typing.get_args(kind)))}")
+                text = f"{key}: '{value}' is not one of {', '.join(map(str, typing.get_args(kind)))}"
         elif value is None:
-            errors += [] if optional else [f"{key} needs a value ({_type_name(kind)})"]
+            text = "" if optional else f"{key} needs a value ({_type_name(kind)})"
         elif kind in (bool, int, float, str):
-            errors += [] if _fits(value, kind) else [f"{key}: '{value}' is not a value of type {_type_name(kind)}"]
+            text = "" if _fits(value, kind) else f"{key}: '{value}' is not a value of type {_type_name(kind)}"
         elif typing.get_origin(kind) in (tuple, list):
-            tree[name] = (
-                [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-            )
-            errors += [] if isinstance(tree[name], list) else [f"{key}: '{value}' is not a list; write a,b,c"]
+            if isinstance(value, str):
+                tree[name] = [part.strip() for part in value.split(",") if part.strip()]
+            text = "" if isinstance(tree[name], list) else f"{key}: '{value}' is not a list; write a,b,c"
         elif typing.get_origin(kind) is dict and not isinstance(value, dict):
-            errors.append(f"{key}: '{value}' is not a section; write {key}.name value, or {_type_name(kind)}")
+            text = f"{key}: '{value}' is not a section; write {key}.name value, or {_type_name(kind)}"
+        if text:
+            errors.append((key, text))
     return errors
 
 
@@ -192,15 +236,17 @@ def _fits(value: Any, kind: type) -> bool:
     return True
 
 
-def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], refusals: dict[str, str]) -> list[str]:
+def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], refusals: dict[str, str]) -> list[Complaint]:
+    if not isinstance(value, dict) and key in refusals:  # elsewhere it is a setting
+        return [(key, f"{key} is a section of settings, not a value; {refusals[key]}")]
     if not isinstance(value, dict):
         first = next(name for name in keys if name.startswith(f"{key}."))
-        return [f"{key} is a section of settings, not a value; did you mean {first} {value}?"]
+        return [(key, f"{key} is a section of settings, not a value; did you mean {first} {value}?")]
     if is_choice_type(kind):
         kinds = kind.get_known_choices()
         chosen = value.get(TYPE)
         if chosen not in kinds:
-            return [f"{key}.{TYPE}: '{chosen}' is not one of {', '.join(kinds)}"]
+            return [(f"{key}.{TYPE}", f"{key}.{TYPE}: '{chosen}' is not one of {', '.join(kinds)}")]
         section = {name: part for name, part in value.items() if name != TYPE}
         errors = _check(kinds[chosen], section, f"{key}.", keys, refusals)
         value.update(section)
@@ -233,8 +279,11 @@ def help_text(cls: type, defaults: Any, usage: str, headings: dict[str, str], wi
 
     `headings`: first field -> title.
     """
-    file = "A YAML file with any of the settings below; the command line overrides it."
-    out = [usage, "", f"  --{CONFIG} PATH\n{_wrap(file, '', width)}"]
+    file = (
+        "YAML files with any of the settings below. Of a.yaml,b.yaml the later one overrides the earlier one, and the "
+        "command line overrides both."
+    )
+    out = [usage, "", f"  --{CONFIG} PATH,PATH,...\n{_wrap(file, '', width)}"]
     title = ""
     for name, kind in _hints(cls).items():
         value = getattr(defaults, name)
