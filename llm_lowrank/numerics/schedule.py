@@ -49,6 +49,7 @@ class Schedule:
         return 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     def __str__(self) -> str:
-        warm = f"{self.warmup} steps of warm-up to" if self.warmup else "from the start"
+        steps = "1 step" if self.warmup == 1 else f"{self.warmup} steps"
+        warm = f"warm-up of {steps} to" if self.warmup else "from the start"
         lowest = "" if self.shape == "constant" else f" down to {self.peak * self.min_rate:g}"
         return f"{warm} {self.peak:g}, then {self.shape}{lowest}"

@@ -25,6 +25,7 @@ def opening(run: Run) -> str:
         "out)",
         f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
         "attention: " + ", ".join(attention(recipe)),
+        f"learning rate: {run.schedule}",
     ]
     lines += run.notes
     if run.unused:

@@ -10,15 +10,16 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
+from llm_lowrank import engines
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.data import Batches, Corpus, StreamBatches
-from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines import Engine
 from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, read_data, schedule_of
+from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, deepspeed_config, read_data, schedule_of
 
 
 @dataclass
@@ -55,6 +56,12 @@ class Run:
         """Print a line beside the progress bar, on rank 0."""
         if self.engine.main:
             tqdm.write(line)
+
+
+def make_engine(recipe: Recipe) -> Engine:
+    """Return the engine that the recipe names."""
+    settings = {"fsdp": recipe.fsdp, "deepspeed": deepspeed_config(recipe) if recipe.engine == "deepspeed" else None}
+    return engines.make(recipe.engine, settings.get(recipe.engine), recipe.ddp_timeout)
 
 
 def prepare(recipe: Recipe, engine: Engine) -> Run:

@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.data import Stream
-from llm_lowrank.engines.base import Engine
-from llm_lowrank.engines.fsdp import FSDP
-from llm_lowrank.engines.plain import Plain
+from llm_lowrank.engines import Engine
 from llm_lowrank.files import write_text
 from llm_lowrank.models import checkpoint, export, loading
 from llm_lowrank.models.loss import loss_layer
@@ -24,8 +22,8 @@ from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
 from llm_lowrank.run.meter import Meter, log_step
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.prepare import Run, find_checkpoint, prepare
-from llm_lowrank.run.recipe import Recipe, deepspeed_config, optimization
+from llm_lowrank.run.prepare import Run, find_checkpoint, make_engine, prepare
+from llm_lowrank.run.recipe import Recipe, optimization
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
 
@@ -49,17 +47,6 @@ def train(recipe: Recipe) -> None:
         output = recipe.output
         backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
         tqdm.write(f"merged:  {export.merge(source, output / 'adapter', output / 'merged', backbone=backbone)}")
-
-
-def make_engine(recipe: Recipe) -> Engine:
-    """Return the engine that the recipe names."""
-    if recipe.engine == "plain":
-        return Plain(recipe.ddp_timeout)
-    if recipe.engine == "fsdp":
-        return FSDP(recipe.fsdp, recipe.ddp_timeout)
-    from llm_lowrank.engines.zero import Zero  # deepspeed is imported only when it is asked for
-
-    return Zero(deepspeed_config(recipe), recipe.ddp_timeout)
 
 
 def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
