@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.data import Batches, Data, load, pad_id
+from llm_lowrank.data import Batches, Data, load_corpus, pad_id
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.run.held_out import batch_loss
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = Source.open(DEMO).path
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = load(Data("stdlib-code", prompt_style="plain", max_length=LENGTH, held_out=0), tokenizer, 0)
+    corpus = load_corpus(Data("stdlib-code", prompt_style="plain", max_length=LENGTH, held_out=0), tokenizer, 0)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     for adapter in attach(model, LoRA(rank=16), Dense(torch.float32)):
         assert isinstance(adapter, PairAdapter)
@@ -49,7 +49,7 @@ def main() -> None:
         nn.init.zeros_(adapter.B)
 
     def batches(per_device: int, pack: int = 0, grouped: bool = False) -> Batches:
-        return Batches(corpus.train, per_device, 1, 0, 1, 0, pad_id(tokenizer), 1, pack, grouped)
+        return Batches(corpus.train, per_device, pad_id=pad_id(tokenizer), pack=pack, grouped=grouped)
 
     packed = batches(1, LENGTH)
     rows = max(1, round(EXAMPLES * packed.rows / len(corpus.train)))

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, generator
-from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, output_layer, targets
+from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.engines.base import Engine, Optimization
@@ -282,7 +282,7 @@ def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
     output = output_layer(model)
     tied = model.get_input_embeddings().weight is output.weight
     share = 0.0 if tied else LoSiA.output_factor
-    shapes = [tuple(linear.weight.shape) for linear in targets(model, [ALL_LINEAR]).values()]
+    shapes = [tuple(linear.weight.shape) for linear in find_targets(model, [ALL_LINEAR]).values()]
     m, n = output.weight.shape
     wanted = sum(rank * (m + n) for m, n in shapes) - int(share * m) * n
 
@@ -333,7 +333,7 @@ def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
     else:
         model = engine.wrap(model, settings, partial(plain_rows, source))
     training = labelled(examples(SHIFTED, small.train, generator(spec.seed, "training")))
-    batches = Batches(training, small.batch, 1, 0, 1, spec.seed, pad_id=0, epochs=1.0)
+    batches = Batches(training, small.batch, pad_id=0, seed=spec.seed)
     held_out = examples(SHIFTED, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(
         engine.device
     )

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.data import Batches, Data, load, pad_id
+from llm_lowrank.data import Batches, Data, load_corpus, pad_id
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.srlora import SRLoRA
@@ -38,10 +38,10 @@ def one_switch(into: str) -> dict:
     engine = Plain()
     adapters = attach(model, method, Dense(torch.bfloat16))
     assert bind(model, adapters, source) == []
-    corpus = load(
+    corpus = load_corpus(
         Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0
     )
-    batches = Batches(corpus.train, 4, 1, 0, 1, 0, pad_id(tokenizer), 1)
+    batches = Batches(corpus.train, 4, pad_id=pad_id(tokenizer))
     load_model(engine, model, adapters, method, source, Optimization(1e-3))
 
     def maps() -> list[torch.Tensor]:

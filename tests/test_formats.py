@@ -15,7 +15,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load, stdlib_code
+from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load_corpus, stdlib_code
 from llm_lowrank.data.encoding import FRAMES
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 
@@ -39,7 +39,7 @@ def chat(*turns: str) -> str:
 
 def loaded(path: str, template: str | None = CHATML, **settings):
     tokenizer = byte_tokenizer(template)
-    return tokenizer, load(Data(path, held_out=0, **settings), tokenizer, 0)
+    return tokenizer, load_corpus(Data(path, held_out=0, **settings), tokenizer, 0)
 
 
 ALPACA = [
@@ -388,7 +388,7 @@ def test_a_llama_2_tokenizer_keeps_every_character(tmp_path, llama_2, style):
         for completion in ("the answer is 9", " 9", f"{HELLO}", "\nnew line")
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    corpus = load(Data(path, held_out=0, prompt_style=style), tokenizer, 0)
+    corpus = load_corpus(Data(path, held_out=0, prompt_style=style), tokenizer, 0)
     for example, row in zip((corpus.train[k] for k in range(4)), rows, strict=True):
         assert example.input_ids[0] == tokenizer.bos_token_id and example.input_ids[-1] == tokenizer.eos_token_id
         assert example.input_ids.count(tokenizer.bos_token_id) == 1
@@ -405,7 +405,7 @@ def test_a_llama_3_like_tokenizer_with_a_template_of_its_own(tmp_path):
     tokenizer = byte_tokenizer(template)
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     path = write_jsonl(tmp_path / "a.jsonl", ALPACA)
-    corpus = load(Data(path, held_out=0), tokenizer, 0)
+    corpus = load_corpus(Data(path, held_out=0), tokenizer, 0)
     assert [corpus.train[k].input_ids.count(tokenizer.bos_token_id) for k in range(3)] == [1, 1, 1]
 
 
@@ -415,7 +415,7 @@ def test_a_chat_template_from_a_file(tmp_path):
     (tmp_path / "template.jinja").write_text(CHATML)
     tokenizer = with_template(byte_tokenizer(None), str(tmp_path / "template.jinja"))
     path = write_jsonl(tmp_path / "share.jsonl", SHAREGPT)
-    assert texts(tokenizer, load(Data(path, held_out=0), tokenizer, 0).train)[1] == chat("a", "b")
+    assert texts(tokenizer, load_corpus(Data(path, held_out=0), tokenizer, 0).train)[1] == chat("a", "b")
     with pytest.raises(ValueError, match=r"data.chat_template: cannot read"):
         with_template(tokenizer, str(tmp_path / "none.jinja"))
 
@@ -429,7 +429,7 @@ def test_a_mixture_takes_each_dataset_as_often_as_its_weight_says(tmp_path):
     tokenizer = byte_tokenizer(CHATML)
 
     def counted(**settings) -> tuple[list[str], list[str]]:
-        corpus = load(Data(f"{a}, {b}", **settings), tokenizer, 0)
+        corpus = load_corpus(Data(f"{a}, {b}", **settings), tokenizer, 0)
         found = texts(tokenizer, corpus.train)
         return [t for t in found if "user\na" in t], [t for t in found if "user\nb" in t]
 
@@ -438,7 +438,7 @@ def test_a_mixture_takes_each_dataset_as_often_as_its_weight_says(tmp_path):
     half, twice = counted(held_out=0, weights=[0.5, 2])
     assert (len(half), len(set(half)), len(twice), len(set(twice))) == (20, 20, 40, 20)
     assert half == counted(held_out=0, weights=[0.5, 2])[0]
-    held = load(Data(f"{a}, {b}", held_out=6, weights=[1, 3]), tokenizer, 0)
+    held = load_corpus(Data(f"{a}, {b}", held_out=6, weights=[1, 3]), tokenizer, 0)
     assert not set(texts(tokenizer, held.held_out)) & set(texts(tokenizer, held.train))
     with pytest.raises(ValueError, match=r"data.weights has 1 numbers and data.dataset 2 names"):
         Data(f"{a},{b}", weights=[1.0])
@@ -447,7 +447,7 @@ def test_a_mixture_takes_each_dataset_as_often_as_its_weight_says(tmp_path):
 def test_what_is_held_out_is_not_trained_on_under_another_answer(tmp_path):
     rows = [{"prompt": f"q{k % 10}", "completion": f"answer {k}"} for k in range(30)]
     tokenizer = byte_tokenizer(CHATML)
-    corpus = load(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=3), tokenizer, 0)
+    corpus = load_corpus(Data(write_jsonl(tmp_path / "a.jsonl", rows), held_out=3), tokenizer, 0)
     asked = {text.split("<|end|>")[0] for text in texts(tokenizer, corpus.held_out)}
     assert len(asked) == 3 and not asked & {text.split("<|end|>")[0] for text in texts(tokenizer, corpus.train)}
     assert (len(corpus.train), corpus.dropped) == (21, {"question is also held out": 6})
@@ -457,7 +457,7 @@ def test_stdlib_code_holds_out_whole_modules(monkeypatch):
     few, _ = stdlib_code.collect(Path(sysconfig.get_path("stdlib")) / "asyncio")
     monkeypatch.setattr(stdlib_code, "pairs", lambda: few)
     tokenizer = byte_tokenizer()
-    corpus = load(Data("stdlib-code", held_out=40, max_length=4000), tokenizer, 0)
+    corpus = load_corpus(Data("stdlib-code", held_out=40, max_length=4000), tokenizer, 0)
     module = {pair.prompt + pair.completion: pair.module for pair in few}
     held = {module[text.removesuffix("<|end|>")] for text in texts(tokenizer, corpus.held_out)}
     trained = {
@@ -474,7 +474,7 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     from llm_lowrank.data import corpus as module
 
     path, made = tmp_path / "a.jsonl", []
-    real = module._mapped
+    real = module._map_rows
     monkeypatch.setattr(
         module, "_map_rows", lambda part, options, at: made.append(part.name) or real(part, options, at)
     )
@@ -482,7 +482,7 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     write_jsonl(path, rows)
 
     def fingerprint(template: str | None = CHATML, **settings) -> str:
-        return load(Data(str(path), held_out=0, **settings), byte_tokenizer(template), 0).fingerprint
+        return load_corpus(Data(str(path), held_out=0, **settings), byte_tokenizer(template), 0).fingerprint
 
     first = fingerprint()
     assert fingerprint() == first and len(made) == 1
@@ -500,7 +500,7 @@ def test_one_process_of_a_node_makes_the_tokens_while_the_others_wait(tmp_path, 
 
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{k}", "completion": "c"} for k in range(6)])
     made, begun, go_on = [], threading.Event(), threading.Event()
-    real = module._mapped
+    real = module._map_rows
 
     def slow(part, options, at):
         made.append(part.name)
@@ -537,5 +537,5 @@ def test_real_tokenizer_through_the_formats(tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(Source.open(DEMO).path)
     path = write_jsonl(tmp_path / "a.jsonl", ALPACA)
-    corpus = load(Data(path, held_out=0), tokenizer, 0)
+    corpus = load_corpus(Data(path, held_out=0), tokenizer, 0)
     assert answers(tokenizer, corpus.train) == [f"{HELLO}<|im_end|>", "5<|im_end|>", "fine<|im_end|>"]

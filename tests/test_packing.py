@@ -71,7 +71,7 @@ def test_packed_losses_and_gradients_are_those_of_the_same_examples_unpacked(att
     data = examples(20)
 
     def gradients(pack: int) -> tuple[float, torch.Tensor]:
-        batches = Batches(data, 50, 1, 0, 1, 0, 0, 1, pack)
+        batches = Batches(data, 50, pad_id=0, pack=pack)
         (micro,) = batches.step(0)
         model.zero_grad()
         loss = batch_loss(model, micro, CPU) / micro.tokens
@@ -86,7 +86,7 @@ def test_packed_losses_and_gradients_are_those_of_the_same_examples_unpacked(att
 
 def test_packed_rows_hold_the_tokens_of_their_examples():
     data = examples(30)
-    batches = Batches(data, 2, 2, 0, 1, 3, 0, 1, pack=20)
+    batches = Batches(data, 2, pad_id=0, accumulation=2, seed=3, pack=20)
     seen: list[tuple[int, ...]] = []
     real = trained = 0
     for t in range(batches.total_steps):
@@ -112,7 +112,8 @@ def test_the_packed_global_batch_does_not_depend_on_the_hardware(split):
 
     def rows(t: int, split: tuple[int, int, int]) -> list[list[int]]:
         ranks = [
-            Batches(data, split[0], split[1], rank, split[2], 5, 0, 1, pack=20).step(t) for rank in range(split[2])
+            Batches(data, split[0], pad_id=0, accumulation=split[1], rank=rank, world=split[2], seed=5, pack=20).step(t)
+            for rank in range(split[2])
         ]
         found = [row.tolist() for micros in ranks for micro in micros for row in micro.input_ids]
         return sorted(list(row) for row in (_trim(row) for row in found))
@@ -145,7 +146,7 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused():
 
 
 def test_flat_rows_are_the_same_examples_in_one_row():
-    (micro, *_) = Batches(examples(12), 3, 1, 0, 1, 0, 0, 1, pack=20).step(0)
+    (micro, *_) = Batches(examples(12), 3, pad_id=0, pack=20).step(0)
     inputs, labels = micro.inputs(CPU, flat=True), micro.targets(flat=True)
     assert inputs["input_ids"].shape == inputs["position_ids"].shape == labels.shape == (1, micro.input_ids.numel())
     at = inputs["position_ids"][0] == 0
@@ -155,7 +156,7 @@ def test_flat_rows_are_the_same_examples_in_one_row():
 def test_tokens_per_second_count_no_padding():
     data = examples(9)
     for pack in (0, 20):
-        seen, batches = Meter(), Batches(data, 4, 1, 0, 1, 0, 0, 1, pack)  # the last batch is filled up
+        seen, batches = Meter(), Batches(data, 4, pad_id=0, pack=pack)  # the last batch is filled up
         for t in range(batches.total_steps):
             for micro in batches.step(t):
                 seen.add(torch.tensor(1.0), micro)
@@ -167,7 +168,7 @@ def test_tokens_per_second_count_no_padding():
 
 def test_grouping_by_length_pads_less_and_loses_nothing():
     data = examples(200, longest=40)
-    plain, grouped = (Batches(data, 4, 2, 0, 1, 7, 0, 1, grouped=grouped) for grouped in (False, True))
+    plain, grouped = (Batches(data, 4, pad_id=0, accumulation=2, seed=7, grouped=grouped) for grouped in (False, True))
 
     def padding(batches: Batches) -> float:
         micros = [micro for t in range(batches.total_steps) for micro in batches.step(t)]
@@ -176,7 +177,7 @@ def test_grouping_by_length_pads_less_and_loses_nothing():
     assert padding(grouped) < padding(plain) / 2
     seen = sorted(sample for t in range(grouped.total_steps) for micro in grouped.step(t) for sample in micro.samples)
     assert seen == list(range(200))
-    again = Batches(data, 4, 2, 0, 1, 7, 0, 1, grouped=True)
+    again = Batches(data, 4, pad_id=0, accumulation=2, seed=7, grouped=True)
     assert [m.samples for m in again.step(3)] == [m.samples for m in grouped.step(3)]
     assert [m.samples for m in grouped.step(0)] != [m.samples for m in grouped.step(grouped.steps_per_epoch)]
 
@@ -185,10 +186,13 @@ def test_grouping_by_length_pads_less_and_loses_nothing():
 def test_the_grouped_global_batch_does_not_depend_on_the_hardware(split):
     per_device, accumulation, world = split
     data = examples(50, longest=40)
-    whole = Batches(data, 8, 1, 0, 1, 7, 0, 1, grouped=True)
+    whole = Batches(data, 8, pad_id=0, seed=7, grouped=True)
     for t in (0, 4, 9):
         ranks = [
-            Batches(data, per_device, accumulation, rank, world, 7, 0, 1, grouped=True).step(t) for rank in range(world)
+            Batches(
+                data, per_device, pad_id=0, accumulation=accumulation, rank=rank, world=world, seed=7, grouped=True
+            ).step(t)
+            for rank in range(world)
         ]
         found = sorted(sample for micros in ranks for micro in micros for sample in micro.samples)
         assert found == sorted(sample for micro in whole.step(t) for sample in micro.samples)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_lowrank.data import IGNORE, Data, Stream, StreamBatches, load, training_batches
+from llm_lowrank.data import IGNORE, Data, Stream, StreamBatches, load_corpus, training_batches
 from tests.test_data import CHATML, byte_tokenizer, write_jsonl
 
 
@@ -47,10 +47,10 @@ def test_an_epoch_has_every_usable_example_once_and_none_that_is_held_out(path):
 @given(split=st.sampled_from([(1, 1, 6), (1, 2, 3), (3, 1, 2), (2, 3, 1)]), t=st.sampled_from([0, 3, 9]))
 def test_the_global_batch_does_not_depend_on_the_hardware(path, split, t):
     per_device, accumulation, world = split
-    (whole,) = StreamBatches(stream(path), 6, 1, 0, 1, 0).step(t)  # asked for at once: as after a resume
+    (whole,) = StreamBatches(stream(path), 6, pad_id=0).step(t)  # asked for at once: as after a resume
     micros = []
     for rank in range(world):
-        batches = StreamBatches(stream(path), per_device, accumulation, rank, world, 0)
+        batches = StreamBatches(stream(path), per_device, pad_id=0, accumulation=accumulation, rank=rank, world=world)
         for before in range(t):
             batches.step(before)
         micros += batches.step(t)
@@ -74,10 +74,12 @@ def test_what_is_cut_and_what_is_left_out_before_training_begins_counts_too(tmp_
 
 def test_a_corpus_of_a_stream(path):
     settings = Data(path, streaming=True, held_out=5, bad_rows="drop")
-    corpus = load(settings, byte_tokenizer(CHATML), 3)
+    corpus = load_corpus(settings, byte_tokenizer(CHATML), 3)
     assert (len(corpus.held_out), corpus.questions, corpus.fingerprint, corpus.styles) == (5, [], "", ("chat",))
     assert corpus.some(2) == corpus.held_out[:2]
-    batches = training_batches(corpus, settings, 2, 1, 0, 1, 0, 0, 1.0)
+    batches = training_batches(
+        corpus, settings, per_device=2, pad_id=0, accumulation=1, rank=0, world=1, seed=0, epochs=1.0
+    )
     assert isinstance(batches, StreamBatches)
     with pytest.raises(ValueError, match=r"data.streaming: how long the data is cannot be known; set max_steps"):
         _ = batches.total_steps
@@ -96,7 +98,7 @@ def test_streams_that_cannot_be(path, tmp_path):
         with pytest.raises(ValueError, match=r"data.streaming cannot be used with"):
             Data(**{"dataset": "a.jsonl", "streaming": True, **wrong})
     with pytest.raises(ValueError, match=r"data.streaming is for files and hub names only"):
-        load(Data("reasoning-gym:chain_sum", streaming=True), byte_tokenizer(CHATML), 0)
+        load_corpus(Data("reasoning-gym:chain_sum", streaming=True), byte_tokenizer(CHATML), 0)
     useless = write_jsonl(tmp_path / "useless.jsonl", [{"prompt": "q", "completion": ""}] * 1100)
     with pytest.raises(ValueError, match="1000 rows in a row cannot be used, the last one for: the answer is empty"):
         stream(useless, held_out=0).examples().__next__()

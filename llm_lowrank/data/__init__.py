@@ -1,22 +1,23 @@
-"""From what people have on disk to batches of tokens.
+"""From datasets to batches of tokens. What belongs in here knows rows, text and tokens, and neither models, engines nor
+methods; how answers are scored by a model is models/ and evaluation/.
 
-settings   what can be asked for
-formats    a row to the turns of a conversation
-encoding   turns to tokens, and which are trained: chat template or prompt style
-sources    files, the hub, generators
-rows       a row as an example, or why not
-corpus     everything encoded, cached, split and mixed
-streaming  the same for data that is not read whole
+settings   the settings of the section `data`
+formats    from a row to the turns of a conversation
+encoding   from turns to tokens and which of them are trained, by a chat template or a prompt style
+sources    datasets from files, the hub and generators
+rows       from a row to an example, or to the reason why there is none
+corpus     all datasets encoded, cached, split and mixed
+streaming  examples of a dataset that is read while a run trains on it
 batches    the rows of a step: padded, grouped by length or packed
 """
 
 from llm_lowrank.data.batches import Batches, MicroBatch, StreamBatches, best_fit, collate, training_batches
-from llm_lowrank.data.corpus import Corpus, Encoded, Question, load
+from llm_lowrank.data.corpus import Corpus, ExampleTable, Question, load_corpus
 from llm_lowrank.data.encoding import (
     IGNORE,
-    encode,
     encode_messages,
     encode_prompt,
+    encode_turns,
     pad_id,
     style_of,
     tokenizer_of,
@@ -34,8 +35,8 @@ __all__ = [
     "Batches",
     "Corpus",
     "Data",
-    "Encoded",
     "Example",
+    "ExampleTable",
     "MicroBatch",
     "Question",
     "Stream",
@@ -43,10 +44,10 @@ __all__ = [
     "Turn",
     "best_fit",
     "collate",
-    "encode",
     "encode_messages",
     "encode_prompt",
-    "load",
+    "encode_turns",
+    "load_corpus",
     "pad_id",
     "style_of",
     "tokenizer_of",

@@ -1,12 +1,12 @@
 """From a row of a dataset to the turns of a conversation.
 
-Whatever cannot be read in full is a ValueError: nothing is guessed.
+A row that does not fit its format in full is a ValueError: nothing is guessed.
 
     alpaca              instruction, input (may be missing), output, system (may be missing)
     sharegpt            conversations: a list of {from, value}
     messages            messages: a list of {role, content}
     prompt_completion   prompt, completion
-    text                text, all of it trained
+    text                text; all of it is trained
 """
 
 from collections.abc import Callable
@@ -27,22 +27,26 @@ TEXT = "text"  # the role of a row that is no conversation
 
 @dataclass(frozen=True)
 class Turn:
+    """One message of a conversation, or a whole text."""
+
     role: str  # system, user, assistant; text
     content: str
     context: str = ""  # alpaca's input: prompt styles have a place of its own for it
-    beside: Row = field(default_factory=dict)  # what else a message says (name, ...): a chat template may read it
+    extras: Row = field(default_factory=dict)  # other fields of a message (name, ...): a chat template may read them
 
 
 @dataclass(frozen=True)
 class Format:
+    """The columns of a format and the way from one of its rows to turns."""
+
     required: tuple[str, ...]
     texts: tuple[str, ...]  # columns that hold text, those that may be missing included
-    turns: Callable[[Row], list[Turn]]
+    turns: Callable[[Row], list[Turn]]  # ValueError if the row does not fit
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a published dataset is to be read."""
+    """Where a published dataset lies and how its rows are read."""
 
     hub: str
     format: str
@@ -67,8 +71,10 @@ PRESETS = {
 }
 
 
-def read(row: Row, format: str, columns: dict[str, str]) -> list[Turn]:
-    """The turns of a row. `columns`: name in the format -> name in the row."""
+def read_turns(row: Row, format: str, columns: dict[str, str]) -> list[Turn]:
+    """Return the turns of a row. `columns`: name in the format -> name in the row. ValueError if the row does not fit
+    the format.
+    """
     return FORMATS[format].turns({**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}})
 
 
@@ -112,13 +118,16 @@ def _conversation(messages: Any, column: str, role: str, content: str) -> list[T
             raise ValueError(
                 f"message {number}: {content} is {'missing' if text is None else type(text).__name__ + ', not text'}"
             )
-        beside = {name: value for name, value in message.items() if name not in (role, content) and value is not None}
-        turns.append(Turn(ROLES[who], text, beside=beside))
+        extras = {name: value for name, value in message.items() if name not in (role, content) and value is not None}
+        turns.append(Turn(ROLES[who], text, extras=extras))
     return turns
 
 
 def _text(row: Row, name: str, default: str | None = None) -> str:
-    """What stands in a column; `default` where the row has none. A table fills what a row lacks with None."""
+    """Return the text in a column, or `default` where the row has none. ValueError if there is neither.
+
+    A table fills a column that a row lacks with None.
+    """
     text = row.get(name)
     if text is None and default is not None:
         return default
@@ -136,24 +145,27 @@ FORMATS = {
 }
 
 
-def format_of(name: str, wanted: str, columns: dict[str, str], found: list[str]) -> str:
-    """The format of a dataset with these columns; ValueError if none or more than one fits."""
+def format_of(name: str, wanted: str, columns: dict[str, str], column_names: list[str]) -> str:
+    """Return the format of the dataset `name`. ValueError if none or more than one format fits.
+
+    wanted: a format or auto. columns: name in the format -> name in the data. column_names: the names in the data.
+    """
     for ours, theirs in columns.items():
-        if theirs not in found:
+        if theirs not in column_names:
             raise ValueError(
                 f"data.columns: {name} has no column {theirs!r} to take {ours} from; it has "
-                f"{', '.join(found) or 'none'}"
+                f"{', '.join(column_names) or 'none'}"
             )
-    there = {*found, *columns}
+    available = {*column_names, *columns}
     formats = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
-    fitting = [kind for kind, format in formats.items() if {*format.required} <= there]
+    fitting = [kind for kind, format in formats.items() if {*format.required} <= available]
     if len(fitting) > 1 and "text" in fitting:
         fitting.remove("text")  # some publish the whole prompt beside its parts
     if not fitting:
         choices = "; ".join(f"{' and '.join(format.required)} ({kind})" for kind, format in formats.items())
         raise ValueError(
-            f"{name} has the columns {', '.join(found) or 'none'}; wanted: {choices}. Say which is which: data.columns "
-            f"{{prompt: question}}"
+            f"{name} has the columns {', '.join(column_names) or 'none'}; wanted: {choices}. Say which is which: "
+            "data.columns {prompt: question}"
         )
     if len(fitting) > 1:
         raise ValueError(

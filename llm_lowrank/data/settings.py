@@ -1,4 +1,4 @@
-"""The settings under `data:` in a recipe."""
+"""The settings under `data:` in a recipe. The string under a field is its text in --help."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,78 +6,82 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Data:
+    """What a run is trained on and how rows become batches. ValueError with all complaints about the values at once."""
+
     dataset: str = "reasoning-gym:chain_sum"
-    """.jsonl, .json or .parquet file, folder of them, hub name, preset, reasoning-gym:<task>, stdlib-code; several: a,
-    b."""
+    """A .jsonl, .json or .parquet file, a folder of them, a hub name, a preset, reasoning-gym:<task> or stdlib-code.
+    Several are written a, b."""
     weights: list[float] = field(default_factory=list)
-    """Of several datasets: how often an epoch takes the examples of each; 2: twice, 0.5: half of them. Empty: 1 each.
-    """
+    """For several datasets: how often an epoch takes the examples of each. 2 takes them twice, 0.5 takes half of them.
+    Empty: 1 for each."""
     preset: Literal["none", "alpaca", "commonsense-170k", "magicoder-evol-instruct", "metamathqa", "ultrachat"] = "none"
-    """Columns, format and prompt style of a published dataset, for a local copy of it. Its name as dataset reads it
-    from the hub."""
+    """Columns, format and prompt style of a published dataset, for a local copy of it. Its name as data.dataset reads
+    the dataset from the hub."""
     split: str = "train"
     """Split of a hub name, a folder or a file."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
-    """What a row is; auto: what its columns say."""
+    """Format of a row. auto: the column names decide."""
     columns: dict[str, str] = field(default_factory=dict)
     """Name of a column in the format -> its name in the data: {prompt: question, completion: answer}."""
     prompt_style: Literal["auto", "chat", "plain", "alpaca", "metamath", "magicoder"] = "auto"
-    """chat: the chat template; plain: prompt + answer; others: as in their papers. auto: chat; without a template the
-    preset's or plain."""
+    """chat: the chat template. plain: prompt + answer. The others: as in their papers. auto: chat, and without a chat
+    template the style of the preset or plain."""
     chat_template: str = ""
     """A Jinja file to use in place of the tokenizer's chat template; it is saved with the results. Empty: the
     tokenizer's own."""
     system: str = ""
     """System prompt of conversations that have none."""
     train_on: Literal["all", "last"] = "all"
-    """Of a conversation: train every answer, or the last one."""
+    """Which answers of a conversation are trained: all of them or the last one."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
-    """Rows that cannot be used (no answer, a missing field, an unknown role): refuse the data and name them, or drop
-    and count them."""
+    """What happens with rows that cannot be used (no answer, a missing field, an unknown role). refuse: the run stops
+    and names them. drop: they are left out and counted."""
     streaming: bool = False
-    """Read while training, in a shuffle buffer of 10,000 rows, and store nothing; needs max_steps."""
+    """Read while training, in a shuffle buffer of 10,000 rows, and store nothing. It needs max_steps."""
     max_length: int = 1024
-    """Longer examples are cut to this many tokens; the length of a pack."""
+    """Longer examples are cut to this many tokens. With packing: the length of a row."""
     packing: bool = False
     """Fill rows of max_length with several examples each (best fit); none sees another. A batch then counts rows, not
     examples."""
     group_by_length: bool = False
-    """Put examples of about the same length into a batch, so that less is padding; batches are still drawn at random.
-    """
+    """Put examples of about the same length into a batch, so that less of it is padding. Batches are still drawn at
+    random."""
     held_out: int = 64
-    """Examples kept out of training for evaluation, chosen by the seed; of stdlib-code, whole modules."""
+    """Number of examples that are kept out of training for evaluation, chosen by the seed; of stdlib-code, whole
+    modules."""
     size: int = 1000
     """Number of examples that reasoning-gym generates, held-out ones included."""
     task: dict[str, Any] = field(default_factory=dict)
     """Settings of the reasoning-gym task."""
 
     def __post_init__(self) -> None:
-        for name, least in {"max_length": 2, "held_out": 0, "size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        errors = [
+            f"data.{name}={getattr(self, name)}: must be at least {least}"
+            for name, least in {"max_length": 2, "held_out": 0, "size": 1}.items()
+            if getattr(self, name) < least
+        ]
         if self.weights and len(self.weights) != len(self.names):
-            raise ValueError(
+            errors.append(
                 f"data.weights has {len(self.weights)} numbers and data.dataset {len(self.names)} names; give one for "
                 "each"
             )
         if any(weight <= 0 for weight in self.weights):
-            raise ValueError(
-                f"data.weights={self.weights}: must be above 0; leave a dataset out of data.dataset instead"
-            )
+            errors.append(f"data.weights={self.weights}: must be above 0; leave a dataset out of data.dataset instead")
         if self.packing and self.group_by_length:
-            raise ValueError("data.group_by_length: packed rows are all of one length; remove it or data.packing")
+            errors.append("data.group_by_length: packed rows are all of one length; remove it or data.packing")
         if self.chat_template and self.prompt_style not in ("auto", "chat"):
-            raise ValueError(
-                f"data.prompt_style: {self.prompt_style} would ignore data.chat_template; remove one of them"
-            )
+            errors.append(f"data.prompt_style: {self.prompt_style} would ignore data.chat_template; remove one of them")
         if not all(self.names):
-            raise ValueError(f"data.dataset: {self.dataset!r} has an empty name")
+            errors.append(f"data.dataset: {self.dataset!r} has an empty name")
         if self.streaming:
-            taken = [name for name in ("packing", "group_by_length", "weights") if getattr(self, name)]
-            if taken or len(self.names) > 1:
-                what = ", ".join(taken) or "several datasets"
-                raise ValueError(f"data.streaming cannot be used with {what}: the data is not known whole")
+            conflicts = [name for name in ("packing", "group_by_length", "weights") if getattr(self, name)]
+            if conflicts or len(self.names) > 1:
+                conflict = ", ".join(conflicts) or "several datasets"
+                errors.append(f"data.streaming cannot be used with {conflict}: the data is not known whole")
+        if errors:
+            raise ValueError("\n".join(errors))
 
     @property
     def names(self) -> list[str]:
+        """The datasets of `dataset`, one name each."""
         return [name.strip() for name in self.dataset.split(",")]

@@ -22,39 +22,43 @@ STDLIB_CODE = "stdlib-code"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the datasets that a run is trained on."""
+class OpenDataset:
+    """One of the datasets that a run is trained on: its rows and how they are read."""
 
     name: str
     rows: Any  # datasets.Dataset; IterableDataset when streaming
     format: str
     columns: dict[str, str]
     style: str = "plain"  # of prompts where the tokenizer has no chat template
-    content: str = ""  # digest of what the rows were read from; empty: made anew by every process
-    group: str = ""  # column with what must not be on both sides of the split; empty: the prompt
-    answers: tuple[tuple[str, Callable[[str], float]], ...] = ()  # of each row: the right one, and its score of another
+    content: str = ""  # digest of what the rows were read from; empty: every process makes the rows anew
+    group: str = ""  # column whose values may not be on both sides of the split; empty: the prompt takes this part
+    answers: tuple[
+        tuple[str, Callable[[str], float]], ...
+    ] = ()  # of each row: the right answer; the score of an answer
 
 
-def read(name: str, settings: Data, seed: int) -> Part:
-    """The rows of one of settings.names. ValueError if they cannot be had as asked."""
+def open_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
+    """Open one of settings.names. ValueError if there is no such dataset or the settings do not fit it."""
     if name.startswith(REASONING_GYM):
-        return _generate_part(name, settings, seed)
+        return _generate_dataset(name, settings, seed)
     if name == STDLIB_CODE:
         return _stdlib_code()
     preset = PRESETS.get(name) or PRESETS.get(settings.preset) or Preset("", settings.format, "plain")
     split = preset.split if name in PRESETS and settings.split == Data.split else settings.split
-    rows = _load(PRESETS[name].hub if name in PRESETS else name, split, settings.streaming)
-    there = _columns(rows)
-    columns = {ours: theirs for ours, theirs in preset.columns.items() if theirs in there} | settings.columns
+    rows = _load_rows(PRESETS[name].hub if name in PRESETS else name, split, settings.streaming)
+    column_names = _column_names(rows)
+    columns = {ours: theirs for ours, theirs in preset.columns.items() if theirs in column_names} | settings.columns
     wanted = preset.format if settings.format == "auto" else settings.format
-    format = format_of(name, wanted, columns, there)
+    format = format_of(name, wanted, columns, column_names)
     for ours in FORMATS[format].texts:
         _check_text(name, rows, columns.get(ours, ours))
-    return Part(name, rows, format, columns, preset.style, "" if settings.streaming else _digest(name, rows))
+    return OpenDataset(
+        name, rows, format, columns, style=preset.style, content="" if settings.streaming else _digest(name, rows)
+    )
 
 
-def check(settings: Data) -> None:
-    """ValueError for a setting that no dataset of these would use."""
+def check_settings(settings: Data) -> None:
+    """Check that at least one of the datasets uses each setting that was given. ValueError otherwise."""
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
     files = [not made and name != STDLIB_CODE for made, name in zip(generated, settings.names, strict=True)]
     plain = Data()
@@ -67,19 +71,20 @@ def check(settings: Data) -> None:
                 raise ValueError(f"data.{name} is for {kind} only and {settings.dataset} would ignore it; remove it")
 
 
-def check_read(settings: Data, parts: Sequence[Part]) -> None:
-    """ValueError for a setting that the formats and names, once they are known, would ignore."""
-    if all(part.format == "text" for part in parts):
+def check_formats(settings: Data, opened: Sequence[OpenDataset]) -> None:
+    """Check that the formats, which are known now, use each setting that was given. ValueError otherwise."""
+    if all(dataset.format == "text" for dataset in opened):
         for name in ("system", "prompt_style", "train_on", "chat_template"):
             if getattr(settings, name) != getattr(Data, name):
                 raise ValueError(
                     f"data.{name} is for questions and answers and {settings.dataset} is plain text; remove it"
                 )
-    if settings.preset != "none" and all(part.name in PRESETS for part in parts):
+    if settings.preset != "none" and all(dataset.name in PRESETS for dataset in opened):
         raise ValueError(f"data.preset is for local copies and {settings.dataset} names its own; remove it")
 
 
 def hint(word: str, known: Any) -> str:
+    """Return a question for the known name that is spelled most like `word`; empty if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -87,15 +92,17 @@ def hint(word: str, known: Any) -> str:
 # --- files and the hub ------------------------------------------------------------------------------------------------
 
 
-def _load(name: str, split: str, streaming: bool) -> Any:
+def _load_rows(name: str, split: str, streaming: bool) -> Any:
+    """Return the rows of a file, a folder or a hub dataset. ValueError says why they cannot be read."""
     path = Path(name).expanduser()
+    # A name that looks like a path is never looked for on the hub.
     if path.is_file() and path.suffix in FILE_KINDS:
         arguments: dict[str, Any] = {"path": FILE_KINDS[path.suffix], "data_files": str(path)}
     elif path.is_dir():
         kinds = {FILE_KINDS[file.suffix] for file in _files(path)}
         if len(kinds) != 1:
-            found = "both JSON and Parquet files" if kinds else "no .jsonl, .json or .parquet file"
-            raise ValueError(f"data.dataset: the folder {name} holds {found}; give a folder with files of one kind")
+            content = "both JSON and Parquet files" if kinds else "no .jsonl, .json or .parquet file"
+            raise ValueError(f"data.dataset: the folder {name} holds {content}; give a folder with files of one kind")
         arguments = {"path": str(path)}
     elif path.is_file():
         raise ValueError(f"data.dataset: {name} is not a {', '.join(FILE_KINDS)} file; convert it to one of them")
@@ -117,17 +124,20 @@ def _load(name: str, split: str, streaming: bool) -> Any:
 
 
 def _check_text(name: str, rows: Any, column: str) -> None:
-    """ValueError for a column of text and other things: `datasets` keeps such a column as JSON, and the text "5" would
-    come back as 5.
+    """Check that a column holds text only. ValueError names the first row that holds something else.
+
+    `datasets` keeps a column of text and other things as JSON, where the text "5" becomes the number 5.
     """
     if not isinstance((rows.features or {}).get(column), datasets.Json):
         return
     where = ""
     for path in _files(Path(name).expanduser()):
         with path.open(encoding="utf-8-sig") as file:
-            found = (json.loads(line) for line in file if line.strip()) if path.suffix == ".jsonl" else json.load(file)
+            content = (
+                (json.loads(line) for line in file if line.strip()) if path.suffix == ".jsonl" else json.load(file)
+            )
             other = next(
-                ((n, row[column]) for n, row in enumerate(found) if not isinstance(row.get(column), str | None)), None
+                ((n, row[column]) for n, row in enumerate(content) if not isinstance(row.get(column), str | None)), None
             )
         if other and not where:
             where = f", {path.name}, row {other[0]} (the first is 0): it is {type(other[1]).__name__} there"
@@ -137,13 +147,16 @@ def _check_text(name: str, rows: Any, column: str) -> None:
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the data files of a folder, or the file itself; none if `path` is neither."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and file.is_file())
     return [path] if path.is_file() else []
 
 
 def _broken_line(path: Path) -> str:
-    """Which line of a .jsonl file is no JSON; empty if all are, or if it is another kind of file."""
+    """Return a message about the first line of a .jsonl file that is no JSON; empty if there is no such line, or if the
+    file is of another kind.
+    """
     if path.suffix != ".jsonl":
         return ""
     with path.open("rb") as file:
@@ -157,15 +170,15 @@ def _broken_line(path: Path) -> str:
     return ""
 
 
-def _columns(rows: Any) -> list[str]:
-    """The names of the columns; of a stream that does not say, those of its first row."""
+def _column_names(rows: Any) -> list[str]:
+    """Return the names of the columns; a stream that does not list them is asked for its first row."""
     if rows.column_names is not None:
         return list(rows.column_names)
     return list(next(iter(rows), {}))
 
 
 def _digest(name: str, rows: Any) -> str:
-    """Of the bytes of local files; of a hub dataset what `datasets` knows it by."""
+    """Return the digest of the bytes of local files, or of the fingerprint that `datasets` gives a hub dataset."""
     digest = hashlib.sha256()
     files = _files(Path(name).expanduser())
     for path in files:
@@ -179,24 +192,27 @@ def _digest(name: str, rows: Any) -> str:
 # --- made here --------------------------------------------------------------------------------------------------------
 
 
-def _stdlib_code() -> Part:
+def _stdlib_code() -> OpenDataset:
     pairs = stdlib_code.pairs()
     columns = {name: [getattr(pair, name) for pair in pairs] for name in ("module", "prompt", "completion")}
     content = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-    return Part(
+    return OpenDataset(
         STDLIB_CODE, datasets.Dataset.from_dict(columns), "prompt_completion", {}, content=content, group="module"
     )
 
 
-def _generate_part(name: str, settings: Data, seed: int) -> Part:
+def _generate_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
     entries, score = _generate(name, settings, seed)
     rows: list[Row] = [{"prompt": entry["question"], "completion": entry["answer"]} for entry in entries]
     answers = tuple((entry["answer"], partial(score, entry=entry)) for entry in entries)
-    return Part(name, datasets.Dataset.from_list(rows), "prompt_completion", {}, answers=answers)
+    return OpenDataset(name, datasets.Dataset.from_list(rows), "prompt_completion", {}, answers=answers)
 
 
 def _generate(dataset: str, settings: Data, seed: int) -> tuple[list[dict[str, Any]], Callable[..., float]]:
-    """Entries of a reasoning-gym task (question, answer, metadata) and its score of an answer to an entry."""
+    """Return the entries of a reasoning-gym task (question, answer, metadata) and a function score(answer, entry).
+
+    ValueError if the package is missing, or if the task or one of its settings does not exist.
+    """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -214,7 +230,7 @@ def _generate(dataset: str, settings: Data, seed: int) -> tuple[list[dict[str, A
         raise ValueError(
             f"{dataset} has no setting {key!r}{hint(key, known)}; it has {', '.join(sorted(known)) or 'none'}"
         )
-    # Entry i is drawn with seed + i: without spreading the seeds, neighbouring ones would give nearly the same entries.
+    # Entry i is drawn with seed + i: without the spreading, neighbouring seeds would give nearly the same.
     spread = random.Random(f"{REASONING_GYM}{seed}").getrandbits(31)
     try:
         task = reasoning_gym.create_dataset(name, size=settings.size, seed=spread, **settings.task)

@@ -37,7 +37,8 @@ def check_apart(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> N
 
     def logits(rows: list[list[Example]], packed: bool) -> Tensor:
         """Of `mine`, which is the last example of the last row: rows are of one length."""
-        inputs = collate(rows, len(rows), 0, 0, (), packed).inputs(engine.device, flat(model))
+        batch = collate(rows, len(rows), pad_id=0, tokens=0, samples=(), packed=packed)
+        inputs = batch.inputs(engine.device, flat(model))
         return wrapped(**inputs, use_cache=False).logits.flatten(0, 1)[-LENGTH:].float()
 
     alone = logits([[mine]], False)

@@ -18,7 +18,7 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
     model: the wrapped one. Returns a line for each merge.
     """
     examples = run.corpus.some(run.recipe.per_device_eval_batch_size)
-    (micro,) = Batches(examples, len(examples), 1, 0, 1, 0, pad_id(run.tokenizer), 1).step(0)
+    (micro,) = Batches(examples, len(examples), pad_id=pad_id(run.tokenizer)).step(0)
     inputs = micro.inputs(run.engine.device)
     merges: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
     with run.engine.together():

@@ -52,7 +52,7 @@ def held_out_loss(
     layer: nn.Module | None = None,
 ) -> float:
     """Return the mean loss over the trained tokens of the examples. layer: see models/loss.py. Collective."""
-    batches = Batches(examples, batch_size, 1, engine.rank, engine.world, 0, filler, 1)
+    batches = Batches(examples, batch_size, pad_id=filler, rank=engine.rank, world=engine.world)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     model.eval()
     with torch.no_grad():
