@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_lowrank.adapters.adapter import PairAdapter, fill_
+from llm_lowrank.adapters.adapter import PairAdapter, PairSettings, fill_
 from llm_lowrank.codecs import Dense
 
 M, N, R, K = 7, 10, 3, 2
@@ -18,7 +18,7 @@ M, N, R, K = 7, 10, 3, 2
 def layer(bank: int = 0, dropout: float = 0.0, bias: bool = True) -> tuple[PairAdapter, nn.Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(N, M, bias=bias)
-    adapter = PairAdapter("layer", linear, Dense(), R, 0.5, bank, dropout)
+    adapter = PairAdapter("layer", linear, Dense(), PairSettings(R, 0.5, bank, dropout))
     fill_(adapter)
     return adapter, linear
 

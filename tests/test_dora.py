@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llm_lowrank.adapters.adapter import PairSettings
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.dora import DirectionAdapter, DoRA
 from llm_lowrank.models.export import merge, save_adapter
@@ -24,7 +25,7 @@ def layer(
 ) -> tuple[DirectionAdapter, nn.Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(N, M, bias=bias, dtype=dtype)
-    adapter = DirectionAdapter("layer", linear, Dense(dtype), R, SCALE, 0, dropout)
+    adapter = DirectionAdapter("layer", linear, Dense(dtype), PairSettings(R, SCALE, dropout=dropout))
     for name, value in adapter.initial().items():
         setattr(adapter, name, nn.Parameter(value.to(dtype), requires_grad=name != "norms"))
     for p in (adapter.magnitude, adapter.norms):

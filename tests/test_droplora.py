@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import PairAdapter, PairSettings
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.droplora import DropAdapter, DropDirectionAdapter, DropLoRA, mix_bits
@@ -26,7 +26,7 @@ def layer(
     mask: str, p: float = 0.5, name: str = "layer", dtype: torch.dtype = torch.float64, kind: type = DropAdapter
 ) -> DropAdapter:
     torch.manual_seed(0)
-    adapter = kind(name, nn.Linear(N, M, dtype=dtype), Dense(dtype), R, SCALE, 0, 0.0, 1, p=p, mask=mask)
+    adapter = kind(name, nn.Linear(N, M, dtype=dtype), Dense(dtype), PairSettings(R, SCALE, seed=1), p=p, mask=mask)
     adapter.A, adapter.B = (nn.Parameter(torch.randn(size, dtype=dtype)) for size in ((R, N), (M, R)))
     if kind is DropDirectionAdapter:
         lengths = adapter.weight.norm(dim=1)
@@ -40,7 +40,7 @@ def layer(
 
 def lora(adapter: DropAdapter) -> PairAdapter:
     """The same layer without a mask."""
-    plain = PairAdapter(adapter.name, nn.Linear(N, M, dtype=adapter.A.dtype), adapter.codec, R, SCALE)
+    plain = PairAdapter(adapter.name, nn.Linear(N, M, dtype=adapter.A.dtype), adapter.codec, PairSettings(R, SCALE))
     plain.load_state_dict({k: v for k, v in adapter.state_dict().items() if k not in ("magnitude", "norms")})
     plain.A.data, plain.B.data = adapter.A.data, adapter.B.data
     return plain

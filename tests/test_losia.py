@@ -41,7 +41,15 @@ def layer(
     size: tuple[int, int] = (4, 5),
 ) -> Subnet:
     torch.manual_seed(0)
-    subnet = Subnet("layers.0.x", nn.Linear(N, M, bias=bias, dtype=dtype), Dense(dtype), 3, size, live, pro)
+    subnet = Subnet(
+        "layers.0.x",
+        nn.Linear(N, M, bias=bias, dtype=dtype),
+        codec=Dense(dtype),
+        seed=3,
+        size=size,
+        live=live,
+        pro=pro,
+    )
     subnet.S = nn.Parameter(torch.randn(size, dtype=dtype))
     if live:  # one block is filled
         subnet.bank_S = nn.Parameter(torch.zeros(live * size[0], size[1], dtype=dtype), requires_grad=False)

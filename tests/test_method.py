@@ -8,7 +8,7 @@ from torch import nn
 
 import llm_lowrank.methods
 from llm_lowrank.adapters.adapter import Adapter, generator
-from llm_lowrank.adapters.method import Method, attach, targets
+from llm_lowrank.adapters.method import Method, attach, find_targets
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
@@ -117,13 +117,13 @@ def test_auto_sends_frozen_pairs_into_a_weight_that_holds_them_and_into_the_bank
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_all_linear_is_every_linear_but_the_output_layer(tied):
     model = llama(tie_word_embeddings=tied)
-    found = targets(model, ["all-linear"])
+    found = find_targets(model, ["all-linear"])
     assert short(found) == sorted(ATTENTION + MLP) and len(found) == 2 * 7
     assert all(model.get_submodule(name) is linear for name, linear in found.items())
 
 
 def test_all_linear_of_a_module_that_is_no_transformers_model_is_every_linear():
-    assert list(targets(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), ["all-linear"])) == ["0", "2"]
+    assert list(find_targets(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), ["all-linear"])) == ["0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_all_linear_of_a_module_that_is_no_transformers_model_is_every_linear():
     ],
 )
 def test_a_target_matches_whole_trailing_parts_of_the_name(wanted, found):
-    assert list(targets(llama(tie_word_embeddings=False), wanted)) == found
+    assert list(find_targets(llama(tie_word_embeddings=False), wanted)) == found
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_target_matches_whole_trailing_parts_of_the_name(wanted, found):
 )
 def test_a_target_that_matches_nothing_is_refused_with_what_there_is(wanted, unknown, hint):
     with pytest.raises(ValueError) as caught:
-        targets(llama(), wanted)
+        find_targets(llama(), wanted)
     message = str(caught.value)
     assert message.startswith(f"method.target_modules: {unknown!r} matches no linear module{hint}")
     assert message.endswith("(there are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj)")
@@ -168,7 +168,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_there_is(wanted, unk
 def test_all_linear_of_a_model_without_one_is_refused():
     model = llama(num_hidden_layers=0)
     with pytest.raises(ValueError, match="no linear module besides its output layer"):
-        targets(model, ["all-linear"])
+        find_targets(model, ["all-linear"])
 
 
 # ---- attach
@@ -179,7 +179,7 @@ def test_attach_replaces_the_targets_in_place_and_freezes_everything_else(method
     model = llama()
     before = dict(model.named_parameters())
     adapters = attach(model, method, FP32)
-    assert [a.name for a in adapters] == list(targets(llama(), ["all-linear"]))
+    assert [a.name for a in adapters] == list(find_targets(llama(), ["all-linear"]))
     for adapter in adapters:
         assert model.get_submodule(adapter.name) is adapter and isinstance(adapter, Adapter)
         m, n = adapter.shape

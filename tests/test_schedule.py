@@ -74,7 +74,7 @@ def test_the_rate_rises_through_warm_up_and_never_rises_after(shape, total, warm
     ],
 )
 def test_switches_at_hand(total, rank, target, swap, paper, expected):
-    assert exchange_schedule(total, rank, target, swap, paper) == expected
+    assert exchange_schedule(total, rank=rank, target_rank=target, swap=swap, at_the_end=paper) == expected
 
 
 @given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.booleans())
@@ -83,9 +83,9 @@ def test_switches_are_the_closed_form(total, rank, spare, swap, paper):
     parts = count if paper else count + 1
     if total < parts:  # one step or more between switches: rounding cannot bring two together; less: it must
         with pytest.raises(ValueError, match=f"{count} exchanges do not fit into {total} steps"):
-            exchange_schedule(total, rank, rank + spare, swap, paper)
+            exchange_schedule(total, rank=rank, target_rank=rank + spare, swap=swap, at_the_end=paper)
         return
-    found = exchange_schedule(total, rank, rank + spare, swap, paper)
+    found = exchange_schedule(total, rank=rank, target_rank=rank + spare, swap=swap, at_the_end=paper)
     nearest = [Fraction(k * total, parts) for k in range(1, count + 1)]
     steps, taken = [step for step, _ in found], [pairs for _, pairs in found]
     assert len(found) == count
@@ -102,12 +102,13 @@ def test_switches_are_refused_when_steps_do_not_suffice(total, paper):
     with pytest.raises(
         ValueError, match=f"4 exchanges do not fit into {total} steps; lower target_rank, raise gamma or train longer"
     ):
-        exchange_schedule(total, 4, 12, 2, paper)
+        exchange_schedule(total, rank=4, target_rank=12, swap=2, at_the_end=paper)
 
 
 @pytest.mark.parametrize("total,paper", [(5, False), (4, True)])
 def test_switches_fit_as_soon_as_every_step_can_hold_one(total, paper):
-    assert [step for step, _ in exchange_schedule(total, 4, 12, 2, paper)] == [1, 2, 3, 4]
+    exchanges = exchange_schedule(total, rank=4, target_rank=12, swap=2, at_the_end=paper)
+    assert [step for step, _ in exchanges] == [1, 2, 3, 4]
 
 
 def test_srlora_without_spare_directions_has_no_switch():
@@ -119,7 +120,8 @@ def test_srlora_without_spare_directions_has_no_switch():
 def test_srlora_swaps_gamma_times_rank_pairs_but_at_least_one(gamma, swap):
     method = SRLoRA(rank=8, target_rank=16, gamma=gamma)
     assert method.swap == swap
-    assert method.schedule(400) == tuple(step for step, _ in exchange_schedule(400, 8, 16, swap))
+    exchanges = exchange_schedule(400, rank=8, target_rank=16, swap=swap)
+    assert method.schedule(400) == tuple(step for step, _ in exchanges)
 
 
 def test_srlora_paper_schedule_switches_last_at_the_end():

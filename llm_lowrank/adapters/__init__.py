@@ -1,5 +1,5 @@
-"""What is trained beside a frozen weight, the exchange that moves pairs, and the hooks that a method fills in.
+"""The layer that is trained beside a frozen weight, the exchange of pairs, and the hooks that a method implements.
 
-Everything here holds for every method. What is peculiar to one paper belongs to methods/, how a parameter is sharded to
+Everything here holds for every method. Code for a single paper belongs to methods/, the sharding of parameters to
 engines/.
 """

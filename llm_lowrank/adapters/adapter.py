@@ -1,11 +1,11 @@
 """What is trained beside a frozen weight.
 
-    Adapter        a frozen linear with something trained on it; what every method's layer owes the floors above
-    PairAdapter    y = W x + s B A x + s bank_B bank_A x + bias        https://arxiv.org/abs/2106.09685 eq. 3, with a bank
+    Adapter        a frozen linear with trained parameters; the interface that every method's layer offers
+    PairAdapter    y = W x + s B A x + s bank_B bank_A x + bias      https://arxiv.org/abs/2106.09685 eq. 3, with a bank
     Shared         parameters that several adapters use, owned by one module
 
-m out, n in, r pairs, k bank pairs. What one layer alone uses sits on that layer, since ZeRO-3 gathers for a forward
-only what the module itself owns, or says that it borrows.
+m out, n in, r pairs, k bank pairs. A parameter that only one layer uses belongs to that layer: for a forward ZeRO-3
+gathers only the parameters that the module itself owns or names in `borrows`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,18 +29,19 @@ Whole = Callable[[nn.Parameter], Tensor]  # a copy of a parameter that may be sh
 
 
 def digest(seed: int, name: str, step: int) -> bytes:
-    """What the randomness of one module at one step is made of: the same on every rank and after a resume."""
+    """The seed of one module's random numbers at one step: the same on every rank and after a resume."""
     return hashlib.sha256(f"{seed}:{name}:{step}".encode()).digest()
 
 
 def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
+    """A random generator of one module at one step, on the host: the same on every rank and after a resume."""
     return torch.Generator().manual_seed(int.from_bytes(digest(seed, name, step)[:8], "little") >> 1)
 
 
 def fill_(module: Adapter | Shared) -> None:
-    """Gives a module that is not on the meta device its starting values."""
+    """Write the starting values into a module that is not on the meta device."""
     if all(p.is_meta for p in module.parameters(recurse=False)):
-        return  # and draws no values, which takes seconds for a large model
+        return  # drawing values that nobody needs would take seconds for a large model
     for name, value in module.initial().items():
         p = getattr(module, name)
         if not p.is_meta:
@@ -47,31 +49,32 @@ def fill_(module: Adapter | Shared) -> None:
 
 
 def uniform_rows(r: int, n: int, random: torch.Generator) -> Tensor:
-    """How A starts: uniform in +-1/sqrt(n) (Kaiming with a = sqrt 5, as in LoRA's code), on the host.  (r, n)"""
+    """The starting value of A, (r, n) on the host: uniform in +-1/sqrt(n), Kaiming with a = sqrt 5 as LoRA's code."""
     bound = 1 / math.sqrt(n)
-    with torch.device("cpu"):  # the generator's, so that A starts alike on every device
+    with torch.device("cpu"):  # the generator's device, so that A starts alike on every device
         return torch.empty(r, n).uniform_(-bound, bound, generator=random)
 
 
 class Shared(nn.Module):
-    """Parameters that several adapters use: once in the optimizer, the gradient norm and a checkpoint.
+    """Parameters that several adapters use. The optimizer, the gradient norm and a checkpoint have each of them once.
 
-    One module outside of the decoder layers owns them (FSDP2 shards them with the root); a layer names it in `borrows`
-    and takes them by `read` at each forward, as engines swap parameters.
+    One module outside of the decoder layers owns the parameters (FSDP2 shards them with the root). A layer names this
+    module in `borrows` and calls `read` at each forward, because engines swap parameters.
 
-    Reentrant checkpointing runs a backward of its own for every layer, so that a shared parameter's gradient would come
-    layer by layer; DDP and ZeRO-2/3 refuse one that comes twice. In there all layers but the first read leaves in the
-    place of the parameters. What these receive waits here for the first layer's gradient, which comes last.
+    Reentrant checkpointing runs a separate backward for every layer, so that the gradient of a shared parameter would
+    arrive once per layer. DDP and ZeRO-2/3 fail if a parameter's gradient arrives twice. During recomputation every
+    layer except the first therefore uses a detached copy. The gradients of these copies are collected here and added to
+    the first layer's gradient, which is computed last.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}  # collected gradients of the detached copies
 
     def read(self, name: str, first: bool) -> Tensor:
-        """A parameter, for the forward of one layer, the first one of the model that uses it or another."""
+        """Return the parameter `name` for the forward of one layer. `first`: the model's first layer that uses it."""
         p: nn.Parameter = getattr(self, name)
-        in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1  # a recomputation
         if in_backward and not first:
             leaf = p.detach().requires_grad_()
             leaf.register_post_accumulate_grad_hook(partial(self._wait, name))
@@ -81,7 +84,7 @@ class Shared(nn.Module):
                 f"the first layer that shares {name} took no part in the last backward, others did; checkpoint all "
                 "layers or none"
             )
-        # FSDP2 shows another object in forward than it gives the optimizer
+        # once for every object: FSDP2 shows another object in forward than it gives the optimizer
         if p.requires_grad and not hasattr(p, "complete"):
             p.complete = p.register_hook(partial(self._complete, name))  # type: ignore[attr-defined]
         return p
@@ -95,14 +98,14 @@ class Shared(nn.Module):
         return gradient + self.waiting.pop(name) if name in self.waiting else gradient
 
     def initial(self) -> dict[str, Tensor]:
-        """Whole starting values of every parameter, on the host."""
+        """The starting values of all parameters, whole, on the host."""
         raise NotImplementedError
 
 
 class Adapter(FrozenLinear):
-    """A frozen linear with something trained on it."""
+    """A frozen linear with trained parameters."""
 
-    group = 0  # of the optimizer's parameters: groups may have rates of their own, see Method.rates
+    group = 0  # the optimizer's group of these parameters; groups may have different rates, see Method.rates
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
@@ -110,58 +113,61 @@ class Adapter(FrozenLinear):
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Change] = []
         self.taken = 0  # entries that left W before it was encoded
-        # What a method remembers; anything here is part of a checkpoint. `spans` says of a key whose span of this rank it
-        # lies along: a parameter's, or W (the rows of engine.part); what is not in it is the same on every rank.
+        # What a method remembers of the layer; a checkpoint saves all of it. An entry that is named in `spans` covers
+        # only this rank's span: of the parameter with that name, or of W (the rows of engine.part). The other entries
+        # are the same on every rank.
         self.memory: dict[str, Tensor] = {}
         self.spans: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
 
     def factor(self, *size: int, trained: bool = True) -> nn.Parameter:
-        """A float32 parameter without values on W's device."""
+        """Return a new float32 parameter on W's device, without values."""
         return nn.Parameter(torch.empty(size, device=self.parts()[0].device), requires_grad=trained)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """Whole starting values, on the host, of every parameter but W's parts and the bias.
+        """The starting values, whole and on the host, of all parameters except W's parts and the bias.
 
-        `pairs` were taken out of W.
+        `pairs` are the pairs that were taken out of W.
         """
         raise NotImplementedError
 
     @property
     def only_pairs(self) -> bool:
-        """Whether s B A and `extras` are all that is beside W: then they are exported as they were trained."""
+        """Whether s B A and `extras` are the whole change of W: then they are exported as they were trained."""
         return False
 
     def change(self, whole: Whole) -> Pairs:
-        """What the parameters add to W now, s folded in, with W as stored now behind it. Collective."""
+        """The pairs that the parameters now add to the stored W, with s folded in. Collective."""
         raise NotImplementedError
 
     def extras(self, whole: Whole) -> dict[str, Tensor]:
-        """Tensors of the layer's own that a PEFT checkpoint holds beside A and B. Collective."""
+        """The layer's other tensors that a PEFT checkpoint stores beside A and B. Collective."""
         return {}
 
 
-class PairAdapter(Adapter):
-    """A (r, n) and B (m, r) are float32 masters, trained as they are and cast to the compute dtype in forward.
+@dataclass(frozen=True)
+class PairSettings:
+    """The settings of one layer with pairs, see PairAdapter."""
 
-    The bank of frozen pairs is float32 too, so that pairs move bitwise.
+    rank: int  # r, the trainable pairs
+    scale: float  # s
+    bank: int = 0  # k, the frozen pairs that the bank has room for; 0: no bank
+    dropout: float = 0.0  # on the input of the trained products
+    seed: int = 0  # the run's; a layer draws from (seed, its name)
+
+
+class PairAdapter(Adapter):
+    """y = W x + s B A x + s bank_B bank_A x + bias, with A (r, n), B (m, r), bank_A (k, n), bank_B (m, k).
+
+    A and B are float32 masters: they are trained as they are and cast to the compute dtype in forward. The bank of
+    frozen pairs is float32 too, so that an exchange copies pairs bitwise. https://arxiv.org/abs/2106.09685 eq. 3
     """
 
-    def __init__(
-        self,
-        name: str,
-        linear: nn.Linear,
-        codec: Codec,
-        rank: int,
-        scale: float,
-        bank: int = 0,
-        dropout: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(name, linear, codec, seed)
-        m, n = self.shape
-        self.rank, self.scale, self.dropout = rank, scale, dropout
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
+        super().__init__(name, linear, codec, settings.seed)
+        (m, n), rank, bank = self.shape, settings.rank, settings.bank
+        self.rank, self.scale, self.dropout = rank, settings.scale, settings.dropout
         self.A, self.B = self.factor(rank, n), self.factor(m, rank)
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
@@ -169,10 +175,10 @@ class PairAdapter(Adapter):
         self.reserve: Pairs | None = None
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """With pairs (taken out of W): the first r are trained, the others fill the bank.
+        """The starting values of A, B and the bank.
 
-        Without: A uniform, B and the bank zero, so that
-        the layer starts as it was.
+        Of `pairs`, which were taken out of W, the first r are trained and the others fill the bank. Without `pairs` A
+        is uniform and B and the bank are zero, so that the function starts as it was.
         """
         (m, n), r, bank = self.shape, self.rank, 0 if self.bank_A is None else len(self.bank_A)
         if pairs is None:
@@ -185,14 +191,14 @@ class PairAdapter(Adapter):
         values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
         return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
 
-    # ---- what a method may do differently
+    # ---- what a method may override
 
     def products(self, x: Tensor) -> list[Product]:
-        """The trained products beside W in this forward."""
+        """The trained products that this forward adds to W x."""
         return [Product(self.A, self.B)]
 
     def direction(self) -> tuple[Tensor, Tensor] | None:
-        """(magnitude, |rows of W|), where the length of W's rows is trained apart."""
+        """(magnitude, |rows of W|) for a method that trains the lengths of W's rows separately, otherwise None."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,12 +217,10 @@ class PairAdapter(Adapter):
         )
 
     def factors(self) -> tuple[nn.Parameter, ...]:
-        """A, B and, if there is one, the bank's."""
-        return (
-            (self.A, self.B)
-            if self.bank_A is None or self.bank_B is None
-            else (self.A, self.B, self.bank_A, self.bank_B)
-        )
+        """A, B and, with a bank, bank_A and bank_B."""
+        if self.bank_A is None or self.bank_B is None:
+            return self.A, self.B
+        return self.A, self.B, self.bank_A, self.bank_B
 
     @property
     def only_pairs(self) -> bool:
@@ -224,14 +228,15 @@ class PairAdapter(Adapter):
 
     def change(self, whole: Whole) -> Pairs:
         """s B A + s bank_B bank_A."""
-        parts = [whole(p) for p in self.factors()]
-        return Pairs.cat([Pairs(b, a).scaled(self.scale) for a, b in zip(parts[::2], parts[1::2], strict=True)])
+        factors = [whole(p) for p in self.factors()]
+        return Pairs.cat([Pairs(b, a).scaled(self.scale) for a, b in zip(factors[::2], factors[1::2], strict=True)])
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, bank={0 if self.bank_A is None else len(self.bank_A)}"
+        bank = 0 if self.bank_A is None else len(self.bank_A)
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, bank={bank}"
 
 
 def as_pair_adapters(adapters: Sequence[Adapter]) -> list[PairAdapter]:
-    """The same, known to be pairs."""
+    """The same adapters, typed as PairAdapters."""
     assert all(isinstance(adapter, PairAdapter) for adapter in adapters)
     return list(adapters)  # type: ignore[arg-type]

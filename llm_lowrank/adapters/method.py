@@ -1,7 +1,7 @@
-"""What a method owes, the registry of methods, and attaching one to a model.
+"""The hooks of a method, the registry of methods, and `attach`, which puts a method's layers into a model.
 
-A method is a frozen dataclass: its fields are its settings, the strings under them the help text. It is told when
-things happen; what it remembers lives on the adapters.
+A method is a frozen dataclass: its fields are its settings, the strings under them the help text. A run calls the hooks
+when the events happen. What a method remembers is stored on the adapters.
 """
 
 from __future__ import annotations
@@ -34,92 +34,103 @@ class Method(draccus.ChoiceRegistry):
     """The settings that every method has, and its hooks."""
 
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
-    """names of linear modules to adapt, matched as in PEFT, or [all-linear]: all but the output layer"""
+    """Names of linear modules to adapt, matched as in PEFT, or [all-linear]: all but the output layer."""
 
     def __post_init__(self) -> None:
-        if not self.target_modules:
-            raise ValueError("method.target_modules is empty; name modules or write [all-linear]")
+        complaints = self.complaints()
+        if complaints:
+            raise ValueError("\n".join(complaints))
+
+    def complaints(self) -> list[str]:
+        """What is wrong with the settings, a sentence each. A method adds its own to those of `super()`."""
+        return [] if self.target_modules else ["method.target_modules is empty; name modules or write [all-linear]"]
 
     @property
     def export_rank(self) -> int | None:
-        """The largest rank of the exported LoRA; the error of cutting a change down to it is printed.
+        """The largest rank of the exported LoRA. The error of truncating a change to this rank is printed.
 
-        None: what the change needs.
+        None: the rank that the change needs.
         """
         return None
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        """The most bytes that the method remembers at a time: spread over the ranks, and on every rank."""
+        """The most bytes that the method remembers at a time: (spread over the ranks, on every rank)."""
         return 0, 0
 
     # ---- the hooks, in the order in which a run calls them
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear modules to adapt, in the model's order."""
-        return targets(model, self.target_modules)
+        return find_targets(model, self.target_modules)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
-        """What takes the place of a linear module, perhaps without values.
+        """Return the adapter that takes the place of a linear module, on the meta device without values.
 
-        ValueError if the method cannot work on such a weight.
+        Raise ValueError if the method cannot work on such a weight.
         """
         raise NotImplementedError
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        """Once, when all adapters are in their places, before there are values: what they share, what they must agree
-        on.
+        """Connect adapters that share parameters, and check what they must have in common.
+
+        Called once, when all adapters are in their places and have no values yet.
         """
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        """Completed steps after which `exchange` is called.
+        """The exchange steps: `exchange` is called when so many steps are done.
 
-        ValueError if the method, or these adapters, cannot do with so many steps.
+        Raise ValueError if the method or these adapters cannot work with so many steps in total.
         """
         return ()
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        """For each adapter in turn the pairs that leave W at the start: the first `rank` become trainable, the others
-        the bank.
+        """Yield for each adapter in turn the pairs that leave W at the start, or None if W stays as it is.
 
-        None: W stays whole. Asked for while the model is being loaded, before W is encoded or sharded: `adapter.source`
-        reads the untouched W. Collective; the pairs are the same on every rank.
+        The first `rank` pairs become trainable, the others fill the bank. Called while the model is being loaded,
+        before W is encoded or sharded: `adapter.source` reads the untouched W. The pairs are the same on every rank.
+        Collective.
         """
         for _ in adapters:
             yield None
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
-        """Once, when everything is loaded and sharded, before the first step. Collective."""
+        """Prepare for the first step. Called once, when everything is loaded and sharded. Collective."""
 
     def rates(
         self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
     ) -> list[float]:
-        """The learning rate of 0-based `step` for every group of the optimizer. rate(step) is the recipe's."""
+        """The learning rates of 0-based `step`, one for each group of the optimizer; rate(step) is the recipe's."""
         return [rate(step)]
 
     @property
     def tells_samples_apart(self) -> str:
-        """The setting that would have to tell samples of one row apart in the forward: with it they cannot be packed.
-        Empty: none.
+        """The setting with which the forward would have to tell the samples of one row apart, or an empty string.
+
+        With such a setting samples cannot be packed.
         """
         return ""
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
-        """Before the forward of every micro-batch: the 0-based step and the number of each sample in it. Local.
+        """Take note of the micro-batch whose forward comes next: the 0-based step and the number of each sample. Local.
 
-        A sample has the same number on whichever rank and in whichever micro-batch it is. Packed ones: the first of
-        each row.
+        A sample has the same number on every rank and in every micro-batch. For packed samples `samples` holds the
+        first number of each row.
         """
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        """After the last backward of every step, before the step itself. Collective."""
+        """Look at the gradients, after the last backward of every step and before the step itself. Collective."""
 
     def discard(self, adapters: list[Adapter]) -> None:
-        """Instead of observe, when a gradient is not finite and the step is left out: forgets what its backward told.
-        Local.
+        """Delete what this step's backward recorded. Local.
+
+        Called instead of `observe` when a gradient is not finite and the step is skipped.
         """
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        """After a step of the schedule; `step` steps are done. Collective."""
+        """Exchange pairs and return a report, or None. Called after the step of a schedule: `step` steps are done.
+
+        Collective.
+        """
         return None
 
     def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
@@ -132,29 +143,30 @@ class Method(draccus.ChoiceRegistry):
         return {}
 
     def peft(self) -> dict[str, Any]:
-        """What the PEFT configuration says of adapters that are exported as they were trained."""
+        """The entries of the PEFT configuration for adapters that are exported as they were trained."""
         return {}
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits, if the model is transformers' and has such a layer."""
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
-    """The linear modules that `wanted` names, in the model's order.
+def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
+    """Return the linear modules that `wanted` names, in the model's order.
 
-    Each wanted name must match one: ValueError with what there is otherwise.
+    Raise ValueError, with the names that exist, if a wanted name matches none.
     """
     output = output_layer(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if wanted == [ALL_LINEAR]:
-        found = {name: m for name, m in linears.items() if m is not output}
-        if not found:
+        inner = {name: m for name, m in linears.items() if m is not output}
+        if not inner:
             raise ValueError(
                 "method.target_modules = [all-linear], but the model has no linear module besides its output layer"
             )
-        return found
-    found = {}
+        return inner
+    matched: set[str] = set()
     for target in wanted:
         hits = {name: m for name, m in linears.items() if name == target or name.endswith("." + target)}
         if not hits:
@@ -164,24 +176,22 @@ def targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
             raise ValueError(
                 f"method.target_modules: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})"
             )
-        found.update(hits)
-    return {name: m for name, m in linears.items() if name in found}
+        matched.update(hits)
+    return {name: m for name, m in linears.items() if name in matched}
 
 
 def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> list[Adapter]:
-    """Freezes the model and puts an Adapter in the place of every targeted linear module. Works on the meta device too.
+    """Freeze the model, put an Adapter in the place of every targeted linear module, and return the adapters.
 
-    With a codec that is not dense the linear modules that are not targeted are coded as well; the output layer,
-    embeddings and norms stay as they are.
+    The model may be on the meta device. With nf4 or int8 the linear modules that are not targeted are quantized too;
+    the output layer, embeddings and norms stay as they are.
     """
     model.requires_grad_(False)
     wanted = method.targets(model)
     output = output_layer(model)
-    others = (
-        {} if codec.writable else {name: m for name, m in targets(model, [ALL_LINEAR]).items() if name not in wanted}
-    )
+    others = {} if codec.writable else find_targets(model, [ALL_LINEAR])
     adapters = []
-    for name, linear in (wanted | others).items():
+    for name, linear in (wanted | {name: m for name, m in others.items() if name not in wanted}).items():
         stored = Dense(linear.weight.dtype) if linear is output else codec
         layer = method.build(name, linear, stored, seed) if name in wanted else FrozenLinear(linear, stored)
         parent, _, leaf = name.rpartition(".")
@@ -193,6 +203,9 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
     return adapters
 
 
-def matching(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """PEFT's rule: the first pattern that matches the end of the name, as a regular expression from a dot on."""
+def match_pattern(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """Return the value of the first pattern that matches the end of the name, else `default`.
+
+    As in PEFT a pattern is a regular expression, matched against the whole name or its part behind a dot.
+    """
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

@@ -1,4 +1,4 @@
-"""One paper, one file. Every file in this folder is imported, so that putting one here registers its method."""
+"""One paper, one file. Every file in this folder is imported, and a new file registers its method by that."""
 
 import importlib
 import pkgutil

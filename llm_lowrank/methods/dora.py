@@ -1,8 +1,8 @@
-"""DoRA: the length of every row of W is trained apart from its direction.  https://arxiv.org/abs/2402.09353 eq. 5
+"""DoRA: train the length of every row of W separately from its direction.  https://arxiv.org/abs/2402.09353 eq. 5
 
     W' = diag(M / |W + s B A|) (W + s B A)          M (m,) starts as |W|, lengths of rows; so W' = W at the start
 
-The gradient takes |W + s B A| for a constant (section 4.3). The paper counts columns of W^T: our rows are its columns.
+The gradient treats |W + s B A| as a constant (section 4.3). The rows of W here are the columns of W^T in the paper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Whole
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, PairSettings, Whole
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, Slot
@@ -22,16 +22,17 @@ from llm_lowrank.numerics.pairs import Pairs
 
 
 class DirectionAdapter(PairAdapter):
-    """M is trained; |w_i| of the stored W is kept, so that |W + s B A| costs as much as r more tokens
-    (functional.row_norms).
+    """A PairAdapter with M, `magnitude` (m,), which is trained, and |W|, `norms` (m,), which is not.
+
+    With |W| at hand |W + s B A| costs as much as r more tokens, see functional.row_norms.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, codec: Codec, *settings: Any) -> None:
-        super().__init__(name, linear, codec, *settings)
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
+        super().__init__(name, linear, codec, settings)
         self.magnitude, self.norms = self.factor(self.shape[0]), self.factor(self.shape[0], trained=False)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """The lengths are those of the stored W: `start` gives them, once it is there."""
+        """The starting values; `start` replaces the ones by the row lengths of the stored W."""
         ones = torch.ones(self.shape[0], device="cpu")
         return super().initial(pairs) | {"magnitude": ones, "norms": ones}
 
@@ -43,7 +44,7 @@ class DirectionAdapter(PairAdapter):
 
 
 def measure(adapters: list[Adapter], engine: Engine) -> None:
-    """M = |W|. Collective."""
+    """Set M = |W|. Collective."""
     for adapter in adapters:
         assert isinstance(adapter, DirectionAdapter)
         lengths = engine.weight(adapter).row_norms()
@@ -56,8 +57,8 @@ def measure(adapters: list[Adapter], engine: Engine) -> None:
 class DoRA(LoRA):
     """Train pairs for the direction of the rows of W and a vector for their lengths."""
 
-    def layer(self, *settings: Any) -> PairAdapter:
-        return DirectionAdapter(*settings)
+    def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:
+        return DirectionAdapter(name, linear, codec, settings)
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         measure(adapters, engine)

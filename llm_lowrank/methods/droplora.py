@@ -1,15 +1,17 @@
-"""DropLoRA: train with some of the pairs left out, others every time; answer with all.
+"""DropLoRA: drop random pairs in every training forward, and answer with all of them.
 https://arxiv.org/abs/2508.17337
 
     training    y = W x + s B ((A x) * M / (1 - p))          M = 0 with probability p, else 1
     answering   y = W x + s B A x                             which is LoRA
 
-What M is drawn for, `mask`:  token  each token and pair (the published code)     sample  each sample and pair
-                              step   each pair of a module, once a step (the paper's text)    model  each pair number, once a step
+The setting `mask` says for what M is drawn:
 
-In `step` and `model` the dropped pairs are left out of the products: a larger p is a faster step. M of an entry is a
-hash of (seed, module, step, sample, token, pair) and nothing else: the same in a recomputed forward, after a resume and
-on any number of ranks.
+    token     each token and pair (the published code)            step    each pair of a module, once a step (the paper)
+    sample    each sample and pair                                model   each pair number, once a step for all modules
+
+With `step` and `model` the dropped pairs are left out of the products: a larger p makes a step faster. M of an entry is
+a hash of (seed, module, step, sample, token, pair) and nothing else. It is therefore the same in a recomputed forward,
+after a resume and on any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, digest, generator
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, PairSettings, digest, generator
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
@@ -33,10 +35,12 @@ Mask = Literal["token", "sample", "step", "model"]
 
 
 class DropAdapter(PairAdapter):
-    """Leaves pairs out of its products while it trains."""
+    """A PairAdapter that leaves pairs out of its products during training."""
 
-    def __init__(self, name: str, linear: nn.Linear, codec: Codec, *settings: Any, p: float, mask: Mask) -> None:
-        super().__init__(name, linear, codec, *settings)
+    def __init__(
+        self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings, *, p: float, mask: Mask
+    ) -> None:
+        super().__init__(name, linear, codec, settings)
         self.p, self.mask = p, mask
         self.rowwise = mask not in ("token", "sample")
         self.step, self.samples = -1, [0]  # of the forward to come
@@ -45,44 +49,49 @@ class DropAdapter(PairAdapter):
         if not self.training or self.p == 0:
             return super().products(x)
         assert self.step >= 0, f"{self.name}: training, but nobody said which step this is"
+        # a gate for every token: all pairs are multiplied
         if self.mask in ("token", "sample"):
             return [Product(self.A, self.B, self.kept_entries(x) / (1 - self.p))]
-        kept = self.kept_pairs()
-        if self.direction() is not None:  # the length of W + s B A is that of all pairs
-            return [Product(self.A, self.B, torch.zeros(self.rank).index_fill_(0, kept, 1 / (1 - self.p)).to(x.device))]
-        kept = kept.to(x.device)
-        return [Product(self.A[kept], self.B[:, kept] / (1 - self.p))]
+        pairs = self.kept_pairs()
+        # with a direction all pairs are needed for the length of W + s B A, so that a gate drops them
+        if self.direction() is not None:
+            gate = torch.zeros(self.rank).index_fill_(0, pairs, 1 / (1 - self.p))  # (r,)
+            return [Product(self.A, self.B, gate.to(x.device))]
+        # otherwise the dropped pairs are not multiplied at all
+        pairs = pairs.to(x.device)
+        return [Product(self.A[pairs], self.B[:, pairs] / (1 - self.p))]
 
     def kept_pairs(self) -> Tensor:
-        """Their numbers. If all were dropped it is drawn again: a step without any pair would train nothing."""
+        """The numbers of the kept pairs. A draw that drops all is repeated: without pairs a step trains nothing."""
         name = "" if self.mask == "model" else self.name
         random = generator(self.seed, f"{name} dropped pairs", self.step)
         while True:
             with torch.device("cpu"):
-                kept = (torch.rand(self.rank, generator=random) >= self.p).nonzero()[:, 0]
-            if len(kept):
-                return kept
+                pairs = (torch.rand(self.rank, generator=random) >= self.p).nonzero()[:, 0]
+            if len(pairs):
+                return pairs
 
     def kept_entries(self, x: Tensor) -> Tensor:
-        """x (samples, tokens, n) or (tokens, n) -> 1 where an entry of A x is kept, 0 where not: (t, r)."""
+        """1 for every entry of A x that is kept, otherwise 0: x (samples, tokens, n) or (tokens, n) -> (t, r)."""
         tokens = x.shape[-2] if x.ndim > 2 and self.mask == "token" else 1
         samples = (
             torch.tensor(self.samples, device=x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
         )
         count = x.shape[0]
-        # the last batch of an epoch is filled up
+        # the last batch of an epoch is padded with rows that are no samples
         samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)
+        # the hash: the position of an entry is mixed into the key of (seed, module, step), then the pair's number
         key = int.from_bytes(digest(self.seed, self.name, self.step)[:7], "little")
         where = samples[:, None, None] * 2**20 + torch.arange(tokens, device=x.device)[:, None]  # (samples, tokens, 1)
         entry = mix_bits(mix_bits(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
-        kept = (entry >> 8 & 0xFFFFFF) >= self.p * 2**24
-        return kept.to(x.dtype).expand(count, x.shape[1:-1].numel(), self.rank).reshape(-1, self.rank)
+        keep = (entry >> 8 & 0xFFFFFF) >= self.p * 2**24  # 24 of the hash's bits are a number in [0, 2^24)
+        return keep.to(x.dtype).expand(count, x.shape[1:-1].numel(), self.rank).reshape(-1, self.rank)
 
 
 def mix_bits(x: Tensor) -> Tensor:
-    """Another int64 in which every bit depends on every bit: the finalizer of MurmurHash3.
+    """Hash int64 numbers with the finalizer of MurmurHash3: every bit of the result depends on every bit of x.
 
-    Integers are exact on every device.
+    Integer arithmetic is exact, so that the result is the same on every device.
     """
     for shift, factor in ((33, -49064778989728563), (33, -4265267296055464877), (33, 1)):
         x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
@@ -90,29 +99,31 @@ def mix_bits(x: Tensor) -> Tensor:
 
 
 class DropDirectionAdapter(DropAdapter, DirectionAdapter):
-    """The same beside DoRA's trained lengths, which are those of W + s B A with all pairs."""
+    """A DropAdapter with DoRA's trained row lengths, which are those of W + s B A with all pairs."""
 
 
 @Method.register_subclass("droplora")
 @dataclass(frozen=True)
 class DropLoRA(LoRA):
-    """Leave pairs out at random while training, so that they do not lean on each other."""
+    """Drop pairs at random while training, so that they do not depend on each other."""
 
     p: float = 0.5
-    """probability that a pair is left out"""
+    """Probability that a pair is dropped."""
     mask: Mask = "token"
-    """what it is drawn for: token or sample (and pair), step (each pair of a module, once a step) or model (the same
-    for all modules)"""
+    """What the drop is drawn for: token or sample (and pair), step (each pair of a module, once a step) or model (the
+    same for all modules)."""
     use_dora: bool = False
-    """train the lengths of W's rows too, as method.type: dora"""
+    """Train the lengths of W's rows too, as with method.type: dora."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
         if not 0 <= self.p < 1:
-            raise ValueError(f"method.p must be in [0, 1), not {self.p}: it is the share of pairs that is left out")
+            complaints.append(f"method.p must be in [0, 1), not {self.p}: it is the share of pairs that is left out")
+        return complaints
 
-    def layer(self, *settings: Any) -> PairAdapter:
-        return (DropDirectionAdapter if self.use_dora else DropAdapter)(*settings, p=self.p, mask=self.mask)
+    def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:
+        kind = DropDirectionAdapter if self.use_dora else DropAdapter
+        return kind(name, linear, codec, settings, p=self.p, mask=self.mask)
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         if self.use_dora:

@@ -1,22 +1,22 @@
 """LoSiA: train a sub-matrix of every W and move it to where it matters.  https://arxiv.org/abs/2507.04487
 
-    y = x W^T + x_Y S^T placed at the outputs X                S (p, q) trained, W[X, Y] + S is what the layer computes with
-    dS = g_X^T x_Y                                             LoSiA-Pro: the compact gradient, never dL/dW; of x only x_Y is kept
+    y = x W^T + x_Y S^T placed at the outputs X       S (p, q) is trained; the layer computes with W[X, Y] + S
+    dS = g_X^T x_Y                                    LoSiA-Pro: the compact gradient, never dL/dW; of x only x_Y stays
 
 Slots of `period` steps belong to the layers in turn. In its slot a layer records the importance of all its entries,
 from dL/dW:
 
     I = |w dL/dw - (w dL/dw)^2 / 2|      mean, spread: moving averages (importance.py)      Q = mean * spread
 
-At the end of its slot it chooses rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy choices.
-Then W[X, Y] += S (or, where W cannot be written, S stays beside it as a live block), S = 0 at the new place, its
-moments start anew, its rate warms up.
+At the end of its slot the layer chooses rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy
+choices. This is the layer's exchange step: W[X, Y] += S (if W cannot be written, S stays in the bank as a live block),
+S = 0 at the new place, the moments of S start anew, and the layer's rate warms up.
 
-m out, n in, |X| = p = floor(factor m), |Y| = q = floor(factor n). Of the output layer X is chosen alone,
-floor(output_factor m) rows.
+m out, n in, |X| = p = floor(factor m), |Y| = q = floor(factor n). In the output layer only rows are chosen,
+floor(output_factor m) of them.
 
 The published code writes S into W at every step. Here S is the change since the slot began, as float32: a bfloat16 W is
-rounded once a slot instead of at every step, a coded W is never touched, and no rank writes its shard of W while
+rounded once a slot instead of at every step, a quantized W is never touched, and no rank writes its shard of W while
 training. docs/design/0003 has the comparison.
 """
 
@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from llm_lowrank.adapters.adapter import Adapter, Whole, generator
 from llm_lowrank.adapters.exchange import Exchanged, Into, checked_drift, into_weight_, needs_bank, probe
-from llm_lowrank.adapters.method import Method, output_layer, targets
+from llm_lowrank.adapters.method import Method, find_targets, output_layer
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
@@ -46,13 +46,21 @@ Record = Callable[[Tensor | None, Tensor], None]
 
 
 class Subnet(Adapter):
-    """S, where it is, and the blocks that were trained before and could not go into W.
+    """The block S (p, q) at rows X and columns Y, and the bank: blocks that were trained before and cannot go into W.
 
     X and Y are in `memory`: numbers of rows and columns, in ascending order, the same on every rank.
     """
 
     def __init__(
-        self, name: str, linear: nn.Linear, codec: Codec, seed: int, size: tuple[int, int], live: int, pro: bool
+        self,
+        name: str,
+        linear: nn.Linear,
+        *,
+        codec: Codec,
+        seed: int,
+        size: tuple[int, int],
+        live: int,
+        pro: bool,
     ) -> None:
         super().__init__(name, linear, codec, seed)
         self.size, self.live, self.pro = size, live, pro
@@ -62,13 +70,14 @@ class Subnet(Adapter):
         for axis, (key, count) in enumerate(zip(("rows", "columns"), size, strict=True)):
             with torch.device("cpu"):
                 self.memory[key] = torch.randperm(self.shape[axis], generator=random)[:count].sort().values
-        # of the blocks that are filled, in their order
+        # X and Y of the bank's live blocks, in the order of the blocks
         self.memory["live_rows"] = self.memory["rows"].new_zeros(0, size[0])
         self.memory["live_columns"] = self.memory["columns"].new_zeros(0, size[1])
-        self.record: Record | None = None  # what the next backward tells about dL/dW
-        self.dense: Tensor | None = None  # sum of it over this rank's micro-batches
+        self.record: Record | None = None  # the next backward calls this with dL/dW; None: it is not recorded
+        self.dense: Tensor | None = None  # the sum of dL/dW over this rank's micro-batches
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """S and the bank start as zeros."""
         assert pairs is None
         zeros = {"S": torch.zeros(self.size, device="cpu")}
         return zeros | ({"bank_S": torch.zeros(self.bank_S.shape, device="cpu")} if self.bank_S is not None else {})
@@ -86,7 +95,8 @@ class Subnet(Adapter):
             return _SubnetLinear.apply(
                 x, self.S, self.bank_S, self.bias, *at, self.places(), self.decode, record, *self.parts()
             )
-        w = self.decode(*self.parts())  # what Pro must equal: dL/dW of the whole W by autograd, then its block
+        # without Pro, to compare: autograd makes dL/dW of the whole W, and its block
+        w = self.decode(*self.parts())
         for rows, row, column in self.places():
             assert self.bank_S is not None
             w = w.index_put((row[:, None], column), self.bank_S[rows].to(w.dtype), accumulate=True)
@@ -96,18 +106,18 @@ class Subnet(Adapter):
         return base_linear(x, w, self.bias)
 
     def record_gradient(self, g: Tensor | None, x: Tensor) -> None:
-        """dL/dW += g^T x, or += x where that is the gradient itself.  g (t, m), x (t, n)"""
+        """Add g^T x to dL/dW, or x itself if g is None.  g (t, m), x (t, n), or x (m, n)"""
         if self.dense is None:
             self.dense = torch.zeros(self.shape, device=x.device)
         self.dense.add_(x if g is None else g.T @ x)
 
     def blocks_beside(self, whole: Whole) -> list[Block]:
         """S and the live blocks. Collective."""
-        found = [Block(self.memory["rows"], self.memory["columns"], whole(self.S), self.shape)]
+        blocks = [Block(self.memory["rows"], self.memory["columns"], whole(self.S), self.shape)]
         if self.bank_S is not None:
-            blocks = whole(self.bank_S)
-            found += [Block(rows, columns, blocks[at], self.shape) for at, rows, columns in self.places()]
-        return found
+            bank = whole(self.bank_S)
+            blocks += [Block(rows, columns, bank[at], self.shape) for at, rows, columns in self.places()]
+        return blocks
 
     def change(self, whole: Whole) -> Pairs:
         return Pairs.cat([block.pairs() for block in self.blocks_beside(whole)])
@@ -119,7 +129,7 @@ class Subnet(Adapter):
 class _SubnetLinear(torch.autograd.Function):
     """y = x W^T + sum over S and the live blocks of (x_Y S^T at X) + b.
 
-    Kept of x: x_Y, or x while dL/dW is recorded.
+    Of x only x_Y is kept for backward, or all of x while dL/dW is recorded.
     """
 
     @staticmethod
@@ -158,12 +168,14 @@ class _SubnetLinear(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             flat = flat_rows(g.to(ctx.dtype))  # (t, m)
             g_X = _columns(flat, rows)  # (t, p)
+            # dx: W's part, then that of S and of each live block
             if ctx.needs_input_grad[0]:
                 dx = flat @ ctx.decode(*parts).to(ctx.dtype)  # (t, n)
                 _add_columns_(dx, columns, g_X @ S.to(ctx.dtype))
                 for at, X, Y in ctx.places:
                     _add_columns_(dx, Y, _columns(flat, X) @ blocks[at].to(ctx.dtype))
                 dx = dx.view(*g.shape[:-1], dx.shape[1]).to(ctx.x_dtype)
+            # dS, and in the layer's slot dL/dW from all of x
             if ctx.needs_input_grad[1]:
                 if ctx.record is not None:
                     ctx.record(flat, read)
@@ -187,40 +199,43 @@ def _add_columns_(y: Tensor, at: Tensor, more: Tensor) -> None:
 
 
 def localize(q: Tensor, part: Weight, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rows X and columns Y with a large sum of Q[X, Y]: the best of rows and columns apart, rows first, columns first.
+    """Return rows X and columns Y with a large sum of Q[X, Y]: the best of three greedy choices.
 
-    q: my rows of Q, zero where an entry belongs to another rank. Only sums of rows and columns travel. Collective.
+    q: my rows of Q, zero where an entry belongs to another rank; size: (|X|, |Y|). Only sums of rows and columns
+    travel. Collective.
     """
-    m, (p, c) = part.shape[0], size
+    m, (row_count, column_count) = part.shape[0], size
     q = q.double()
 
-    def rows_of(block: Tensor) -> Tensor:  # my rows' sums -> all rows' sums
-        found = torch.zeros(m, dtype=q.dtype, device=q.device)
-        found[part.rows] = block.sum(1)
-        return part.sum(found)
+    def row_sums(block: Tensor) -> Tensor:  # my rows' sums -> all rows' sums, (m,)
+        sums = torch.zeros(m, dtype=q.dtype, device=q.device)
+        sums[part.rows] = block.sum(1)
+        return part.sum(sums)
 
-    def columns_of(rows: Tensor | None) -> Tensor:
-        return part.sum((q if rows is None else q * _among(rows, m)[part.rows, None]).sum(0))
+    def column_sums(rows: Tensor | None) -> Tensor:  # over some rows of Q, or all, (n,)
+        return part.sum((q if rows is None else q * _indicator(rows, m)[part.rows, None]).sum(0))
 
-    by_rows, by_columns = top(rows_of(q), p), top(columns_of(None), c)
+    best_rows, best_columns = top(row_sums(q), row_count), top(column_sums(None), column_count)
     choices = [
-        (by_rows, by_columns),
-        (by_rows, top(columns_of(by_rows), c)),
-        (top(rows_of(q[:, by_columns]), p), by_columns),
+        (best_rows, best_columns),  # each by its sums over the whole of Q
+        (best_rows, top(column_sums(best_rows), column_count)),  # rows first, then columns by their sums in these rows
+        (top(row_sums(q[:, best_columns]), row_count), best_columns),  # columns first
     ]
-    sums = [float(rows_of(q[:, columns])[rows].sum()) for rows, columns in choices]
+    # a sum over the block takes another round, as each rank has only some of the rows
+    sums = [float(row_sums(q[:, columns])[rows].sum()) for rows, columns in choices]
     return choices[sums.index(max(sums))]
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Where the largest are, in ascending order; of equal ones the first."""
+    """The indices of the `count` largest scores, in ascending order; of equal scores the first."""
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
-def _among(at: Tensor, total: int) -> Tensor:
-    found = torch.zeros(total, dtype=torch.float64, device=at.device)
-    found[at] = 1.0
-    return found
+def _indicator(at: Tensor, total: int) -> Tensor:
+    """(total,) with 1 at the indices `at`, otherwise 0."""
+    indicator = torch.zeros(total, dtype=torch.float64, device=at.device)
+    indicator[at] = 1.0
+    return indicator
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -229,55 +244,57 @@ def _among(at: Tensor, total: int) -> Tensor:
 @Method.register_subclass("losia")
 @dataclass(frozen=True)
 class LoSiA(Method):
-    """Train a sub-matrix of every weight and move it, layer by layer, to the entries that matter most."""
+    """Train a sub-matrix of every weight and exchange it, layer by layer, for the entries that matter most."""
 
     factor: float = 0.125
-    """share of the rows and of the columns of a weight that is trained (the paper's p)"""
+    """Share of the rows and of the columns of a weight that is trained (the paper's p)."""
     output_factor: float = 0.125
-    """share of the rows of the output layer that is trained (the paper's p_o); 0: none. A layer tied to the embeddings
-    needs 0"""
+    """Share of the rows of the output layer that is trained (the paper's p_o); 0: none. A layer tied to the embeddings
+    needs 0."""
     period: int = 100
-    """steps of a slot; every layer moves once in period x number of layers steps"""
+    """Steps of a slot; every layer has one exchange in period x number of layers steps."""
     importance: Importance = "mix"
-    """of an entry w with gradient g: mix |wg - (wg)^2 / 2|, first |wg|, second (wg)^2"""
+    """Importance of an entry w with gradient g: mix |wg - (wg)^2 / 2|, first |wg|, second (wg)^2."""
     beta1: float = 0.85
-    """decay of the mean importance"""
+    """Decay of the mean importance."""
     beta2: float = 0.85
-    """decay of its spread (uncertainty)"""
+    """Decay of the spread of the importance (uncertainty)."""
     rewarm_steps: int = -1
-    """steps over which a layer's rate warms up after it has moved; -1: as many as period, 0: none"""
+    """Steps over which a layer's rate warms up after its exchange; -1: as many as period, 0: none."""
     into: Into = "auto"
-    """where a trained block goes when the layer moves: into the weight, or into a bank of live blocks; auto: weight if
-    it is dense"""
+    """Where the trained block of a layer goes at an exchange: into the weight, or into a bank of live blocks; auto:
+    weight if it is dense."""
     max_live_blocks: int = 4
-    """blocks of a layer that the bank has room for"""
+    """Blocks of a layer that the bank has room for."""
     moments: Literal["seeded", "zeroed"] = "seeded"
-    """second moment at a new place: mean of the old one's, or zero (first updates up to 6.5 times too large)"""
+    """Second moment at a new place: mean of the old place's, or zero (first updates up to 6.5 times too large)."""
     max_export_rank: int = 256
-    """the exported LoRA has at most this rank; what that drops is printed, and the merged model has all of it"""
+    """Largest rank of the exported LoRA; the error of that is printed, and the merged model has the whole change."""
     pro: bool = True
-    """compact gradients; false: the gradient of the whole W, then its block (slow, to compare)"""
+    """Compact gradients; false: the gradient of the whole W, then its block (slow, to compare)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
         for name, low in (("factor", "above 0"), ("output_factor", "at least 0")):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (value == 0 and name == "factor"):
-                raise ValueError(f"method.{name} must be {low} and at most 1, not {value}")
+                complaints.append(f"method.{name} must be {low} and at most 1, not {value}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+                complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
         for name, least in (("period", 1), ("rewarm_steps", -1), ("max_live_blocks", 1), ("max_export_rank", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"method.{name} must be at least {least}, not {getattr(self, name)}")
+                complaints.append(f"method.{name} must be at least {least}, not {getattr(self, name)}")
+        return complaints
 
     @property
     def export_rank(self) -> int:
         return self.max_export_rank
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        """Mean and spread of one layer's entries, and the sum of its gradients over this rank's micro-batches; all
-        float32.
+        """The bytes of mean and spread of one layer's entries, and of the layer's gradients, summed on every rank.
+
+        All three are float32.
         """
         layers = [
             sum(4 * a.shape[0] * a.shape[1] for a in adapters if a.group == group) for group in range(_groups(adapters))
@@ -285,15 +302,16 @@ class LoSiA(Method):
         return 2 * max(layers), max(layers)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
-        found, output = targets(model, self.target_modules), output_layer(model)
+        """The linear modules that `target_modules` names, and the output layer if `output_factor` is above 0."""
+        wanted, output = find_targets(model, self.target_modules), output_layer(model)
         if self.output_factor == 0:
-            named = next((name for name, module in found.items() if module is output), None)
+            named = next((name for name, module in wanted.items() if module is output), None)
             if named is not None:
                 raise ValueError(
                     f"method.target_modules names {named}, the output layer, of which method.output_factor: 0 trains "
                     "nothing"
                 )
-            return found
+            return wanted
         name, layer = next(
             ((k, m) for k, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), (None, None)
         )
@@ -304,11 +322,11 @@ class LoSiA(Method):
                 f"method.output_factor: {name} shares its weight with the embeddings, which would change too; set "
                 "method.output_factor: 0"
             )
-        return found | {name: layer}
+        return wanted | {name: layer}
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         m, n = linear.weight.shape
-        # outside of the decoder layers there is the output layer alone
+        # the only module outside of the decoder layers is the output layer
         output = self.output_factor > 0 and _layer(name) < 0
         size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
         if 0 in size:
@@ -317,50 +335,52 @@ class LoSiA(Method):
                 f"{name}: method.{setting} {getattr(self, setting)} of its {m} x {n} weight is less than one row or "
                 "column; raise it"
             )
-        # a block is rounded once, bf16 or not
+        # any dense W takes the block, also one in bfloat16: a block is rounded once
         bank = needs_bank("weight" if self.into == "auto" and codec.writable else self.into, codec)
-        return Subnet(name, linear, codec, seed, size, self.max_live_blocks if bank else 0, self.pro)
+        live = self.max_live_blocks if bank else 0
+        return Subnet(name, linear, codec=codec, seed=seed, size=size, live=live, pro=self.pro)
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        """Groups: the output layer's, if it is trained, and one for each decoder layer, in this order.
+        """Number the groups: the output layer's, if it is trained, then one for each decoder layer.
 
-        A group owns every N-th slot.
+        Each of the N groups owns every N-th slot.
         """
         order = sorted({_layer(adapter.name) for adapter in adapters})
         for adapter in adapters:
             adapter.group = order.index(_layer(adapter.name))
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        """The ends of all slots but one at the end of the run, after which nothing could be learned any more."""
+        """The ends of all slots before the end of the run: after an exchange there nothing could be learned any more.
+
+        Raise ValueError if the bank has no room for the blocks of so many exchanges.
+        """
         count = _groups(adapters)
+        live = min((a.live for a in _subnets(adapters) if a.live), default=0)
         for group in range(count):
-            moves, live = (
-                len(self.moves(group, count, total_steps - 1)),
-                min((a.live for a in _subnets(adapters) if a.live), default=0),
-            )
-            if live and moves > live:
+            exchanges = len(self.group_exchanges(group, count, total_steps - 1))
+            if live and exchanges > live:
                 raise ValueError(
-                    f"every layer moves {moves} times in {total_steps} steps, and the bank has room for {live} blocks; "
-                    "raise method.period "
-                    f"to {(total_steps - 1) // (count * live + 1) + 1} or more, or method.max_live_blocks to {moves}"
+                    f"every layer moves {exchanges} times in {total_steps} steps, and the bank has room for {live} "
+                    f"blocks; raise method.period to {(total_steps - 1) // (count * live + 1) + 1} or more, or "
+                    f"method.max_live_blocks to {exchanges}"
                 )
         return tuple(range(self.period, total_steps, self.period))
 
-    def moves(self, group: int, groups: int, done: int) -> list[int]:
-        """Completed steps, up to `done`, after which a group moved: (group + 1) period + j groups period."""
+    def group_exchanges(self, group: int, groups: int, done: int) -> list[int]:
+        """The exchange steps of a group, up to `done`: (group + 1) period + j groups period, j = 0, 1, ..."""
         return list(range((group + 1) * self.period, done + 1, groups * self.period))
 
     def owner(self, step: int, groups: int) -> int:
-        """The group whose slot a 0-based step lies in."""
+        """The group that owns the slot of a 0-based step."""
         return step // self.period % groups
 
     def rates(
         self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
     ) -> list[float]:
-        """rate(step) min(1, (step - t0 + 1) / rewarm_steps), t0 the last move of the group, if it has moved."""
+        """rate(step) min(1, (step - t0 + 1) / rewarm_steps), t0 the group's last exchange; rate(step) before it."""
         count, ramp = _groups(adapters), self.period if self.rewarm_steps < 0 else self.rewarm_steps
-        moved = [self.moves(group, count, step)[-1:] for group in range(count)]
-        return [rate(step) * (min(1.0, (step - t0[0] + 1) / ramp) if t0 and ramp else 1.0) for t0 in moved]
+        last = [self.group_exchanges(group, count, step)[-1:] for group in range(count)]
+        return [rate(step) * (min(1.0, (step - t0[0] + 1) / ramp) if t0 and ramp else 1.0) for t0 in last]
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in adapters:
@@ -373,11 +393,12 @@ class LoSiA(Method):
             adapter.record = adapter.record_gradient if adapter.group == owner else None
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        """Importance of every entry of the layers that have recorded dL/dW. Collective."""
+        """Update the importance of every entry of the layers that have recorded dL/dW. Collective."""
         for adapter in _subnets(adapters):
             if adapter.record is None:
                 continue
             assert adapter.dense is not None, f"{adapter.name}: no backward since the step began"
+            # every rank has the gradient of its micro-batches; after the sum each looks at its rows of W
             part = engine.part(adapter)
             g = engine.sum(adapter.dense)[part.rows] / engine.loss_scale
             adapter.dense = None
@@ -393,44 +414,50 @@ class LoSiA(Method):
             adapter.dense = None
 
     def entries(self, adapter: Subnet, engine: Engine, part: Weight) -> Tensor:
-        """My rows of what the layer computes with: W, S and live blocks; zero where an entry belongs to another rank.
+        """My rows of W + S + live blocks, with which the layer computes; zero where an entry belongs to another rank.
+
         Collective.
         """
         w = part.read()
         for block in adapter.blocks_beside(engine.whole):
-            w = w + block.of_rows(part.rows)  # not in place: a float32 W is read in place
+            w = w + block.of_rows(part.rows)  # not in place: read() returns a view of a float32 W
         return part.mine_(w)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        """Exchange the blocks of the layer whose slot ends. Collective."""
         owner = self.owner(step - 1, _groups(adapters))
         events, chosen = [], []
-        # Where every step of the slot was left out nothing is known, and the layer stays where it is.
+        # Without a mean every step of the slot was skipped; nothing is known, and the block stays in its place.
         for adapter in (a for a in _subnets(adapters) if a.group == owner and "mean" in a.memory):
             mean, spread = adapter.memory.pop("mean"), adapter.memory.pop("spread")
             q = mean * spread
+            # checked on all ranks together, so that all of them fail
             if not engine.sum(q.isfinite().all().logical_not().double()) == 0:
                 raise RuntimeError(
                     f"{adapter.name}: importance is not finite; a gradient was NaN or infinite in this slot"
                 )
             rows, columns = localize(q, engine.part(adapter), adapter.size)
             chosen += [rows, columns]
-            events.append(move_(engine, adapter, rows, columns, self.moments))
+            events.append(exchange_block_(engine, adapter, rows=rows, columns=columns, moments=self.moments))
         engine.same("the chosen rows and columns", *chosen)
         return Exchanged.total(events) if events else None
 
 
 @torch.no_grad()
-def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moments: str) -> Exchanged:
-    """S freezes where it is and starts at zero at (rows, columns); what the layer computes stays. Collective."""
+def exchange_block_(engine: Engine, adapter: Subnet, *, rows: Tensor, columns: Tensor, moments: str) -> Exchanged:
+    """Freeze S in its place and start it at zero at (rows, columns). The function does not change. Collective."""
+    # the layer's answer to a random input, to measure the drift of the function
     x = probe(engine, adapter)
     before = _apply_blocks(adapter, engine, x)
     old, lost = (adapter.memory["rows"], adapter.memory["columns"]), 0.0
+    # S starts at zero, its moments anew
     with engine.edit(adapter.S) as (s,):
         trained = s.value.clone()
         s.value.zero_()
         starts = engine.settings.kind.moments
         for name, moment in s.moments.items():
             moment.fill_(float(moment.mean()) if moments == "seeded" and starts[name] == "mean" else 0.0)
+    # the trained block goes into W, or into the next empty slot of the bank
     if adapter.bank_S is None:
         lost = into_weight_(engine, adapter, Block(*old, trained, adapter.shape))
     else:
@@ -446,12 +473,18 @@ def move_(engine: Engine, adapter: Subnet, rows: Tensor, columns: Tensor, moment
     adapter.memory["rows"], adapter.memory["columns"] = rows, columns
     drift = checked_drift(adapter, before, _apply_blocks(adapter, engine, x), exact=adapter.bank_S is not None)
     return Exchanged(
-        adapter.S.numel(), "weight" if adapter.bank_S is None else "bank", drift, lost, 0.0, 0, unit="entries"
+        adapter.S.numel(),
+        into="weight" if adapter.bank_S is None else "bank",
+        drift=drift,
+        lost=lost,
+        seconds=0.0,  # time and traffic are measured around the whole hook, see measure_exchange
+        traffic=0,
+        unit="entries",
     )
 
 
 def _apply_blocks(adapter: Subnet, engine: Engine, x: Tensor) -> Tensor:
-    """What the layer makes of x, without its bias: (n, k) -> (m, k). Collective."""
+    """The layer's answer to x without the bias: (n, k) -> (m, k). Collective."""
     y = engine.weight(adapter).matmul(x)
     for block in adapter.blocks_beside(engine.whole):
         y[block.rows] += block.values @ x[block.columns]

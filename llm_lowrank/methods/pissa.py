@@ -29,37 +29,37 @@ class PiSSA(LoRA):
     """Start from the principal singular directions of every weight."""
 
     svd_niter: int = 4
-    """subspace iterations of the randomized SVD"""
+    """Subspace iterations of the randomized SVD."""
     svd_exact: bool = False
-    """full SVD instead of the randomized one (slow for large weights)"""
+    """Use a full SVD instead of the randomized one (slow for large weights)."""
     svd_placement: Literal["rank0", "spread"] = "rank0"
-    """who decomposes: rank 0 for all modules, or every rank its share; the result is the same"""
+    """Which rank decomposes: rank 0 all modules, or every rank a share of them; the result is the same."""
     svd_cache: str = "auto"
-    """folder that remembers singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none
-    """
+    """Folder that caches singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none."""
     svd_seed: int = 0
-    """seed of the randomized SVD"""
+    """Seed of the randomized SVD."""
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = as_pair_adapters(adapters)
         return self.principal_pairs(layers, engine, [layer.rank for layer in layers])
 
     def principal_pairs(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Pairs]:
-        """So many principal pairs of each untouched W, on the host, the same on every rank. Collective.
+        """Yield counts[i] principal pairs of the untouched W of adapter i, on the host, the same on every rank.
 
-        The rank that decomposes reads W from the checkpoint: nothing is gathered.
+        The rank that decomposes a W reads it from the checkpoint, so that nothing is gathered. Collective.
         """
         spread = engine.world if self.svd_placement == "spread" else 1
         for first in range(0, len(adapters), spread):
             batch = list(zip(adapters, counts, strict=True))[first : first + spread]
-            mine: Triplets | Exception | None = None
+            # each rank decomposes one W of the batch, before the broadcasts, so that the ranks work side by side
+            outcome: Triplets | Exception | None = None
             if engine.rank < len(batch):
-                try:  # before the broadcasts, so that ranks really work side by side
-                    mine = self._decompose(*batch[engine.rank], engine.device)
-                except Exception as error:  # noqa: BLE001 - raised on every rank by the broadcast below
-                    mine = error
+                try:
+                    outcome = self._decompose(*batch[engine.rank], engine.device)
+                except Exception as error:  # raised on every rank by the broadcast below
+                    outcome = error
             for owner, (adapter, _) in enumerate(batch):
-                u, s, v = (t.cpu() for t in engine.broadcast(partial(_or_raise, mine), source=owner))
+                u, s, v = (t.cpu() for t in engine.broadcast(partial(_or_raise, outcome), source=owner))
                 root = (s / adapter.scale).sqrt()
                 yield Pairs(u * root, (v * root).T.contiguous())
 
@@ -68,20 +68,19 @@ class PiSSA(LoRA):
         w = adapter.source()
         if tuple(w.shape) != adapter.shape:
             raise ValueError(f"{adapter.name}: the checkpoint holds {tuple(w.shape)}, the model {adapter.shape}")
-        cache = (
-            cache_dir() / "svd"
-            if self.svd_cache == "auto"
-            else Path(self.svd_cache).expanduser()
-            if self.svd_cache
-            else None
-        )
         return cached_triplets(
-            w, k, niter=self.svd_niter, exact=self.svd_exact, seed=self.svd_seed, cache=cache, device=device
+            w, k, niter=self.svd_niter, exact=self.svd_exact, seed=self.svd_seed, cache=self._cache(), device=device
         )
 
+    def _cache(self) -> Path | None:
+        """The folder that `svd_cache` names."""
+        if self.svd_cache == "auto":
+            return cache_dir() / "svd"
+        return Path(self.svd_cache).expanduser() if self.svd_cache else None
 
-def _or_raise(found: Triplets | Exception | None) -> list[Tensor]:
-    if isinstance(found, Exception):
-        raise found
-    assert found is not None
-    return list(found)
+
+def _or_raise(outcome: Triplets | Exception | None) -> list[Tensor]:
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    return list(outcome)

@@ -1,14 +1,14 @@
 """RaSA: y_i = W_i x + B_i (d_i * A_i x) + B_S (e_i * A_S x).  https://arxiv.org/abs/2503.12576
 
-Each of the L layers of a module type gives k of its r ranks to a pool; all of them use the whole pool, each with
-weights of its own.
+Each of the L layers of a module type gives k of its r ranks to a pool. Every layer uses the whole pool, with its own
+weights.
 
-    A_i (r - k, n), B_i (m, r - k)    of layer i alone             d_i (r - k)    its weights, trained
+    A_i (r - k, n), B_i (m, r - k)    of layer i alone             d_i (r - k)    the weights of these, trained
     A_S (L k, n),   B_S (m, L k)      the pool, one for the type   e_i (L k)      layer i's weights of the pool, trained
 
-The trained parameters are those of LoRA and the weights; a layer's change has rank r - k + L k. There is no other
-scale: alpha is in the start of d and e. The two products are computed apart, since joining them would copy the pool in
-every forward.
+There are as many trained parameters as in LoRA, and the weights; a layer's change has rank r - k + L k. There is no
+other scale: alpha is part of the starting values of d and e. The two products are computed separately, since joining
+them would copy the pool in every forward.
 """
 
 from __future__ import annotations
@@ -40,31 +40,28 @@ class RaSA(LoRA):
     """Train rank pairs per module, k of them in a pool that all layers use."""
 
     k: int | None = None
-    """pairs of a module that go to the pool; by default rank / 8, at least 1"""
+    """Pairs of a module that go to the pool; by default rank / 8, at least 1."""
     d_init: Literal["paper", "lora"] = "paper"
-    """start of the weights; paper: half of alpha spread over the layer's own pairs, half over the pool; lora: alpha /
-    rank each"""
+    """Starting values of the weights; paper: half of alpha spread over the layer's own pairs, half over the pool; lora:
+    alpha / rank each."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
         if self.use_rslora:
-            raise ValueError(
+            complaints.append(
                 "method.use_rslora cannot be used with rasa: it has no scale, alpha is in the start of d and e; remove "
                 "it"
             )
         if self.k is not None:
-            ranks = {
-                "method.rank": self.rank,
-                **{f"method.rank_pattern[{key}]": rank for key, rank in self.rank_pattern.items()},
-            }
-            for setting, rank in ranks.items():
-                if not 0 <= self.k <= rank:
-                    raise ValueError(
-                        f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}"
-                    )
+            complaints += [
+                f"method.k must be from 0 (no pool) to {setting} = {rank} (nothing but the pool), not {self.k}"
+                for setting, rank in self.all_ranks().items()
+                if not 0 <= self.k <= rank
+            ]
+        return complaints
 
     def pooled_pairs(self, rank: int) -> int:
-        """k, of so many pairs."""
+        """k of a module with `rank` pairs."""
         return max(rank // 8, 1) if self.k is None else self.k
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
@@ -73,17 +70,18 @@ class RaSA(LoRA):
         return RaSALayer(
             name,
             linear,
-            codec,
-            rank,
-            self.pooled_pairs(rank),
-            self.scale_of(name) * rank,
-            self.d_init,
-            self.dropout,
-            seed,
+            codec=codec,
+            rank=rank,
+            pooled=self.pooled_pairs(rank),
+            alpha=self.scale_of(name) * rank,
+            d_init=self.d_init,
+            dropout=self.dropout,
+            seed=seed,
         )
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
         super().link(model, adapters)
+        # layers of one kind and shape share a pool
         kinds: dict[Kind, list[RaSALayer]] = defaultdict(list)
         for adapter in adapters:
             assert isinstance(adapter, RaSALayer)
@@ -95,11 +93,11 @@ class RaSA(LoRA):
                 pool = pools[_free(f"{name.rpartition('.')[2]}_pool", pools)] = Pool(f"{name} {m} x {n}", layers)
                 for layer in layers:
                     layer.join(pool, first=layer is layers[0])
-        model.rasa_pools = nn.ModuleDict(pools)  # of the root: no layer owns a pool
+        model.rasa_pools = nn.ModuleDict(pools)  # the root owns the pools, no layer does
 
 
 def kind(name: str) -> str:
-    """A module's name without its first number, which is its layer's: the modules of one kind and shape share a pool."""
+    """A module's name without its first number, the layer's: modules of one kind and shape share a pool."""
     return re.sub(r"(^|\.)\d+(\.|$)", r"\1", name, count=1)
 
 
@@ -109,20 +107,20 @@ def _check_agree(layers: list[RaSALayer]) -> None:
     if other is not None:
         raise ValueError(
             f"method.rank_pattern: {first.name} has rank {first.rank} and {other.name} rank {other.rank}, but they "
-            "share a pool; "
-            "give all layers of a module type the same rank"
+            "share a pool; give all layers of a module type the same rank"
         )
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:
-    """`name`, or with a number behind it: layers of a type may differ in shape, and types in what is before their last
-    name.
+    """`name`, or if that is taken `name` with the first free number.
+
+    Two pools may have one name: layers of a type may differ in shape, and two types may end in the same name.
     """
     return next(new for i in count(1) if (new := name if i == 1 else f"{name}{i}") not in taken)
 
 
 class Pool(Shared):
-    """A_S (L k, n) and B_S (m, L k) of L layers."""
+    """The pool of L layers: A_S (L k, n) and B_S (m, L k)."""
 
     def __init__(self, name: str, layers: list[RaSALayer]) -> None:
         super().__init__()
@@ -141,13 +139,14 @@ class Pool(Shared):
 class RaSALayer(Adapter):
     """One of the L layers.
 
-    With k = 0 it has no e and no pool, with k = r no A, B, d: there are no parameters without elements.
+    With k = 0 a layer has no e and no pool, with k = r no A, B and d, because a parameter without elements is not made.
     """
 
     def __init__(
         self,
         name: str,
         linear: nn.Linear,
+        *,
         codec: Codec,
         rank: int,
         pooled: int,
@@ -163,16 +162,16 @@ class RaSALayer(Adapter):
             self.A, self.B, self.d = self.factor(own, n), self.factor(m, own), self.factor(own)
 
     def join(self, pool: Pool, first: bool) -> None:
-        """Reads the pool from now on, as the first layer or another."""
+        """Use this pool from now on. `first`: the layer is the first of the model that uses it."""
         self.borrows, self.first = (pool,), first
         self.e = self.factor(len(pool.A))
         fill_(self)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
-        """A uniform, B zero, so that the layer starts as it was."""
+        """The starting values: A is uniform and B zero, so that the function starts as it was."""
         assert pairs is None, "RaSA takes no pairs out of W"
         (m, n), own, size = self.shape, self.rank - self.pooled, 0 if self.pool is None else len(self.e)
-        sides = 2 if own and self.pooled else 1  # which share alpha
+        sides = 2 if own and self.pooled else 1  # the own pairs and the pool share alpha
         values = {}
         with torch.device("cpu"):
             if own:
@@ -187,7 +186,7 @@ class RaSALayer(Adapter):
         return next((lender for lender in self.borrows if isinstance(lender, Pool)), None)
 
     def products(self) -> list[Product]:
-        """The layer's own pairs and the pool's, as far as there are any."""
+        """The products of the layer's own pairs and of the pool; either may be absent."""
         own = [Product(self.A, self.B, self.d)] if self.rank > self.pooled else []
         pool = self.pool
         return own if pool is None else [*own, Product(pool.read("A", self.first), pool.read("B", self.first), self.e)]
@@ -205,7 +204,7 @@ class RaSALayer(Adapter):
         )
 
     def change(self, whole: Whole) -> Pairs:
-        """[B_i diag(d_i), B_S diag(e_i)] [A_i; A_S], of rank r - k + L k."""
+        """[B_i diag(d_i), B_S diag(e_i)] [A_i; A_S], of rank r - k + L k. Collective."""
         factors = [(self.A, self.B, self.d)] if self.rank > self.pooled else []
         factors += [] if self.pool is None else [(self.pool.A, self.pool.B, self.e)]
         return Pairs.cat([Pairs(whole(b) * whole(d), whole(a)) for a, b, d in factors])

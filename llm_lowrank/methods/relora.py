@@ -1,12 +1,13 @@
-"""ReLoRA: a sum of low-rank updates has a high rank, so restart LoRA again and again.  https://arxiv.org/abs/2307.05695
+"""ReLoRA: a sum of low-rank updates has a high rank, so exchange all pairs of LoRA again and again.
+https://arxiv.org/abs/2307.05695
 
     every `interval` steps    W <- W + s B A      then  A <- fresh and random,  B <- 0        the function stays
     the optimizer             of the moments of A and B the largest 1 - prune_ratio stay, the others become 0
-    the rate                  after a restart  rate(t) min(1, (t - restart + 1) / restart_warmup)       a jagged cosine
+    the rate                  behind exchange step e:  rate(t) min(1, (t - e + 1) / restart_warmup)     a jagged cosine
 
-Where W cannot hold a small update the old pairs are kept beside it, in a bank of fixed capacity; a full one is
-compressed to leave room for the next, and the error of that is printed. Where the paper is silent: no restart that
-leaves no step at the full rate.
+The paper calls an exchange a restart. If W cannot hold a small update, the old pairs are kept in a bank of fixed
+capacity. A full bank is compressed to make room for the next exchange, and the error of the compression is printed. The
+paper leaves open when the last exchange comes: here every exchange leaves at least one step at the full rate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters, generator, uniform_rows
+from llm_lowrank.adapters.adapter import (
+    Adapter,
+    PairAdapter,
+    PairSettings,
+    as_pair_adapters,
+    generator,
+    uniform_rows,
+)
 from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
@@ -29,96 +37,93 @@ from llm_lowrank.numerics.pairs import Pairs
 @Method.register_subclass("relora")
 @dataclass(frozen=True)
 class ReLoRA(LoRA):
-    """Merge all pairs and start new random ones, every `interval` steps."""
+    """Freeze all pairs and start new random ones, every `interval` steps."""
 
     interval: int = 1000
-    """steps between restarts (the paper's pre-training: 5000)"""
+    """Steps between exchanges (the paper's pre-training: 5000)."""
     restart_warmup: int = 50
-    """steps of linear warm-up after a restart, towards the rate of the recipe (the paper: 50 to 100)"""
+    """Steps of linear warm-up after an exchange, towards the rate of the recipe (the paper: 50 to 100)."""
     into: Into = "auto"
-    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
-    bank"""
+    """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
+    bank."""
     bank_pairs: int | None = None
-    """pairs that the bank has room for, more than rank (of a module with another rank in proportion); by default 2 rank
-    """
+    """Pairs that the bank has room for, more than rank; in proportion for a module with another rank; by default 2
+    rank."""
     moments: Moments = "pruned"
-    """optimizer state at a restart: the largest entries stay, or second moments become their mean (seeded), or all is
-    zeroed"""
+    """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
+    zeroed."""
     prune_ratio: float = 0.99
-    """share of each moment that `moments: pruned` sets to zero, smallest first"""
+    """Share of each moment that `moments: pruned` sets to zero, smallest first."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
         if self.restart_warmup < 0:
-            raise ValueError(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
+            complaints.append(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
         if self.interval <= self.restart_warmup:
-            raise ValueError(
+            complaints.append(
                 f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})"
             )
         if self.bank_pairs is not None and self.bank_pairs <= self.rank:
-            raise ValueError(
+            complaints.append(
                 f"method.bank_pairs ({self.bank_pairs}) must be more than method.rank ({self.rank}): a restart fills "
-                "rank of them, and "
-                "what was frozen before needs some, too"
+                "rank of them, and what was frozen before needs some, too"
             )
         if not 0 <= self.prune_ratio <= 1:
-            raise ValueError(f"method.prune_ratio must be in [0, 1], not {self.prune_ratio}")
+            complaints.append(f"method.prune_ratio must be in [0, 1], not {self.prune_ratio}")
+        return complaints
 
     def bank_of(self, rank: int) -> int:
-        """Pairs that the bank beside so many trainable ones has room for: bank_pairs / self.rank times as many, rounded
-        up.
-        """
+        """The room in the bank of a module with this rank, in pairs: bank_pairs * rank / self.rank, rounded up."""
         return 2 * rank if self.bank_pairs is None else -(-self.bank_pairs * rank // self.rank)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         rank = self.rank_of(name)
         self.check_fits("rank", rank, name, linear)
         bank = self.bank_of(rank) if needs_bank(self.into, codec) else 0
-        return PairAdapter(name, linear, codec, rank, self.scale_of(name), bank, self.dropout, seed)
+        return self.layer(name, linear, codec, PairSettings(rank, self.scale_of(name), bank, self.dropout, seed))
 
-    def restarts(self, total_steps: int) -> range:
-        """Every multiple of interval that leaves a step at the full rate behind its warm-up."""
+    def exchange_steps(self, total_steps: int) -> range:
+        """Every multiple of interval that leaves at least one step at the full rate behind its warm-up."""
         return range(self.interval, total_steps - self.restart_warmup, self.interval)
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        if not self.restarts(total_steps):
+        steps = self.exchange_steps(total_steps)
+        if not steps:
             raise ValueError(
                 f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no "
-                "restart in a run of "
-                f"{total_steps} steps; lower them, train longer or set method.type: lora"
+                f"restart in a run of {total_steps} steps; lower them, train longer or set method.type: lora"
             )
-        return tuple(self.restarts(total_steps))
+        return tuple(steps)
 
     def rates(
         self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
     ) -> list[float]:
-        done = [restart for restart in self.restarts(total_steps) if restart <= step]
+        done = [exchanged for exchanged in self.exchange_steps(total_steps) if exchanged <= step]
         warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
         return [rate(step) * warm]
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):
             if adapter.bank_A is not None:
-                adapter.memory["used"] = torch.tensor(0)  # slots of the bank, the first ones
+                adapter.memory["used"] = torch.tensor(0)  # so many of the bank's first slots are filled
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
         fresh = [fresh_pairs(adapter, step) for adapter in layers]
         engine.same("the fresh pairs", *(pairs.A for pairs in fresh))
-        return Exchanged.total(
-            [self._restart(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)]
-        )
+        events = [self._exchange_layer(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)]
+        return Exchanged.total(events)
 
-    def _restart(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
-        slots, lost = self._room(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
-        every = torch.arange(adapter.rank)
+    def _exchange_layer(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
+        slots, lost = self._take_slots(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
+        index = torch.arange(adapter.rank)  # all pairs
         event = exchange_(
-            engine, adapter, every, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio
+            engine, adapter, index, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio
         )
         return replace(event, lost=event.lost + lost)  # one of the two is 0
 
-    def _room(self, adapter: PairAdapter, engine: Engine) -> tuple[slice, float]:
-        """The next empty slots of the bank, which are taken, and what compressing it took if it was full.
+    def _take_slots(self, adapter: PairAdapter, engine: Engine) -> tuple[slice, float]:
+        """Reserve the bank's next empty slots; also return what compressing a full bank took, see Exchanged.lost.
 
         Collective.
         """
@@ -131,7 +136,7 @@ class ReLoRA(LoRA):
 
 
 def fresh_pairs(adapter: PairAdapter, step: int) -> Pairs:
-    """Random A, B = 0, the same on every rank."""
+    """A random A with B = 0, the same on every rank."""
     m, n = adapter.shape
     return Pairs(
         torch.zeros(m, adapter.rank), uniform_rows(adapter.rank, n, generator(adapter.seed, adapter.name, step))

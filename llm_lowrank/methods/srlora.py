@@ -1,13 +1,14 @@
 """SRLoRA: fuse the pairs that matter least, start fresh ones on unused singular directions.
 https://arxiv.org/abs/2505.12433
 
-    start      the top r principal pairs of W are trained, as in PiSSA; the next target_rank - r wait their turn
+    start      the top r principal pairs of W are trained, as in PiSSA; the next target_rank - r wait
     every step I = |w dL/dw| of every entry of A and B; its moving mean and spread; pair score S_k       (importance.py)
     exchange   K = the r' = gamma r pairs of a module with the smallest S_k; they freeze, the next r' directions become
                trainable, W + s B A does not change; scores start anew
 
-There is no published code: this is SRLoRA as we read it. Where the paper is silent: exchange k of N follows step round(k
-total / (N + 1)); scores are ranked within a module; second moments of fresh pairs are the mean of those that stay.
+There is no published code: this is SRLoRA as we read the paper, which calls an exchange a switch. We decided three
+things that the paper leaves open: exchange k of N follows step round(k total / (N + 1)); scores are ranked within a
+module; the second moments of fresh pairs are the mean over the pairs that stay.
 """
 
 from __future__ import annotations
@@ -34,38 +35,39 @@ from llm_lowrank.numerics.pairs import Pairs
 @Method.register_subclass("srlora")
 @dataclass(frozen=True)
 class SRLoRA(PiSSA):
-    """Move the trainable pairs through target_rank singular directions, rank at a time."""
+    """Train target_rank singular directions in turn, rank at a time."""
 
     target_rank: int = 32
-    """directions visited in the whole run"""
+    """Directions that are trained in the whole run."""
     gamma: float = 0.5
-    """share of the pairs replaced at an exchange"""
+    """Share of the pairs replaced at an exchange."""
     beta1: float = 0.85
-    """decay of the mean importance"""
+    """Decay of the mean importance."""
     beta2: float = 0.85
-    """decay of its spread (uncertainty)"""
+    """Decay of the spread of the importance (uncertainty)."""
     into: Into = "auto"
-    """where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
-    bank"""
+    """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
+    bank."""
     moments: Literal["seeded", "zeroed"] = "seeded"
-    """second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)"""
+    """Second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)."""
     paper_schedule: bool = False
-    """the published interval, with the last exchange at the last step"""
+    """Use the published interval, with the last exchange at the last step."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
         if self.target_rank < self.rank:
-            raise ValueError(f"method.target_rank ({self.target_rank}) must be at least method.rank ({self.rank})")
+            complaints.append(f"method.target_rank ({self.target_rank}) must be at least method.rank ({self.rank})")
         if not 0 < self.gamma <= 1:
-            raise ValueError(f"method.gamma must be in (0, 1], not {self.gamma}")
+            complaints.append(f"method.gamma must be in (0, 1], not {self.gamma}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+                complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
         if self.rank_pattern:
-            raise ValueError(
+            complaints.append(
                 "method.rank_pattern cannot be used with srlora: modules would need different numbers of exchanges; "
                 "remove it"
             )
+        return complaints
 
     @property
     def swap(self) -> int:
@@ -85,16 +87,20 @@ class SRLoRA(PiSSA):
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         if self.target_rank == self.rank:
             return ()
-        return tuple(
-            step
-            for step, _ in exchange_schedule(total_steps, self.rank, self.target_rank, self.swap, self.paper_schedule)
+        exchanges = exchange_schedule(
+            total_steps,
+            rank=self.rank,
+            target_rank=self.target_rank,
+            swap=self.swap,
+            at_the_end=self.paper_schedule,
         )
+        return tuple(step for step, _ in exchanges)
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = as_pair_adapters(adapters)
-        for adapter, pairs in zip(
-            layers, self.principal_pairs(layers, engine, [self.target_rank] * len(layers)), strict=True
-        ):
+        principal = self.principal_pairs(layers, engine, [self.target_rank] * len(layers))
+        for adapter, pairs in zip(layers, principal, strict=True):
+            # all directions leave W and wait in the bank, or they stay in W and wait in the reserve of rank 0
             if adapter.bank_A is not None:
                 yield pairs
             else:
@@ -103,7 +109,7 @@ class SRLoRA(PiSSA):
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):
-            # directions that have been trained, the next one's number
+            # so many directions have been trained; at the same time the number of the next one
             adapter.memory["visited"] = torch.tensor(self.rank)
             # which pairs came at the last exchange, and how many it replaced: (all, those that the one before brought)
             adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.bool, device=engine.device)
@@ -123,26 +129,29 @@ class SRLoRA(PiSSA):
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
+        # the last exchange has the directions that are left
         count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))
         choice = self.choose(layers, engine, count)
-        events, factors = [], [choice]
+        events, decisions = [], [choice]  # every rank must have decided alike
         for adapter, index in zip(layers, choice, strict=True):
             visited = int(adapter.memory["visited"])
             waiting = slice(visited - self.rank, visited - self.rank + count)
+            # the next directions come out of the bank, or rank 0 sends them from its reserve
             if adapter.bank_A is not None:
                 events.append(exchange_(engine, adapter, index, slots=waiting, moments=self.moments))
             else:
                 b, a = engine.broadcast(partial(_waiting, adapter, waiting))
-                factors += [b, a]
+                decisions += [b, a]
                 events.append(exchange_(engine, adapter, index, fresh=Pairs(b, a), moments=self.moments))
             adapter.memory["visited"] += count
             fresh = adapter.memory["fresh"]
             adapter.memory["replaced"].copy_(torch.tensor([count, int(fresh[index].sum())]))
             fresh.zero_()
             fresh[index] = True
+            # scores start anew
             for key in ("mean_A", "mean_B", "spread_A", "spread_B"):
                 adapter.memory[key].zero_()
-        engine.same("the exchanged pairs", *factors)
+        engine.same("the exchanged pairs", *decisions)
         return Exchanged.total(events)
 
     def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
@@ -167,9 +176,9 @@ class SRLoRA(PiSSA):
         return found
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
-        """Indices of the `count` least important pairs of every module: (modules, count). Rank 0 decides.
+        """Return the indices of the `count` least important pairs of every module: (modules, count).
 
-        Collective.
+        Rank 0 decides. Collective.
         """
         scores = self.scores(adapters, engine)
         if not torch.isfinite(scores).all():
@@ -185,7 +194,7 @@ class SRLoRA(PiSSA):
         return engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))
 
     def _my_scores(self, adapter: PairAdapter, engine: Engine) -> Tensor:
-        """S_k as far as this rank's runs of A and B go: (r,)."""
+        """S_k summed over this rank's spans of A and B: (r,)."""
         m, n = adapter.shape
         memory, r = adapter.memory, self.rank
         rows = importance.pair_sums(
@@ -212,21 +221,22 @@ def _waiting(adapter: PairAdapter, where: slice) -> list[Tensor]:
 
 
 def exchange_schedule(
-    total: int, rank: int, target_rank: int, swap: int, at_the_end: bool = False
+    total: int, *, rank: int, target_rank: int, swap: int, at_the_end: bool = False
 ) -> tuple[tuple[int, int], ...]:
-    """(completed steps, pairs exchanged) of every exchange of SRLoRA, which its paper calls a switch (https://arxiv.org/abs/2505.12433).
+    """Return (completed steps, pairs exchanged) of every exchange of a run with `total` steps.
 
         N = ceil((target_rank - rank) / swap),   exchange k = 1..N after step round(k total / (N + 1))
 
-    so that the last fresh pairs still have total / (N + 1) steps to learn. The published interval, total / N, has the
-    last exchange at the last step: at_the_end=True. The last one moves what is left of target_rank - rank. Raises
-    ValueError when there are not enough steps to keep the exchanges apart.
+    so that the last fresh pairs still have total / (N + 1) steps to learn. With `at_the_end` the interval is total / N,
+    as published, and the last exchange comes at the last step. The last exchange replaces the rest of
+    target_rank - rank pairs. Raise ValueError when two exchanges would fall on one step, or the first on step 0.
+    https://arxiv.org/abs/2505.12433
     """
     spare = target_rank - rank
     count = math.ceil(spare / swap)
     parts = count if at_the_end else count + 1
     steps = [round(k * total / parts) for k in range(1, count + 1)]
-    if len({0, *steps}) != count + 1:
+    if len(set(steps)) != count or 0 in steps:
         raise ValueError(
             f"{count} exchanges do not fit into {total} steps; lower target_rank, raise gamma or train longer"
         )

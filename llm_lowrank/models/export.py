@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter
-from llm_lowrank.adapters.method import Method, matching
+from llm_lowrank.adapters.method import Method, match_pattern
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -256,8 +256,8 @@ class Lora:
                 handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
             )
         pairs = Pairs(b, a)
-        rank = matching(self.config.get("rank_pattern") or {}, module, self.config["r"])
-        alpha = matching(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
+        rank = match_pattern(self.config.get("rank_pattern") or {}, module, self.config["r"])
+        alpha = match_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         if len(pairs) != rank:
             raise ValueError(f"{self.path}: {module} has {len(pairs)} pairs, but {CONFIG} says rank {rank}")
         return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
