@@ -123,11 +123,11 @@ def test_rows_alone_of_an_output_layer():
 @pytest.mark.parametrize("pro", [False, True])
 def test_under_checkpointing(pro, reentrant):
     subnet, x = layer(pro), inputs(2, 3)
-    subnet.record = subnet.recorded
+    subnet.record = subnet.record_gradient
     y = checkpoint(subnet, x, use_reentrant=reentrant)
     y.square().sum().backward()
     other, z = layer(pro), inputs(2, 3)
-    other.record = other.recorded
+    other.record = other.record_gradient
     other(z).square().sum().backward()
     assert torch.equal(subnet.S.grad, other.S.grad) and torch.equal(x.grad, z.grad)
     assert torch.equal(subnet.dense, other.dense), "recorded once, though the forward ran twice"
@@ -159,7 +159,7 @@ def test_the_dense_gradient_is_recorded_in_a_slot_only_and_summed_over_micro_bat
     subnet = layer(pro)
     subnet(inputs(5)).sum().backward()
     assert subnet.dense is None
-    subnet.record = subnet.recorded
+    subnet.record = subnet.record_gradient
     wanted = 0
     for shape in ((5,), (2, 3)):
         x = inputs(*shape)
