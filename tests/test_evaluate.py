@@ -25,9 +25,9 @@ from launch import evaluate as script
 from llm_lowrank.evaluation import Settings, evaluate, harness, record
 from llm_lowrank.evaluation import human_eval as coding
 from llm_lowrank.evaluation.questions import ReasoningGym
-from llm_lowrank.evaluation.run import prepare
+from llm_lowrank.evaluation.run import prepare_tasks
 from llm_lowrank.evaluation.subject import Subject
-from llm_lowrank.evaluation.task import Found
+from llm_lowrank.evaluation.task import TaskResult
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests.test_data import CHATML, byte_tokenizer
@@ -131,7 +131,7 @@ def test_a_run_is_asked_as_it_was_trained(run, tmp_path, place):  # noqa: F811
         settings["data"] |= {"prompt_style": style}
         (tmp_path / "out/recipe.yaml").write_text(yaml.safe_dump(settings))
         tokenizer = subject.tokenizer()
-        (task,) = prepare(Settings("x", (SUMS,), prompt_style=asked, size=1), subject, [SUMS], tokenizer)
+        (task,) = prepare_tasks(Settings("x", (SUMS,), prompt_style=asked, size=1), subject, [SUMS], tokenizer)
         return tokenizer.decode(task.questions[0].prompt_ids)
 
     assert prompt("auto", "auto").startswith("<State") and prompt("alpaca", "auto").startswith(
@@ -144,15 +144,25 @@ def test_a_run_is_asked_as_it_was_trained(run, tmp_path, place):  # noqa: F811
 
 
 def gym(seed: int, **task: object) -> ReasoningGym:
-    return ReasoningGym.of(SUMS, byte_tokenizer(CHATML), task, "auto", "", 8, seed, 6, 4)
+    return ReasoningGym.of(
+        SUMS,
+        byte_tokenizer(CHATML),
+        settings=task,
+        style="auto",
+        system="",
+        size=8,
+        seed=seed,
+        max_new_tokens=6,
+        batch_size=4,
+    )
 
 
 def test_reasoning_gym_asks_the_same_questions_again_and_none_of_training():
     texts = [q.text for q in gym(3).questions]
     assert len(texts) == 8 and texts == [q.text for q in gym(3).questions] != [q.text for q in gym(4).questions]
-    from llm_lowrank.data import Data, load
+    from llm_lowrank.data import Data, load_corpus
 
-    trained = load(Data(SUMS, size=8, held_out=4, max_length=500), byte_tokenizer(CHATML), 3)
+    trained = load_corpus(Data(SUMS, size=8, held_out=4, max_length=500), byte_tokenizer(CHATML), 3)
     assert not set(texts) & {q.text for q in trained.questions}
     assert all(len(re.findall(r" [+-] ", q.text)) == 6 for q in gym(3, min_terms=7, max_terms=7).questions)
 
@@ -199,7 +209,17 @@ def test_human_eval_counts_the_programs_that_pass(style, monkeypatch):
     """Four problems, two programs each: both right, one right, none, none; a right one that leaves early, or comes
     behind prose, is not.
     """
-    task = coding.HumanEval.of(byte_tokenizer(CHATML), style, "", 4, 2, (1, 2), 0.5, 300, 3)
+    task = coding.HumanEval.of(
+        byte_tokenizer(CHATML),
+        style,
+        system="",
+        limit=4,
+        samples=2,
+        pass_at=(1, 2),
+        temperature=0.5,
+        max_new_tokens=300,
+        batch_size=3,
+    )
     bodies = [problem["canonical_solution"] for problem in task.problems]
 
     def shown(problem: dict, body: str) -> str:
@@ -337,7 +357,7 @@ def test_lm_eval_says_what_it_does_not_know_and_what_would_run_code(few, tasks, 
     def made(*names: str, **options: object) -> list:
         tokenizer = byte_tokenizer()
         settings = {"include_path": str(tasks), "allow_code_execution": False, "apply_chat_template": False} | options
-        return harness.prepare(names, tokenizer, limit=None, num_fewshot=None, batch_size=1, seed=0, **settings)
+        return harness.load_tasks(names, tokenizer, limit=None, num_fewshot=None, batch_size=1, seed=0, **settings)
 
     with pytest.raises(ValueError, match="no task is named 'gsm9k'; close to it: gsm8k"):
         made("colours", "gsm9k")
@@ -459,10 +479,12 @@ def test_a_task_that_fails_takes_no_results_with_it(run, tmp_path, monkeypatch):
     class Fails:
         name = "fails"
 
-        def run(self, model: object) -> Found:
+        def run(self, model: object) -> TaskResult:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("llm_lowrank.evaluation.run.prepare", lambda *arguments: [*prepare(*arguments), Fails()])
+    monkeypatch.setattr(
+        "llm_lowrank.evaluation.run.prepare_tasks", lambda *arguments: [*prepare_tasks(*arguments), Fails()]
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(replace(Settings(str(run)), output=str(tmp_path / "r.json")))
     assert results(tmp_path / "r.json")["held_out"]["n"] == 12

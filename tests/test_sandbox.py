@@ -210,7 +210,7 @@ EPERM, ENOSYS = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS))
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_the_filter_refuses_what_it_names(machine):
     numbers, arch, pid = sandbox.NUMBERS[machine], sandbox.ARCH[machine], 4711
-    instructions = sandbox.filter_of(machine, pid)
+    instructions = sandbox.build_filter(machine, pid)
     for name, number in numbers.items():
         expected = ENOSYS if name == "clone3" else EPERM
         assert answer(instructions, arch, number) == expected, name

@@ -1,12 +1,12 @@
-"""How good is a model: one that a run made, or the one that it started from.
+"""How good a model is, before or after a run trained it. What trains or loads a model is not in here.
 
-    Settings --> what is evaluated (subject.py) --> tasks --> one JSON file a run (record.py), answers beside it
+    Settings --> the model to evaluate (subject.py) --> tasks --> a JSON file with the results (record.py)
 
-questions    the run's own held-out examples; questions of reasoning-gym tasks
-human_eval   programs, run in the sandbox
-harness      everything else, by EleutherAI's lm-eval
+questions    the held-out examples of a run; questions of reasoning-gym tasks
+human_eval   programs, which run in the sandbox
+harness      all other tasks, by EleutherAI's lm-eval
 
-Everything that a user can have wrong is found before the weights are read.
+Whatever a user can have wrong is reported before the weights are read.
 """
 
 from llm_lowrank.evaluation.run import Settings, evaluate

@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-eval by their names, over the model as it lies in memory.
 https://github.com/EleutherAI/lm-evaluation-harness
 
-It is imported only when one of its tasks is asked for. Its index of some 14,000 tasks takes seconds to read; a task of
-one's own (--include_path) is looked for without it.
+lm-eval is imported only if one of its tasks is asked for. Its index of some 14,000 tasks takes seconds to read; tasks
+in a folder of the user's own (--include_path) are looked up without this index.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.evaluation.task import Found, Metrics
+from llm_lowrank.evaluation.task import Metrics, TaskResult
 
 
 @dataclass(frozen=True)
 class Harness:
+    """One name of lm-eval: a task, a group or a tag."""
+
     name: str
     tokenizer: PreTrainedTokenizerBase
     manager: Any  # lm-eval's index of tasks
-    tasks: list[Any]  # what lm-eval made of the name: a task, a group, the tasks of a tag
+    tasks: list[Any]  # lm-eval's objects for the name: a task, a group, or the tasks of a tag
     allow_code_execution: bool
     limit: int | None
     num_fewshot: int | None
@@ -34,11 +36,11 @@ class Harness:
     batch_size: int
     seed: int
 
-    def run(self, model: PreTrainedModel) -> Found:
+    def run(self, model: PreTrainedModel) -> TaskResult:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        found = lm_eval.simple_evaluate(
+        report = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size),
             tasks=self.tasks,
             task_manager=self.manager,
@@ -52,24 +54,25 @@ class Harness:
             torch_random_seed=self.seed,
             fewshot_random_seed=self.seed,
         )
-        # of groups: none
-        asked: dict[str, Metrics] = {name: {"n": count["effective"]} for name, count in found["n-samples"].items()}
-        return Found({name: metrics(values) | asked.get(name, {}) for name, values in found["results"].items()})
+        # groups have metrics and no number of questions
+        counts: dict[str, Metrics] = {name: {"n": count["effective"]} for name, count in report["n-samples"].items()}
+        return TaskResult({name: metrics(values) | counts.get(name, {}) for name, values in report["results"].items()})
 
 
 def metrics(values: dict[str, Any]) -> Metrics:
-    """lm-eval writes `metric,filter`; the filter none is left out.
+    """Return lm-eval's `metric,filter` -> value without the filter `none`.
 
-    Standard errors that it did not compute are words.
+    A standard error that lm-eval did not compute is a text and left out.
     """
     return {
         key.removesuffix(",none"): value for key, value in values.items() if "," in key and not isinstance(value, str)
     }
 
 
-def prepare(
+def load_tasks(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     include_path: str | None,
     allow_code_execution: bool,
     limit: int | None,
@@ -78,44 +81,58 @@ def prepare(
     batch_size: int,
     seed: int,
 ) -> list[Harness]:
-    """The tasks with their data.
+    """Return the tasks with their data.
 
-    ValueError for what the harness does not know or cannot load, and for code that may not run.
+    ValueError if lm-eval does not know or cannot load a task, or if a task runs generated code and may not.
     """
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("--apply_chat_template: the tokenizer has no chat template; leave it out")
-    manager = _manager(names, include_path)
+    manager = _open_index(names, include_path)
+    # Tasks that say in their settings that they run generated code are refused before anything of them is imported.
     runs_code = [
         name for name in names if any(entry.get("unsafe_code") for entry in _configs(manager.task_index, name))
     ]
     if runs_code and not allow_code_execution:
         refuse_code(runs_code)
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allow_code_execution else "0"  # the metric code_eval asks for it
-    found = []
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allow_code_execution else "0"  # the metric code_eval reads it
+    tasks = []
     for name in names:
         try:
             loaded = manager.load([name])
-        except Exception as error:  # of whatever kind a task's own code, the hub or a file's format raises
+        except Exception as error:  # a task's own code, the hub and a file's format may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"lm-eval cannot load the task {name}: {reason}") from error
+        # Tasks written in Python say it in their class.
         if not allow_code_execution and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
             refuse_code([name])
-        tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
-        options = (allow_code_execution, limit, num_fewshot, apply_chat_template, batch_size, seed)
-        found.append(Harness(name, tokenizer, manager, tasks, *options))
-    return found
+        tasks.append(
+            Harness(
+                name=name,
+                tokenizer=tokenizer,
+                manager=manager,
+                tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
+                allow_code_execution=allow_code_execution,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template,
+                batch_size=batch_size,
+                seed=seed,
+            )
+        )
+    return tasks
 
 
-def refuse_code(names: Sequence[str]) -> None:
+def refuse_code(names: Sequence[str]) -> NoReturn:
+    """Raise the ValueError of tasks that run generated code."""
     raise ValueError(
         f"{', '.join(names)}: lm-eval runs the programs that the model writes, with your rights and the network: this "
-        "project's sandbox "
-        "does not hold them back. If that may happen here, best in a container, give --allow_code_execution"
+        "project's sandbox does not hold them back. If that may happen here, best in a container, give "
+        "--allow_code_execution"
     )
 
 
-def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """lm-eval's index of tasks, in which all of the names are."""
+def _open_index(names: Sequence[str], include_path: str | None) -> Any:
+    """Return an lm-eval TaskManager that knows all names. ValueError if lm-eval or one of the names is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f'{", ".join(names)}: not tasks of this project; those of lm-eval need pip install "llm-lowrank[eval]"'
@@ -127,9 +144,10 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
         if not Path(include_path).expanduser().is_dir():
             raise ValueError(f"--include_path: {include_path} is not a folder; give one with task files (.yaml)")
         include_path = str(Path(include_path).expanduser())
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(_complete(own.task_index, name) for name in names):
-            return own
+        # the folder alone, which is quick, if it has everything that the names stand for
+        of_folder = TaskManager(include_path=include_path, include_defaults=False)
+        if all(_is_complete(of_folder.task_index, name) for name in names):
+            return of_folder
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.task_index]:
         near = get_close_matches(unknown[0], [*manager.all_tasks, "held_out", "human-eval"], 3)
@@ -139,8 +157,8 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
 
 
 def _configs(index: dict[str, Any], item: str | dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings of every task and group that a name, or a group's own entry, stands for; the code that they name is
-    not imported.
+    """Yield the settings of every task and group that a name, or a group's own entry, stands for. The code that the
+    settings name is not imported.
     """
     if isinstance(item, dict):
         yield item
@@ -151,7 +169,7 @@ def _configs(index: dict[str, Any], item: str | dict[str, Any]) -> Iterator[dict
 
 
 def _members(index: dict[str, Any], item: str | dict[str, Any]) -> list[Any]:
-    """What a group or a tag is made of."""
+    """Return the members of a group or a tag; a task has none."""
     if isinstance(item, str):
         entry = index.get(item)
         if entry is None or entry.kind.name not in ("GROUP", "TAG"):
@@ -164,6 +182,7 @@ def _members(index: dict[str, Any], item: str | dict[str, Any]) -> list[Any]:
     return [inner] if isinstance(inner, str) else inner
 
 
-def _complete(index: dict[str, Any], item: str | dict[str, Any]) -> bool:
-    """Whether a name and all that it stands for are there."""
-    return (isinstance(item, dict) or item in index) and all(_complete(index, inner) for inner in _members(index, item))
+def _is_complete(index: dict[str, Any], item: str | dict[str, Any]) -> bool:
+    """Return whether an index has a name and everything that the name stands for."""
+    known = isinstance(item, dict) or item in index
+    return known and all(_is_complete(index, inner) for inner in _members(index, item))

@@ -1,9 +1,10 @@
-"""The file that an evaluation leaves, in the manner of PEFT's method comparison: run_info, train_info, results,
-meta_info.
+"""The file with the results of an evaluation, with the sections of PEFT's method comparison: run_info, train_info,
+results, meta_info.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llm_lowrank.evaluation.task import Found
+from llm_lowrank.evaluation.task import TaskResult
 from llm_lowrank.files import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +38,9 @@ PACKAGES = (
 
 
 def origin() -> dict[str, str]:
-    """What a figure was made with."""
+    """Return the versions and the commit that a figure was measured with."""
     commit = ""
-    if (ROOT / ".git").exists():  # not some other repository that the package is installed in
+    if (ROOT / ".git").exists():  # otherwise git would describe a repository around an installed package
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
@@ -51,12 +52,13 @@ def origin() -> dict[str, str]:
 
 
 class Record:
-    """One evaluation's file; written after every task, so that a later failure takes nothing with it."""
+    """The file of one evaluation. It is written after every task, so that a later failure loses no result."""
 
     def __init__(
         self,
         path: Path,
         settings: dict[str, Any],
+        *,
         checkpoint: dict[str, Any],
         train_info: dict[str, Any],
         device: torch.device,
@@ -80,19 +82,19 @@ class Record:
             },
         }
 
-    def add(self, task: str, found: Found) -> list[Path]:
-        """The files that were written."""
-        self.content["results"] |= found.results
+    def add(self, task: str, result: TaskResult) -> list[Path]:
+        """Add a task's result and write the file. Return the files that were written."""
+        self.content["results"] |= result.results
         self.content["run_info"]["total_time"] = round(time.perf_counter() - self.began, 2)
         write_json(self.path, self.content)
-        if not found.answers:
+        if not result.answers:
             return [self.path]
         answers = self.path.with_name(f"{self.path.stem}-{file_name(task)}.jsonl")
-        write_text(answers, "".join(json.dumps(row) + "\n" for row in found.answers))
+        write_text(answers, "".join(json.dumps(row) + "\n" for row in result.answers))
         return [self.path, answers]
 
     def table(self) -> str:
-        """One line a metric."""
+        """Return the results as text, one line for each metric."""
         lines = [
             (
                 task,
@@ -104,18 +106,22 @@ class Record:
             for metric, value in values.items()
             if metric != "n"
         ]
-        return columns([("task", "metric", "value", "n"), *lines])
+        return align([("task", "metric", "value", "n"), *lines])
 
 
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
+def align(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows of cells as lines of aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def place(output: str | None, run: Path | None, tasks: Sequence[str]) -> Path:
-    """Where the record goes. It is never one that is there already."""
+def new_path(output: str | None, run: Path | None, tasks: Sequence[str]) -> Path:
+    """Return the path of a new record: `output`, or a name made of tasks and time in the folder of the run or here.
+
+    ValueError if the file exists or `output` does not end in .json.
+    """
     if output is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         path = (run / "eval" if run else Path()) / f"{file_name('+'.join(tasks))[:100]}-{now}.json"
@@ -129,17 +135,16 @@ def place(output: str | None, run: Path | None, tasks: Sequence[str]) -> Path:
 
 
 def file_name(task: str) -> str:
+    """Return a task's name with every character replaced that file names should not have."""
     return "".join(letter if letter.isalnum() or letter in "+-_." else "-" for letter in task)
 
 
 def _installed_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _device_name(device: torch.device) -> str:

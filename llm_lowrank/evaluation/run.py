@@ -1,4 +1,4 @@
-"""From what the command line says to the record of its results."""
+"""From the settings of an evaluation to the record of its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_lowrank.evaluation import harness, record
 from llm_lowrank.evaluation.human_eval import HUMAN_EVAL, HumanEval
 from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is_reasoning_gym
 from llm_lowrank.evaluation.subject import Subject, Use
-from llm_lowrank.evaluation.task import Found, Task
+from llm_lowrank.evaluation.task import Task, TaskResult
 from llm_lowrank.files import check_writable
 
 SAMPLES = 5  # answers that are printed
@@ -24,6 +24,8 @@ Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
 
 @dataclass(frozen=True)
 class Settings:
+    """The options of launch/evaluate.py, which explains each of them. ValueError with all complaints at once."""
+
     checkpoint: str
     tasks: tuple[str, ...] = ()  # empty: held_out
     output: str | None = None
@@ -46,6 +48,7 @@ class Settings:
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
+        errors = []
         least = {
             "batch_size": 1,
             "max_new_tokens": 1,
@@ -58,11 +61,11 @@ class Settings:
         }
         for name, value in least.items():
             if (given := getattr(self, name)) is not None and not value <= given < float("inf"):
-                raise ValueError(f"--{name} {given}: must be at least {value}")
+                errors.append(f"--{name} {given}: must be at least {value}")
         if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"--tasks {','.join(self.tasks)}: names a task twice")
+            errors.append(f"--tasks {','.join(self.tasks)}: names a task twice")
         if not all(self.tasks):
-            raise ValueError(f"--tasks {','.join(self.tasks)}: has an empty name")
+            errors.append(f"--tasks {','.join(self.tasks)}: has an empty name")
         kinds = {kind_of(task) for task in self.tasks or (HELD_OUT,)}
         defaults = {
             known.name: known.default if known.default_factory is MISSING else known.default_factory()
@@ -70,22 +73,22 @@ class Settings:
         }
         for name, users in USERS.items():
             if getattr(self, name) != defaults[name] and not kinds & set(users):
-                raise ValueError(
-                    f"--{name} is for {' and '.join(users)} tasks; none of these is asked for, leave it out"
-                )
+                errors.append(f"--{name} is for {' and '.join(users)} tasks; none of these is asked for, leave it out")
         if self.samples > 1 and not self.temperature:
-            raise ValueError(
+            errors.append(
                 f"--samples {self.samples}: greedy programs are all the same; give a --temperature above 0, such as 0.8"
             )
         for k in self.pass_at:
             if not 1 <= k <= self.samples:
-                raise ValueError(f"--pass_at {k}: must be between 1 and --samples, which is {self.samples}")
+                errors.append(f"--pass_at {k}: must be between 1 and --samples, which is {self.samples}")
         if HUMAN_EVAL in self.tasks and not self.allow_code_execution:
-            raise ValueError(
+            errors.append(
                 f"{HUMAN_EVAL} runs programs that the model writes, on this machine; --allow_code_execution lets it. "
-                "They have no network, "
-                "limited time and memory, but may read and write the files that you may: see docs/evaluation.md"
+                "They have no network, limited time and memory, but may read and write the files that you may: see "
+                "docs/evaluation.md"
             )
+        if errors:
+            raise ValueError("\n".join(errors))
 
 
 USERS: dict[str, tuple[Kind, ...]] = {  # options that only some kinds of tasks read
@@ -99,15 +102,16 @@ USERS: dict[str, tuple[Kind, ...]] = {  # options that only some kinds of tasks 
 
 
 def kind_of(task: str) -> Kind:
+    """Return which kind of task a name is; a name that is none of this project's is one of lm-eval's."""
     if task in (HELD_OUT, HUMAN_EVAL):
         return task  # type: ignore[return-value]
     return "reasoning-gym" if is_reasoning_gym(task) else "lm-eval"
 
 
 def evaluate(settings: Settings) -> Path:
-    """Evaluates, prints, and writes the record.
+    """Evaluate a model, print the results and write the record. Return the record's path.
 
-    ValueError or OSError, before the weights are read, if it cannot be done as asked.
+    ValueError or OSError, before the weights are read, if the evaluation cannot be done as asked.
     """
     subject = Subject.find(settings.checkpoint, settings.use, settings.model_name_or_path)
     names = settings.tasks or (HELD_OUT,)
@@ -116,63 +120,84 @@ def evaluate(settings: Settings) -> Path:
             f"{HELD_OUT} needs the output_dir of a run, and {settings.checkpoint} has no recipe.yaml; choose other "
             "--tasks"
         )
-    path = record.place(settings.output, subject.output, names)
+    path = record.new_path(settings.output, subject.output, names)
     check_writable(path.parent)
-    tasks = prepare(settings, subject, names, subject.tokenizer())
+    tasks = prepare_tasks(settings, subject, names, subject.tokenizer())
     device = Plain().device
     model = subject.load(settings.dtype, device)
-    file = record.Record(path, asdict(settings), subject.describe(), subject.settings(), device)
+    file = record.Record(
+        path, asdict(settings), checkpoint=subject.describe(), train_info=subject.settings(), device=device
+    )
     for task in tasks:
         print(f"{task.name} ...", flush=True)
         torch.manual_seed(settings.seed)
-        found = task.run(model)
-        for line in [*samples(found), *(f"written: {written}" for written in file.add(task.name, found))]:
+        result = task.run(model)
+        for line in [*describe_answers(result), *(f"written: {written}" for written in file.add(task.name, result))]:
             print(line, flush=True)
     print(file.table())
     return path
 
 
-def prepare(
+def prepare_tasks(
     settings: Settings, subject: Subject, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[Task]:
-    """The tasks in the order in which they were asked for."""
-    data = subject.settings().get("data", {})  # a run's model is asked in the way that it was trained
+    """Return the tasks in the order of `names`, each ready to run. ValueError or OSError if one cannot be run."""
+    # the model of a run is asked with the prompt style and the system prompt that it was trained with
+    data = subject.settings().get("data", {})
     style = data.get("prompt_style", "auto") if settings.prompt_style == "auto" else settings.prompt_style
     system = data.get("system", "")
     s = settings
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for name in names:
         if name == HELD_OUT:
             assert subject.output is not None
-            found[name] = HeldOut.of(subject.output, tokenizer, s.limit, s.batch_size)
+            tasks[name] = HeldOut.of(subject.output, tokenizer, limit=s.limit, batch_size=s.batch_size)
         elif name == HUMAN_EVAL:
-            options = (s.limit, s.samples, s.pass_at, s.temperature, s.max_new_tokens, s.batch_size)
-            found[name] = HumanEval.of(tokenizer, style, system, *options)
-        elif is_reasoning_gym(name):
-            found[name] = ReasoningGym.of(
-                name, tokenizer, s.task_settings, style, system, s.size, s.seed, s.max_new_tokens, s.batch_size
+            tasks[name] = HumanEval.of(
+                tokenizer,
+                style,
+                system=system,
+                limit=s.limit,
+                samples=s.samples,
+                pass_at=s.pass_at,
+                temperature=s.temperature,
+                max_new_tokens=s.max_new_tokens,
+                batch_size=s.batch_size,
             )
-    if others := [name for name in names if name not in found]:
-        of_harness = harness.prepare(
+        elif is_reasoning_gym(name):
+            tasks[name] = ReasoningGym.of(
+                name,
+                tokenizer,
+                settings=s.task_settings,
+                style=style,
+                system=system,
+                size=s.size,
+                seed=s.seed,
+                max_new_tokens=s.max_new_tokens,
+                batch_size=s.batch_size,
+            )
+    # lm-eval's tasks are loaded together: its index is read once
+    if others := [name for name in names if name not in tasks]:
+        of_harness = harness.load_tasks(
             others,
             tokenizer,
-            s.include_path,
-            s.allow_code_execution,
-            s.limit,
-            s.num_fewshot,
-            s.apply_chat_template,
-            s.batch_size,
-            s.seed,
+            include_path=s.include_path,
+            allow_code_execution=s.allow_code_execution,
+            limit=s.limit,
+            num_fewshot=s.num_fewshot,
+            apply_chat_template=s.apply_chat_template,
+            batch_size=s.batch_size,
+            seed=s.seed,
         )
-        found |= {task.name: task for task in of_harness}
-    return [found[name] for name in names]
+        tasks |= {task.name: task for task in of_harness}
+    return [tasks[name] for name in names]
 
 
-def samples(found: Found) -> list[str]:
-    """Some answers, to look at."""
+def describe_answers(result: TaskResult) -> list[str]:
+    """Return the first answers as lines to print."""
     return [
         f"  {row['question']!r}\n    answered {row['answer']!r}, expected {row['expected']!r}, score {row['score']:g}"
         if "question" in row
         else f"  {row['task_id']}: {row['status']} {row['message'].rpartition(chr(10))[2]}".rstrip()
-        for row in found.answers[:SAMPLES]
+        for row in result.answers[:SAMPLES]
     ]

@@ -1,4 +1,4 @@
-"""What is evaluated: the model or the adapter that a user names, found and checked before it is loaded."""
+"""The model or adapter that is evaluated, found by its name and checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ Use = Literal["merged", "adapter", "base"]
 
 @dataclass(frozen=True)
 class Subject:
-    given: str
+    """The weights to evaluate and where they come from."""
+
+    given: str  # the name that the user gave
     source: Source  # the weights, or those under the adapter
-    adapter: Path | None = None  # a PEFT folder; None: there is none, or it is merged
-    output: Path | None = None  # of the run that made it, with recipe.yaml
-    use: Use | None = None  # of a run
+    adapter: Path | None = None  # a PEFT folder; None: there is no adapter, or it is merged
+    output: Path | None = None  # output_dir of the run that trained them, with recipe.yaml
+    use: Use | None = None  # which weights of a run; None: they are not of a run
 
     @classmethod
     def find(cls, checkpoint: str, use: Use | None, base: str | None) -> Subject:
-        """checkpoint: output_dir of a run, a PEFT folder, or whatever Source.open takes. base: in the place of the one
-        an adapter names.
+        """Find the weights that a user names. ValueError if they are not there or the options do not fit them.
+
+        checkpoint: output_dir of a run, a PEFT folder, or whatever Source.open takes. base: replaces the base model
+        that an adapter names.
         """
         folder = Path(checkpoint).expanduser()
-        there: list[Use] = [name for name, file in _OF_A_RUN.items() if (folder / file).is_file()]
-        if there or (folder / "recipe.yaml").is_file():
-            return cls._of_run(checkpoint, folder.resolve(), there, use, base)
+        available: list[Use] = [name for name, file in _OF_A_RUN.items() if (folder / file).is_file()]
+        if available or (folder / "recipe.yaml").is_file():
+            return cls._of_run(checkpoint, folder.resolve(), available=available, use=use, base=base)
         if use is not None:
             raise ValueError(f"--use {use} is for the output_dir of a run; {checkpoint} is none, leave it out")
         if (folder / CONFIG).is_file():
@@ -46,29 +50,31 @@ class Subject:
         return cls(checkpoint, Source.open(checkpoint))
 
     @classmethod
-    def _of_run(cls, given: str, folder: Path, there: list[Use], use: Use | None, base: str | None) -> Subject:
-        if use is None and not there:
+    def _of_run(cls, given: str, folder: Path, *, available: list[Use], use: Use | None, base: str | None) -> Subject:
+        if use is None and not available:
             raise ValueError(
                 f"{folder} holds neither merged/ nor adapter/: the run is not finished; --use base takes the model "
                 "before it"
             )
-        use = use or there[0]
-        if use != "base" and use not in there:
+        use = use or available[0]
+        if use != "base" and use not in available:
             raise ValueError(
-                f"{folder} has no {use}/; it has {' and '.join(f'{name}/' for name in there) or 'no result yet'}"
+                f"{folder} has no {use}/; it has {' and '.join(f'{name}/' for name in available) or 'no result yet'}"
             )
         output = folder if (folder / "recipe.yaml").is_file() else None
         if use == "merged":
             return cls(given, Source.open(folder / "merged"), None, output, use)
         if base is None:
-            base = _named_base(folder / "adapter") if "adapter" in there else _settings(folder)["model_name_or_path"]
-        return cls(
-            given, Source.open(base), _check_files(folder / "adapter") if use == "adapter" else None, output, use
-        )
+            base = (
+                _named_base(folder / "adapter") if "adapter" in available else _settings(folder)["model_name_or_path"]
+            )
+        adapter = _check_files(folder / "adapter") if use == "adapter" else None
+        return cls(given, Source.open(base), adapter, output, use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """With the chat template that the model was trained with, before as after: a merged model has it, an adapter's
-        folder may.
+        """Load the tokenizer with the chat template of the run, for the base model too.
+
+        A merged model has the template, an adapter's folder may have it, and the recipe names it.
         """
         if self.use == "merged":
             return tokenizer_of(self.source.path)
@@ -78,6 +84,7 @@ class Subject:
         return tokenizer_of(self.source.path, self.settings().get("data", {}).get("chat_template", ""))
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """Load the model in evaluation mode. dtype: auto (as stored), float32, bfloat16 or float16."""
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(
             self.source.path, dtype=kind, device_map={"": device}, trust_remote_code=False, use_safetensors=True
@@ -85,44 +92,50 @@ class Subject:
         if self.adapter is not None:
             from peft import PeftModel
 
-            # the base model, with PEFT's layers in it: whoever is given it sees an ordinary model
+            # the base model with PEFT's layers in it looks like an ordinary model to the tasks
             model = PeftModel.from_pretrained(model, str(self.adapter)).get_base_model()
         return model.eval()
 
     def describe(self) -> dict[str, Any]:
-        """For the record: which weights, so that another one under the same name can be told apart."""
-        found: dict[str, Any] = {"given": self.given, "model": self.source.name, "fingerprint": self.source.fingerprint}
+        """Return the section `checkpoint` of the record. Digests tell other weights of the same name apart."""
+        section: dict[str, Any] = {
+            "given": self.given,
+            "model": self.source.name,
+            "fingerprint": self.source.fingerprint,
+        }
         if self.use is not None:
-            found["use"] = self.use
+            section["use"] = self.use
         if self.adapter is not None:
-            found |= {"adapter": str(self.adapter), "adapter_sha256": file_sha256(self.adapter / WEIGHTS)}
-        return found
+            section |= {"adapter": str(self.adapter), "adapter_sha256": file_sha256(self.adapter / WEIGHTS)}
+        return section
 
     def settings(self) -> dict[str, Any]:
-        """Of the run that made it."""
+        """Return the recipe of the run that trained the weights; empty if there is none."""
         return _settings(self.output) if self.output else {}
 
 
-# in the order in which they are taken
+# the results of a run, each with a file that shows it is there; without --use the first one is taken
 _OF_A_RUN: dict[Use, str] = {"merged": "merged/config.json", "adapter": f"adapter/{CONFIG}"}
 
 
 def _settings(output: Path) -> dict[str, Any]:
+    """Read the recipe of a run. ValueError if the file is not one."""
     file = output / "recipe.yaml"
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if not (
-        isinstance(found, dict)
-        and isinstance(found.get("data"), dict)
-        and isinstance(found.get("model_name_or_path"), str)
+        isinstance(recipe, dict)
+        and isinstance(recipe.get("data"), dict)
+        and isinstance(recipe.get("model_name_or_path"), str)
     ):
         raise ValueError(f"{file} is not the recipe of a run; give the output_dir of one")
-    return found
+    return recipe
 
 
 def _named_base(adapter: Path) -> str:
+    """Return the base model that an adapter names. ValueError if it names none."""
     base = json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
@@ -130,7 +143,10 @@ def _named_base(adapter: Path) -> str:
 
 
 def _check_files(adapter: Path) -> Path:
-    """PEFT would read pickled weights where there are no others."""
+    """Return the folder of an adapter if PEFT can load it from safetensors and lose nothing. ValueError otherwise.
+
+    Without this check PEFT would read pickled weights where there are no others.
+    """
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(f"{adapter} has no {WEIGHTS}; pickled weights are not read, save it again with PEFT")
     if (adapter / ALL).is_file():

@@ -1,4 +1,4 @@
-"""What a task is asked for and what it gives back."""
+"""The interface of a task and of its result."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ Metrics = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
-class Found:
-    results: dict[str, Metrics]  # name in the record -> metric -> value; n: how many were asked
-    answers: list[dict[str, Any]] = field(default_factory=list)  # one line each in the file beside the record
+class TaskResult:
+    """The figures of a task and the model's answers."""
+
+    results: dict[str, Metrics]  # name in the record -> metric -> value; n: number of questions
+    answers: list[dict[str, Any]] = field(default_factory=list)  # one line each in the file of answers
 
 
 class Task(Protocol):
-    """Made, and checked, before the model is loaded."""
+    """A task is made, and everything about it checked, before the model is loaded."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, model: PreTrainedModel) -> Found: ...
+    def run(self, model: PreTrainedModel) -> TaskResult:
+        """Ask the model and score its answers."""
+        ...
