@@ -1,46 +1,220 @@
-"""Other libraries' names of settings, and the names here."""
+"""Other libraries' names of settings: what they are called here, or why there is no such setting.
 
-SYNONYMS = {  # other libraries' names -> ours
-    **dict.fromkeys(("model", "base_model", "model_name", "model_path", "model_id"), "model_name_or_path"),
-    **dict.fromkeys(("out", "output", "out_dir"), "output_dir"),
-    **dict.fromkeys(("overwrite", "overwrite_output"), "overwrite_output_dir"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank", "lora_dim"), "method.rank"),
-    **dict.fromkeys(("lora_alpha",), "method.alpha"),
-    **dict.fromkeys(("lora_dropout",), "method.dropout"),
-    **dict.fromkeys(("lora_target_modules", "lora_target", "lora_modules"), "method.target_modules"),
-    **dict.fromkeys(("adapter", "peft_type", "finetuning_type", "tuner", "method_type"), "method.type"),
-    **dict.fromkeys(
-        ("batch_size", "micro_batch_size", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"
-    ),
-    **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
-    **dict.fromkeys(("accumulation", "grad_accum", "gradient_accumulation"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("lr",), "learning_rate"),
-    **dict.fromkeys(("optimizer",), "optim"),
-    **dict.fromkeys(("lr_scheduler", "scheduler", "schedule"), "lr_scheduler_type"),
-    **dict.fromkeys(("warmup",), "warmup_steps"),
-    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("steps", "num_steps"), "max_steps"),
-    **dict.fromkeys(("clip", "grad_clip", "gradient_clipping", "max_norm"), "max_grad_norm"),
-    **dict.fromkeys(
-        ("max_seq_length", "max_seq_len", "cutoff_len", "seq_len", "sequence_len", "model_max_length"),
-        "data.max_length",
-    ),
-    **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_path", "data_path", "train_file"), "data.dataset"),
-    **dict.fromkeys(("sample_packing", "neat_packing", "pack"), "data.packing"),
-    **dict.fromkeys(("template", "chat_template_path"), "data.chat_template"),
-    **dict.fromkeys(("val_set_size", "test_size", "eval_size"), "data.held_out"),
-    **dict.fromkeys(("bf16", "torch_dtype", "precision"), "dtype bfloat16"),
-    **dict.fromkeys(("fp16", "half"), "dtype bfloat16 (float16 training is not offered)"),
-    **dict.fromkeys(("fp32",), "dtype float32"),
-    **dict.fromkeys(("use_gradient_checkpointing", "activation_checkpointing"), "gradient_checkpointing"),
-    **dict.fromkeys(("use_flash_attention_2", "flash_attention", "flash_attn"), "attn_implementation"),
-    **dict.fromkeys(("deepspeed_config", "ds_config"), "deepspeed"),
-    **dict.fromkeys(("config", "recipe"), "config_path"),
-}
+The message that refuses an unknown setting uses both tables. docs/migrate.md shows the same names by library, and
+tests/test_synonyms.py compares the page with the tables. A name that is the last part of a setting here (`packing` of
+data.packing) needs no entry.
+"""
 
-NOT_HERE: dict[str, str] = {}  # other libraries' names of what is not offered -> what to do instead
+__all__ = ["NOT_HERE", "REFUSALS", "SYNONYMS"]
+
+
+def _by_name(groups: dict[str, str]) -> dict[str, str]:
+    """{meaning: "name name ..."} -> {name: meaning}; a name that stands in two groups is an error."""
+    pairs = [(name, meaning) for meaning, names in groups.items() for name in names.split()]
+    table = dict(pairs)
+    assert len(table) == len(pairs), "a name has two meanings"
+    return table
+
+
+SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> other libraries' names of it
+    {
+        # model, precision and quantization
+        "model_name_or_path": "model base_model model_name model_path model_id base_model_name_or_path "
+        "pretrained_model_name_or_path",
+        "dtype": "bnb_4bit_compute_dtype",
+        "dtype bfloat16": "bf16 bfloat16 pure_bf16 torch_dtype precision",
+        "dtype bfloat16 (float16 training is not offered)": "fp16 float16 half",
+        "dtype float32": "fp32 float32",
+        "codec nf4": "load_in_4bit bnb_4bit_quant_type quantization_type",
+        "codec int8": "load_in_8bit",
+        "codec nf4 (4 bits) or codec int8 (8 bits)": "quantization_bit quantization_method quantization_config",
+        "codec_double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization",
+        "attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2",
+        "attn_implementation sdpa": "sdpa sdp_attention",
+        "attn_implementation eager": "eager_attention",
+        # output
+        "output_dir": "out output out_dir save_dir",
+        "overwrite_output_dir": "overwrite overwrite_output",
+        "save_merged": "merge_lora",
+        # method
+        "method.type": "adapter peft peft_type finetuning_type tuner tuner_type train_type method_type use_peft",
+        "method.rank": "r lora_r lora_rank lora_dim",
+        "method.alpha": "lora_alpha",
+        "method.dropout": "lora_dropout",
+        "method.target_modules": "lora_target_modules lora_target lora_modules",
+        "method.target_modules all-linear": "lora_target_linear",
+        "method.use_rslora": "peft_use_rslora",
+        "method.type dora": "use_dora peft_use_dora",
+        "method.type pissa (other starts of A and B are not offered)": "init_lora_weights peft_init_lora_weights "
+        "init_weights",
+        "method.type pissa": "pissa_init use_pissa",
+        "method.svd_niter": "pissa_iter",
+        "method.type relora": "relora use_relora",
+        "method.interval": "jagged_restart_steps relora_steps cycle_length",
+        "method.restart_warmup": "jagged_restart_warmup_steps relora_warmup_steps restart_warmup_steps",
+        "method.moments": "relora_prune_method reset_optimizer_on_relora",
+        "method.prune_ratio": "relora_prune_ratio optimizer_magnitude_pruning",
+        "method.type rasa": "use_rasa",
+        "method.k": "rasa_k",
+        "method.p": "droplora_inner_dropout inner_dropout",
+        "method.factor": "rank_factor",
+        "method.output_factor": "output_dim_factor",
+        "method.pro": "use_pro",
+        # batches and length of the run
+        "per_device_train_batch_size": "micro_batch_size train_batch_size per_device_batch_size "
+        "per_gpu_train_batch_size",
+        "per_device_train_batch_size (of one rank; gradient_accumulation_steps and the number of ranks multiply it)": ""
+        "batch_size global_batch_size",
+        "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
+        "gradient_accumulation_steps": "accumulation grad_accum gradient_accumulation",
+        "num_train_epochs": "epochs num_epochs",
+        "max_steps": "steps num_steps max_train_steps num_training_steps",
+        "gradient_checkpointing": "gc use_gradient_checkpointing activation_checkpointing "
+        "disable_gradient_checkpointing",
+        "seed": "data_seed",
+        # optimizer and schedule
+        "optim": "optimizer",
+        "optim lion": "use_lion",
+        "learning_rate": "lr",
+        "max_grad_norm": "clip grad_clip grad_clipping gradient_clipping max_norm",
+        "lr_scheduler_type": "lr_scheduler scheduler schedule",
+        "warmup_steps": "warmup num_warmup_steps",
+        "warmup_ratio": "warmup_steps_ratio",
+        "min_lr_rate": "lr_scheduler_kwargs cosine_min_lr_ratio min_lr_ratio min_lr",
+        # data
+        "data.dataset": "dataset datasets dataset_name dataset_path dataset_dir data_path data_name data_dir "
+        "train_file pretraining_dataset",
+        "data.split": "train_split dataset_train_split",
+        "data.split train[:1000] (the first 1000 rows)": "max_samples max_train_samples",
+        "data.columns": "dataset_text_field text_column field_messages",
+        "data.weights": "interleave_probs dataset_weights mix_strategy",
+        "data.max_length": "max_seq_length max_seq_len cutoff_len seq_len sequence_len model_max_length",
+        "data.packing": "sample_packing neat_packing pack padding_free batch_flattening",
+        "data.group_by_length": "train_sampling_strategy",
+        "data.chat_template": "template chat_template_path chat_template_jinja chat_template_name",
+        "data.system": "default_system default_system_message system_prompt",
+        "data.train_on last": "mask_history",
+        "data.held_out (a number of examples, not a share)": "val_set_size val_size test_size eval_size "
+        "split_dataset_ratio",
+        # logging, evaluation, checkpoints
+        "eval_steps": "eval_strategy evaluation_strategy evals_per_epoch",
+        "save_steps": "save_strategy saves_per_epoch",
+        "logging_steps": "logging_strategy",
+        "report_to wandb": "use_wandb",
+        "resume_from_checkpoint auto": "resume auto_resume_from_checkpoints",
+        # engines
+        "deepspeed": "deepspeed_config ds_config",
+        "deepspeed ds_configs/zero3.json": "zero_stage",
+        "engine fsdp": "fsdp fsdp_config fsdp_version fsdp_sharding_strategy",
+        "fsdp.reshard_after_forward": "fsdp_reshard_after_forward",
+        "fsdp.cpu_offload": "fsdp_offload_params offload_params",
+        "config_path": "config recipe",
+    }
+)
+
+NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is not offered
+    {
+        # model
+        "give the folder of the downloaded revision as model_name_or_path": "revision model_revision "
+        "revision_of_model base_model_revision",
+        "the tokenizer comes from model_name_or_path; data.chat_template replaces its chat template": "tokenizer "
+        "tokenizer_name tokenizer_name_or_path tokenizer_config use_fast_tokenizer",
+        "code that comes with a checkpoint is never run; the architecture must be one of transformers": ""
+        "trust_remote_code",
+        "the launcher gives each rank a device, and engine spreads the model over the ranks": "device_map max_memory",
+        "every rank reads only the rows that it keeps, in any case": "low_cpu_mem_usage qlora_sharded_model_loading",
+        "it is read from the checkpoint's config.json; change it in a copy of the checkpoint": "rope_scaling",
+        "codes and scales are stored as bytes, and every engine shards them": "bnb_4bit_quant_storage",
+        "the frozen weights can be stored dense, in nf4 or in int8; see codec": "fp8 load_in_fp8 gptq",
+        "PyTorch's default applies; take dtype bfloat16 for speed": "tf32",
+        "mixtures of experts are not supported": "target_parameters lora_target_parameters moe_aux_loss_coef",
+        # what is trained
+        "a run cannot start from an adapter; merge it with launch/merge.py and train from the merged checkpoint": ""
+        "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter",
+        "only adapters of linear modules are trained; embeddings, norms and biases stay frozen": "modules_to_save "
+        "lora_modules_to_save additional_target bias train_others unfrozen_parameters",
+        "the vocabulary stays as it is; train new tokens elsewhere, and start from that checkpoint": "add_tokens "
+        "add_special_tokens new_special_tokens special_tokens resize_vocab trainable_token_indices "
+        "peft_trainable_token_indices",
+        "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
+        "exclude_modules layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
+        "A and B have one learning rate": "loraplus_lr_ratio loraplus_lr_embedding",
+        "the starts are method.type lora and pissa": "loftq_config eva_config corda_config",
+        "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",
+        "GaLore, APOLLO and BAdam are not methods here; method.type losia also trains without a low-rank product": ""
+        "use_galore use_apollo use_badam optim_target_modules",
+        "the ledger of what W received lies in host memory, in any case": "relora_cpu_offload",
+        "linear layers are nn.Linear; GPT-2's Conv1D is not supported": "fan_in_fan_out lora_fan_in_fan_out",
+        "only causal language models are trained": "task_type lora_task_type",
+        # optimizer, schedule, loss
+        "the optimizers are adamw and lion; betas, epsilon and decay are settings of their own": "optim_args "
+        "adam_beta3",
+        "there is one learning rate; a method may scale it after an exchange": "embedding_lr lr_groups",
+        "the loss is plain cross-entropy over the trained tokens": "label_smoothing label_smoothing_factor "
+        "neftune_noise_alpha noisy_embedding_alpha use_dft_loss loss_type",
+        "logits are never built as a whole, with any model; no other fused kernel is used": "use_liger_kernel "
+        "enable_liger_kernel liger_kernel_config cut_cross_entropy",
+        "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",
+        "activations stay on the device; gradient_checkpointing keeps fewer of them": "activation_offloading",
+        "compiled models are not offered": "torch_compile torch_compile_backend",
+        "Unsloth's kernels are not used": "use_unsloth use_unsloth_gc",
+        "only the model's states are sharded (ZeRO, FSDP2), not sequences, tensors or layers": "context_parallel_size "
+        "sequence_parallel_size sequence_parallel_degree tensor_parallel_size pipeline_parallel_size "
+        "parallelism_config",
+        "print the memory with --dry_run and choose per_device_train_batch_size": "auto_find_batch_size",
+        "batches are made in the training process, and nothing is dropped": "dataloader_num_workers "
+        "dataloader_drop_last dataloader_pin_memory dataloader_prefetch_factor",
+        # data
+        "download this configuration of the dataset and give its parquet or jsonl file as data.dataset": ""
+        "dataset_config dataset_config_name subset",
+        "one process encodes the rows and keeps the tokens in a cache": "dataset_num_proc dataset_processes "
+        "preprocessing_num_workers",
+        "tokens are kept in LLM_LOWRANK_CACHE, by the content of the data": "cache_dir dataset_prepared_path "
+        "tokenized_path overwrite_cache",
+        "data.held_out keeps examples out of training; launch/evaluate.py takes other data": "eval_dataset "
+        "test_datasets val_dataset validation_file dataset_test_split",
+        "answers are trained and prompts are not; in data.format text all is trained": "train_on_inputs "
+        "train_on_prompt completion_only_loss assistant_only_loss",
+        "data.train_on trains all answers of a conversation, or the last": "roles_to_train train_on_eos train_on_eot",
+        "tool calls in conversations are not read": "tool_format tools",
+        "rows of unpacked batches are as long as the longest one; data.packing fills rows": "pad_to_sequence_len "
+        "pad_to_multiple_of",
+        "packing takes the longest example first, into the fullest row with room": "packing_strategy eval_packing "
+        "eval_sample_packing",
+        "padding is masked, and the end of an answer is trained, whatever the tokenizer's special tokens are": ""
+        "pad_token eos_token",
+        "the seed shuffles the examples anew in every epoch": "shuffle_dataset shuffle_merged_datasets",
+        "a stream is shuffled in a buffer of 10,000 rows": "buffer_size",
+        "examples longer than data.max_length are cut at the end": "truncation_mode",
+        # run
+        "launch/train.py trains, launch/evaluate.py evaluates": "do_train do_eval do_predict predict_with_generate",
+        "there is one kind of training, supervised fine-tuning": "stage rl pref_beta dpo_beta",
+        "the last state is kept; compare checkpoints with launch/evaluate.py": "load_best_model_at_end "
+        "metric_for_best_model early_stopping_patience early_stopping_steps",
+        "a run has the name of its output_dir, in the project llm_lowrank": "run_name project wandb_project wandb_name",
+        "the trackers are tensorboard, wandb and trackio; see report_to": "use_swanlab use_mlflow",
+        "metrics.jsonl and TensorBoard's files are written to output_dir": "logging_dir plot_loss",
+        "upload the folder output_dir/adapter or output_dir/merged with Hugging Face's own command": "push_to_hub "
+        "hub_model_id hub_strategy hub_token",
+        "every file of weights is safetensors": "save_safetensors",
+        "a checkpoint always holds what a resume needs; adapter/ holds the adapter alone": "save_only_model",
+        "a run saves at SIGTERM or SIGUSR1, in any case": "enable_jit_checkpoint",
+        "a resumed run takes up the data where it stopped": "ignore_data_skip",
+        "the seed decides the data, the start and dropout; PyTorch's deterministic kernels are not switched on": ""
+        "full_determinism",
+        "launch/merge.py --checkpoint OUTPUT_DIR --output FOLDER writes the merged model": "export_dir "
+        "export_quantization_bit lora_on_cpu",
+        # engines
+        "each decoder layer is sharded as one unit, in any case": "fsdp_transformer_layer_cls_to_wrap "
+        "fsdp_auto_wrap_policy auto_wrap_policy transformer_layer_cls_to_wrap",
+        "the checkpoints are the library's own and do not depend on the number of ranks": "fsdp_state_dict_type "
+        "state_dict_type",
+        "start the ranks with deepspeed, torchrun or python; engine says how they share the model": ""
+        "accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_backend single_gpu",
+    }
+)
 
 REFUSALS = {  # a name that is no setting here -> how the message that refuses it ends
     **{theirs: f"did you mean {ours}?" for theirs, ours in SYNONYMS.items()},
-    **{theirs: f"it is not offered here: {sentence}" for theirs, sentence in NOT_HERE.items()},
+    **{theirs: f"not offered here: {sentence}" for theirs, sentence in NOT_HERE.items()},
 }
