@@ -1,11 +1,11 @@
 """Real tokens per second of padded, length-grouped and packed batches.  python benchmarks/packing.py
 
 The demo model (SmolLM2-135M-Instruct) with LoRA of rank 16, forward + backward over functions of Python's standard
-library (the stdlib-code corpus, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8 examples, or 8 /
-(examples in a packed row) packed rows, so that all three compute about the same number of real tokens. Padding is not
-counted. All three run in every round, the order turned by one from round to round; the figures are medians and extremes
-of the per-round ratios to padded batches. Losses are not compared here: tests/test_packing.py shows that they are the
-same.
+library (recipes/data/stdlib_code.py, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8 examples, or
+8 / (examples in a packed row) packed rows, so that all three compute about the same number of real tokens. Padding is
+not counted. All three run in every round, the order turned by one from round to round; the figures are medians and
+extremes of the per-round ratios to padded batches. Losses are not compared here: tests/test_packing.py shows that they
+are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -31,6 +35,7 @@ from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.run.held_out import batch_loss
 
 LENGTH, EXAMPLES = 512, 8
+CODE = Path(__file__).parents[1] / "recipes" / "data" / "stdlib_code.py"
 
 
 def main() -> None:
@@ -41,7 +46,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = Source.open(DEMO).path
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = load_corpus(Data("stdlib-code", prompt_style="plain", max_length=LENGTH, held_out=0), tokenizer, 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = f"{scratch}/stdlib-code.jsonl"
+        subprocess.run([sys.executable, str(CODE), data], check=True)
+        corpus = load_corpus(Data(data, prompt_style="plain", max_length=LENGTH, held_out=0), tokenizer, 0)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     for adapter in attach(model, LoRA(rank=16), Dense(torch.float32)):
         assert isinstance(adapter, PairAdapter)

@@ -5,17 +5,15 @@ silently changed.
 from __future__ import annotations
 
 import json
-import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load_corpus, stdlib_code
+from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load_corpus
 from llm_lowrank.data.encoding import FRAMES
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 
@@ -453,18 +451,30 @@ def test_what_is_held_out_is_not_trained_on_under_another_answer(tmp_path):
     assert (len(corpus.train), corpus.dropped) == (21, {"question is also held out": 6})
 
 
-def test_stdlib_code_holds_out_whole_modules(monkeypatch):
-    few, _ = stdlib_code.collect(Path(sysconfig.get_path("stdlib")) / "asyncio")
-    monkeypatch.setattr(stdlib_code, "pairs", lambda: few)
+def test_held_out_by_a_column_holds_out_whole_values_of_it(tmp_path):
+    rows = [{"prompt": f"q{k}", "completion": f"a{k}", "module": f"m{k % 12}"} for k in range(120)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     tokenizer = byte_tokenizer()
-    corpus = load_corpus(Data("stdlib-code", held_out=40, max_length=4000), tokenizer, 0)
-    module = {pair.prompt + pair.completion: pair.module for pair in few}
-    held = {module[text.removesuffix("<|end|>")] for text in texts(tokenizer, corpus.held_out)}
-    trained = {
-        module[tokenizer.decode(corpus.train[k].input_ids).removesuffix("<|end|>")]
-        for k in range(0, len(corpus.train), 7)
-    }
-    assert len(corpus.held_out) == 40 and len(held) < 20 and not held & trained
+    corpus = load_corpus(Data(path, held_out=24, held_out_by="module"), tokenizer, 0)
+    module = {row["prompt"] + row["completion"]: row["module"] for row in rows}
+    sides = [
+        {module[text.removesuffix("<|end|>")] for text in texts(tokenizer, x)} for x in (corpus.held_out, corpus.train)
+    ]
+    assert (len(corpus.held_out), len(corpus.train)) == (24, 90) and not sides[0] & sides[1]
+    assert corpus.dropped == {"module is also held out": 6}  # three modules are held out, one of them in part
+    with pytest.raises(
+        ValueError, match=r"data.held_out_by: .* has no column 'modul'; it has prompt, completion, module"
+    ):
+        load_corpus(Data(path, held_out_by="modul"), tokenizer, 0)
+    with pytest.raises(ValueError, match=r"data.streaming cannot be used with held_out_by"):
+        Data(path, held_out_by="module", streaming=True)
+    with pytest.raises(ValueError, match=r"data.held_out_by is for files and hub names only"):
+        load_corpus(Data("reasoning-gym:chain_sum", held_out_by="module"), tokenizer, 0)
+
+
+def test_a_dataset_that_is_made_by_a_script_now_names_the_script():
+    with pytest.raises(ValueError, match=r"run `python recipes/data/stdlib_code.py output/stdlib-code.jsonl`"):
+        load_corpus(Data("stdlib-code"), byte_tokenizer(), 0)
 
 
 # The cache.

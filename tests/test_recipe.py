@@ -83,6 +83,71 @@ def test_the_command_line_overrides_the_file(file):
     assert recipe.data == Recipe().data
 
 
+@pytest.fixture
+def files(tmp_path):
+    """Writes a.yaml, b.yaml, ... and returns the arguments that read them in this order."""
+
+    def write(**texts: str) -> list[str]:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return ["--config_path", ",".join(str(tmp_path / f"{name}.yaml") for name in texts)]
+
+    return write
+
+
+def test_a_later_file_overrides_an_earlier_one_setting_by_setting(files):
+    argv = files(
+        a="learning_rate: 1e-5\nseed: 1\nmethod: {type: srlora, rank: 8, gamma: 0.25}\ndata: {dataset: rows.jsonl}\n",
+        b="seed: 2\ndata.max_length: 99\n",
+        c="method: {rank: 12}\ndata: {held_out: 3}\n",
+    )
+    recipe = parse(argv)
+    assert (recipe.learning_rate, recipe.seed, recipe.method) == (1e-5, 2, SRLoRA(rank=12, gamma=0.25))
+    assert recipe.data == Data(dataset="rows.jsonl", max_length=99, held_out=3)
+    assert parse([*argv, "--seed", "3", "--method.gamma", "0.5"]).method == SRLoRA(rank=12, gamma=0.5)
+    assert parse([argv[0], argv[1].replace(",", " , ")]) == recipe
+
+
+def test_a_later_files_method_keeps_what_both_methods_have(files):
+    argv = files(
+        a="method: {type: srlora, rank: 8, target_rank: 24, target_modules: [q_proj]}", b="method: {type: lora}"
+    )
+    assert parse(argv).method == LoRA(rank=8, target_modules=["q_proj"])
+    assert parse([*argv, "--method.type", "srlora"]).method == SRLoRA(rank=8, target_modules=["q_proj"])
+    demo = parse(files(a="method: {target_rank: 24}", b="method: {type: lora}"))  # the first file continues the demo
+    assert demo.method == LoRA()
+
+
+def test_a_mistake_is_named_with_its_file(files, tmp_path):
+    argv = files(
+        a="seed: many\nmethod: {type: lora, rnak: 8}\nmax_steps: none\n",
+        b="method: {alpha: [1], target_rank: 9}\ndata: {task: 3}\nmax_steps: 7\nfsdp: {shard_size: x}\nlr: 1e-3\n",
+    )
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    assert set(refusal(*argv, "--save_steps", "often").splitlines()) == {
+        f"{a}: seed: 'many' is not a value of type int",
+        f"{a}: unknown setting 'method.rnak'; did you mean method.rank?",
+        f"{b}: method.alpha: '[1]' is not a value of type float",
+        f"{b}: unknown setting 'method.target_rank': method.type lora does not have it",
+        f"{b}: data.task: '3' is not a section; write data.task.name value, or {{name: value}}",
+        f"{b}: fsdp.shard_size: 'x' is not a value of type int",
+        f"{b}: unknown setting 'lr'; did you mean learning_rate?",
+        "save_steps: 'often' is not a value of type int",
+    }
+    assert refusal(*argv, "--seed", "few").splitlines()[0] == "seed: 'few' is not a value of type int"
+    assert refusal("--config_path", f"{a},").endswith("has an empty name; write a.yaml,b.yaml")
+    assert "nowhere.yaml: No such file" in refusal("--config_path", f"{a},nowhere.yaml")
+
+
+def test_a_run_of_files_has_a_folder_of_its_own(files):
+    argv = files(**{"llama-3.1-8b": "seed: 1", "math": "seed: 2"})
+    assert parse(argv).output_dir == "output/llama-3.1-8b-math"
+    assert parse(files(mine="seed: 1")).output_dir == "output/mine"
+    assert parse([*argv, "--output_dir", "there"]).output_dir == "there"
+    assert parse(files(a="output_dir: there", b="seed: 1")).output_dir == "there"
+    assert parse(["--seed", "1"]).output_dir == "output/demo"
+
+
 def test_dotted_names_in_a_file(file):
     assert parse(file("method.rank: 8\ndata.size: 100\n")).method.rank == 8
 

@@ -3,20 +3,21 @@
 import ast
 import importlib
 import inspect
+import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from llm_lowrank.data import stdlib_code
-from llm_lowrank.data.stdlib_code import Pair, collect, pairs
+from recipes.data import stdlib_code
+from recipes.data.stdlib_code import Pair, collect
 
 DOC = '"""Says a little something."""'
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[Pair]:
-    return pairs()
+    return collect(Path(sysconfig.get_path("stdlib")))[0]
 
 
 def write(folder: Path, **modules: str) -> Path:
@@ -176,8 +177,25 @@ def test_files_that_are_not_python_are_counted(tmp_path: Path) -> None:
     assert left_out == {"file cannot be read as Python": 4}
 
 
-def test_a_python_without_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_writes_the_pairs_and_says_what_it_left_out(tmp_path: Path, monkeypatch, capsys) -> None:
+    library = tmp_path / "lib"
+    library.mkdir()
+    write(library, a=f"def f(x):\n    {DOC}\n    return x + 1 + 2 + 3 + 4\ndef g(x): pass\n", b="1 +")
+    monkeypatch.setattr(stdlib_code.sysconfig, "get_path", lambda name: str(library))
+    stdlib_code.main([str(tmp_path / "new" / "out.jsonl")])
+    (row,) = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    prompt = f"def f(x):\n    {DOC}\n"
+    assert row == {"module": "a", "name": "f", "prompt": prompt, "completion": "    return x + 1 + 2 + 3 + 4\n"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'new' / 'out.jsonl'}: 1 functions of 1 modules",
+        "       1 left out: no docstring",
+        "       1 left out: file cannot be read as Python",
+    ]
+
+
+def test_a_python_without_source_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "os.pyc").write_bytes(b"")
     monkeypatch.setattr(stdlib_code.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match="without the source"):
-        pairs()
+    with pytest.raises(SystemExit):
+        stdlib_code.main([str(tmp_path / "out.jsonl")])
+    assert "without the source" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()

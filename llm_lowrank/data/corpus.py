@@ -136,7 +136,7 @@ def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -
             f"data.max_length={settings.max_length}; lower data.held_out, raise data.max_length or get more data"
         )
     dropped["no completion token left within max_length"] = int((good & ~usable).sum())
-    dropped[f"{'module' if grouped else 'question'} is also held out"] = int(usable.sum()) - len(train) - len(held_out)
+    dropped[f"{settings.held_out_by or 'question'} is also held out"] = int(usable.sum()) - len(train) - len(held_out)
     weighted = _weigh(train, [len(dataset.rows) for dataset in opened], settings.weights, seed)
     return Corpus(
         train=ExampleTable(table.select(weighted)),

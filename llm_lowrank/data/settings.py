@@ -9,7 +9,7 @@ class Data:
     """What a run is trained on and how rows become batches. ValueError with all complaints about the values at once."""
 
     dataset: str = "reasoning-gym:chain_sum"
-    """A .jsonl, .json or .parquet file, a folder of them, a hub name, a preset, reasoning-gym:<task> or stdlib-code.
+    """A .jsonl, .json or .parquet file, a folder of them, a hub name, a preset or reasoning-gym:<task>.
     Several are written a, b."""
     weights: list[float] = field(default_factory=list)
     """For several datasets: how often an epoch takes the examples of each. 2 takes them twice, 0.5 takes half of them.
@@ -47,8 +47,9 @@ class Data:
     """Put examples of about the same length into a batch, so that less of it is padding. Batches are still drawn at
     random."""
     held_out: int = 64
-    """Number of examples that are kept out of training for evaluation, chosen by the seed; of stdlib-code, whole
-    modules."""
+    """Number of examples that are kept out of training for evaluation, chosen by the seed."""
+    held_out_by: str = ""
+    """Column of the data, such as module: no value of a held-out example is trained on. By default the question."""
     size: int = 1000
     """Number of examples that reasoning-gym generates, held-out ones included."""
     task: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +75,8 @@ class Data:
         if not all(self.names):
             errors.append(f"data.dataset: {self.dataset!r} has an empty name")
         if self.streaming:
-            conflicts = [name for name in ("packing", "group_by_length", "weights") if getattr(self, name)]
+            rest = ("packing", "group_by_length", "weights", "held_out_by")
+            conflicts = [name for name in rest if getattr(self, name)]
             if conflicts or len(self.names) > 1:
                 conflict = ", ".join(conflicts) or "several datasets"
                 errors.append(f"data.streaming cannot be used with {conflict}: the data is not known whole")

@@ -1,4 +1,4 @@
-"""Where rows come from: files, the hub, reasoning-gym's generators, the standard library's own source."""
+"""Where rows come from: files, the hub, reasoning-gym's generators."""
 
 import difflib
 import hashlib
@@ -12,13 +12,15 @@ from typing import Any
 
 import datasets
 
-from llm_lowrank.data import stdlib_code
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
 from llm_lowrank.data.settings import Data
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 REASONING_GYM = "reasoning-gym:"
-STDLIB_CODE = "stdlib-code"
+MOVED = {  # datasets that older versions had -> what to do instead
+    "stdlib-code": "is made by a script now; run `python recipes/data/stdlib_code.py output/stdlib-code.jsonl` and "
+    "name that file, with --data.held_out_by module"
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ def open_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
     """Open one of settings.names. ValueError if there is no such dataset or the settings do not fit it."""
     if name.startswith(REASONING_GYM):
         return _generate_dataset(name, settings, seed)
-    if name == STDLIB_CODE:
-        return _stdlib_code()
+    if name in MOVED:
+        raise ValueError(f"data.dataset: {name} {MOVED[name]}")
     preset = PRESETS.get(name) or PRESETS.get(settings.preset) or Preset("", settings.format, "plain")
     split = preset.split if name in PRESETS and settings.split == Data.split else settings.split
     rows = _load_rows(PRESETS[name].hub if name in PRESETS else name, split, settings.streaming)
@@ -52,19 +54,21 @@ def open_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
     format = format_of(name, wanted, columns, column_names)
     for ours in FORMATS[format].texts:
         _check_text(name, rows, columns.get(ours, ours))
-    return OpenDataset(
-        name, rows, format, columns, style=preset.style, content="" if settings.streaming else _digest(name, rows)
-    )
+    if settings.held_out_by and settings.held_out_by not in column_names:
+        known = ", ".join(column_names) or "none"
+        raise ValueError(f"data.held_out_by: {name} has no column {settings.held_out_by!r}; it has {known}")
+    content = "" if settings.streaming else _digest(name, rows)
+    return OpenDataset(name, rows, format, columns, style=preset.style, content=content, group=settings.held_out_by)
 
 
 def check_settings(settings: Data) -> None:
     """Check that at least one of the datasets uses each setting that was given. ValueError otherwise."""
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
-    files = [not made and name != STDLIB_CODE for made, name in zip(generated, settings.names, strict=True)]
+    files = [not made for made in generated]
     plain = Data()
     for names, used, kind in (
         (("size", "task"), generated, f"{REASONING_GYM}<task>"),
-        (("split", "format", "columns", "preset", "streaming"), files, "files and hub names"),
+        (("split", "format", "columns", "preset", "streaming", "held_out_by"), files, "files and hub names"),
     ):
         for name in names:
             if not any(used) and getattr(settings, name) != getattr(plain, name):
@@ -119,7 +123,7 @@ def _load_rows(name: str, split: str, streaming: bool) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = next(filter(None, map(_broken_line, _files(path))), "")
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        meant = hint(name, [*PRESETS, STDLIB_CODE]) if not path.exists() else ""
+        meant = hint(name, PRESETS) if not path.exists() else ""
         raise ValueError(f"data.dataset: cannot read {name}, split {split!r}: {where or reason}{meant}") from error
 
 
@@ -190,15 +194,6 @@ def _digest(name: str, rows: Any) -> str:
 
 
 # --- made here --------------------------------------------------------------------------------------------------------
-
-
-def _stdlib_code() -> OpenDataset:
-    pairs = stdlib_code.pairs()
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in ("module", "prompt", "completion")}
-    content = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-    return OpenDataset(
-        STDLIB_CODE, datasets.Dataset.from_dict(columns), "prompt_completion", {}, content=content, group="module"
-    )
 
 
 def _generate_dataset(name: str, settings: Data, seed: int) -> OpenDataset:

@@ -1,22 +1,27 @@
-"""Pairs of a function's head and its body, from the source of the Python that is running: a corpus of real code that
-needs no hub.
+"""Write a corpus of code that needs no hub: functions of the standard library of the Python that runs this.
+
+    python recipes/data/stdlib_code.py output/stdlib-code.jsonl
 
     prompt      the decorators, the signature and the docstring, with the line end after it
     completion  the body, indented as it stands below the prompt, comments included
+    module      collections.abc
+    name        OrderedDict.popitem
 
 prompt + completion is the function as one would type it at the left margin. It is parsed again and compared with what
 stands in the file, so nothing is changed on the way; what cannot be moved to the margin unchanged is left out. What the
-corpus holds depends on the version of Python. `python -m llm_lowrank.data.stdlib_code` prints what was taken, and what
-was left out for which reason.
+corpus holds depends on the version of Python. The script prints how many functions it took, and how many it left out
+for which reason. recipes/stdlib-code.yaml trains on the file.
 """
 
+import argparse
 import ast
+import json
 import sysconfig
 import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PROMPT = 2000  # characters, at most: some docstrings are a manual
@@ -24,31 +29,46 @@ COMPLETION = range(20, 2001)
 WORDS = 3  # of a docstring that says something
 
 # Test suites, programs with their own ways, other people's packages, tables and what the interpreter is built with.
-NOT_LIBRARY = set(
-    "test tests idle_test idlelib turtledemo lib2to3 encodings pydoc_data site-packages dist-packages".split()
-)
+NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"}
+NOT_LIBRARY |= {"site-packages", "dist-packages"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
 class Pair:
-    module: str  # collections.abc
-    name: str  # OrderedDict.popitem
+    """A function's head and its body."""
+
+    module: str
+    name: str
     prompt: str
     completion: str
 
 
-def pairs() -> list[Pair]:
-    """The pairs of the running Python's standard library, in the order of modules and lines.
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path, metavar="OUT.jsonl")
+    path = parser.parse_args(arguments).file
+    try:
+        pairs, left_out = collect(Path(sysconfig.get_path("stdlib")))
+        write(path, pairs)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{path}: {len(pairs)} functions of {len({pair.module for pair in pairs})} modules")
+    for reason, count in left_out.most_common():
+        print(f"{count:>8} left out: {reason}")
 
-    ValueError if it came without source.
-    """
-    return collect(Path(sysconfig.get_path("stdlib")))[0]
+
+def write(path: Path, pairs: list[Pair]) -> None:
+    """Write the pairs as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs), encoding="utf-8")
 
 
 def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
-    """The pairs of the modules under `folder`, and how many functions (or files) were left out for which reason."""
+    """Return the pairs of the modules under `folder`, in the order of modules and lines, and how many functions (or
+    files) were left out for which reason. ValueError if there is no pair: some Pythons come without source.
+    """
     files = sorted((_module(path.relative_to(folder)), path) for path in folder.rglob("*.py") if path.is_file())
     files = [(module, path) for module, path in files if not NOT_LIBRARY & set(path.relative_to(folder).parts[:-1])]
     taken: list[Pair] = []
@@ -82,8 +102,7 @@ def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
             taken.append(Pair(module, name, prompt, completion))
     if not taken:
         raise ValueError(
-            f"stdlib-code: no function with a docstring under {folder}; this Python came without the source of its "
-            "library"
+            f"no function with a docstring under {folder}; this Python came without the source of its library"
         )
     return taken, left_out
 
@@ -165,7 +184,4 @@ def _module(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    found, reasons = collect(Path(sysconfig.get_path("stdlib")))
-    print(f"{len(found)} pairs of {len({pair.module for pair in found})} modules")
-    for why, count in reasons.most_common():
-        print(f"{count:>8} left out: {why}")
+    main()
