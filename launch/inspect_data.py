@@ -1,8 +1,7 @@
-"""Look at the data before training on it: examples with what is trained in colour, lengths, what is cut, dropped and
-padded.
+"""Look at the data before training: examples with trained tokens in colour, lengths, cut and dropped rows, padding.
 
-`python launch/inspect_data.py [--examples 3] [--color auto] [--config_path recipe.yaml] [--name value ...]`, as for
-launch/train.py
+`python launch/inspect_data.py [--examples 3] [--color auto] [--config_path recipe.yaml] [--name value ...]`, with the
+settings of launch/train.py
 """
 
 import argparse
@@ -22,8 +21,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog="All other settings are those of launch/train.py."
     )
-    parser.add_argument("--examples", type=int, default=3, help="how many to print")
-    parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
+    parser.add_argument("--examples", type=int, default=3, help="Number of examples to print.")
+    parser.add_argument(
+        "--color", choices=["auto", "always", "never"], default="auto", help="auto: colour on a terminal."
+    )
     options, rest = parser.parse_known_args(arguments)
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for example in corpus.some(options.examples):
-        print(painted(tokenizer, example.input_ids, example.labels, colored), end="\n\n")
+        print(paint(tokenizer, example.input_ids, example.labels, colored), end="\n\n")
     print(
         f"{recipe.data.dataset}, prompts: {', '.join(corpus.styles)}; {'green' if colored else '[brackets]'}: trained"
     )
@@ -63,22 +64,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def painted(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool) -> str:
-    """The text of an example, run by run of tokens that are trained or not."""
+def paint(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool) -> str:
+    """Return the text of an example with its trained tokens in colour or in brackets."""
     from llm_lowrank.data import IGNORE
 
     text, start = "", 0
     marks = [label != IGNORE for label in labels]
     while start < len(ids):
+        # one stretch of tokens that are all trained or all not
         end = next((at for at in range(start, len(ids)) if marks[at] != marks[start]), len(ids))
-        run = tokenizer.decode(ids[start:end])
-        before, after = (GREEN, PLAIN) if marks[start] else (DIM, PLAIN)
-        text += f"{before}{run}{after}" if colored else f"[{run}]" if marks[start] else run
+        stretch = tokenizer.decode(ids[start:end])
+        if colored:
+            text += f"{GREEN if marks[start] else DIM}{stretch}{PLAIN}"
+        else:
+            text += f"[{stretch}]" if marks[start] else stretch
         start = end
     return text
 
 
 def histogram(lengths: np.ndarray) -> str:
+    """Return a bar for each range of lengths, and percentiles. lengths (examples,): tokens."""
     counts, edges = np.histogram(lengths, bins=min(BARS, int(lengths.max() - lengths.min()) + 1))
     rows = [
         f"{round(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}" for k, count in enumerate(counts)
@@ -94,20 +99,21 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def padding(lengths: np.ndarray, recipe) -> str:
-    """How much of a batch would be padding: as it comes, grouped by length, packed."""
+    """Return how much of a batch is padding: with batches drawn at random, grouped by length, and packed."""
     from llm_lowrank.data import best_fit
 
     size = recipe.per_device_train_batch_size
     mixed, grouped = np.random.default_rng(recipe.seed).permutation(lengths), np.sort(lengths)
 
-    def wasted(order: np.ndarray) -> float:
+    def padding_share(order: np.ndarray) -> float:
         computed = sum(size * order[at : at + size].max() for at in range(0, len(order), size))
         return 1 - order.sum() / computed
 
     rows = best_fit(lengths.tolist(), recipe.data.max_length)
     full = lengths.sum() / (len(rows) * recipe.data.max_length)
     return (
-        f"padding in batches of {size}: {wasted(mixed):.1%}; with data.group_by_length about {wasted(grouped):.1%}; "
+        f"padding in batches of {size}: {padding_share(mixed):.1%}; "
+        f"with data.group_by_length about {padding_share(grouped):.1%}; "
         f"with data.packing {1 - full:.1%}, {len(rows)} rows of {recipe.data.max_length}, "
         f"{len(lengths) / len(rows):.1f} examples in each"
     )

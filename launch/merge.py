@@ -16,20 +16,24 @@ from llm_lowrank.models.source import Source
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, type=expanded, help="output_dir of a run, or a PEFT LoRA folder")
     parser.add_argument(
-        "--output", required=True, type=expanded, help="new folder for the merged Hugging Face checkpoint"
+        "--checkpoint", required=True, type=expand, help="The output_dir of a run, or a PEFT LoRA folder."
     )
-    parser.add_argument("--model_name_or_path", help="base model; by default the one named in adapter_config.json")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights; by default that of the base"
+        "--output", required=True, type=expand, help="A new folder for the merged Hugging Face checkpoint."
+    )
+    parser.add_argument("--model_name_or_path", help="Base model. By default the one named in adapter_config.json.")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="Type of the merged weights. By default the type of the base model.",
     )
     parser.add_argument(
         "--merge_base",
         choices=["original", "dequantized"],
         default="original",
-        help="after a run with codec nf4 or int8: merge into the checkpoint's weights, or into what was trained on, "
-        "decoded",
+        help="What the adapter of a run with codec nf4 or int8 is merged into. original: the checkpoint's weights. "
+        "dequantized: the quantized weights of the run, decoded.",
     )
     args = parser.parse_args(arguments)
     try:
@@ -47,12 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def expanded(name: str) -> Path:
-    """A folder, where a shell has left a ~ in its name as well."""
+def expand(name: str) -> Path:
+    """Return a path with its ~ expanded, which a shell leaves in --name=~/folder."""
     return Path(name).expanduser()
 
 
 def find_adapter(checkpoint: Path) -> Path:
+    """Return the PEFT folder of a run, or the folder itself if it is one. ValueError if there is none."""
     for folder in (checkpoint / "adapter", checkpoint):
         if (folder / CONFIG).is_file():
             return folder

@@ -1,9 +1,10 @@
-"""Instruction-tune a language model:  deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name
-value ...]
+"""Instruction-tune a language model.
 
-Without arguments it trains the demo. Exit codes: 0 done; 1 failed while training; 2 the recipe cannot be run as it
-stands, or a file cannot be read or written; 69 another rank was lost or stood still; 75 stopped by SIGTERM or SIGUSR1
-with a checkpoint (--resume_from_checkpoint auto goes on).
+`deepspeed | torchrun | python launch/train.py [--config_path recipe.yaml] [--name value ...]`
+
+Without arguments the demo is trained. Exit codes: 0 done; 1 failed while training; 2 the recipe cannot be run, or a
+file cannot be read or written; 69 another rank was lost or stood still; 75 stopped by SIGTERM or SIGUSR1 with a
+checkpoint (--resume_from_checkpoint auto resumes).
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the launcher starts one process per device
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
-GRACE = 3.0  # seconds in which one rank says why, before a launcher ends it because another one left
+GRACE = 3.0  # seconds in which rank 0 prints the reason before the launcher ends it because another rank left
 
 
 def main(argv: list[str]) -> int:
@@ -28,9 +29,10 @@ def main(argv: list[str]) -> int:
         if recipe.dry_run:
             from llm_lowrank.run.dry_run import describe
 
-            print(describe(recipe, WORLD)) if RANK == 0 else None
+            if RANK == 0:
+                print(describe(recipe, WORLD))
             return 0
-    except (ValueError, OSError) as error:  # every rank finds the same mistake: rank 0 tells
+    except (ValueError, OSError) as error:  # every rank finds the same mistake: rank 0 prints it
         return refuse(str(error)) if RANK == 0 else leave()
     from llm_lowrank.run.signals import Preempted
     from llm_lowrank.run.train import train
@@ -38,8 +40,8 @@ def main(argv: list[str]) -> int:
     try:
         train(recipe)
     except Preempted as stop:
-        return stopped(str(stop)) if RANK == 0 else leave(STOPPED)
-    except RankError:  # that rank tells
+        return report_stop(str(stop)) if RANK == 0 else leave(STOPPED)
+    except RankError:  # another rank failed and prints its error
         return leave()
     except LostContact as error:  # the launcher names the rank that is gone
         return refuse(str(error), LOST)
@@ -51,19 +53,22 @@ def main(argv: list[str]) -> int:
 
 
 def refuse(message: str, code: int = 2) -> int:
+    """Print an error and return the exit code."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 
-def stopped(message: str) -> int:
+def report_stop(message: str) -> int:
+    """Print where the run stopped and return the exit code."""
     print(message, flush=True)
-    # a file, for a script that sees only the exit code of torchrun, which is 1
+    # the exit code of torchrun is 1: a script that sees no other code looks for this file
     if note := os.environ.get("LLM_LOWRANK_STOPPED"):
         Path(note).write_text(f"{message}\n")
     return STOPPED
 
 
 def leave(code: int = 2) -> int:
+    """Return the exit code after rank 0 has had time to print the reason."""
     time.sleep(GRACE)
     return code
 
