@@ -333,12 +333,13 @@ class Checkpoint:
 
 def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
     """Everything but what loading gave already (W without its starting pairs, and the values beside it). Collective."""
-    engine.prime(checkpoint.step - checkpoint.skipped)
+    made = checkpoint.step - checkpoint.skipped
+    if made:
+        engine.prime(made)
+    kept = engine.settings.kind.moments if made else ()  # an optimizer that has made no step has none
     for name, p in adapter_parameters(model):
         if p.requires_grad:
-            moments = {
-                m.rpartition("#")[2]: checkpoint.tensor(m).to(engine.device) for m in checkpoint.names(f"{name}#")
-            }
+            moments = {k: checkpoint.tensor(f"{name}#{k}").to(engine.device) for k in kept}
             engine.put(p, Slot(checkpoint.tensor(name).to(engine.device), moments))
     for adapter in adapters:
         with engine.together():
