@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import datasets
 import pytest
@@ -316,7 +317,7 @@ def test_a_preset_that_is_misspelt_gets_a_hint():
 
 
 def test_every_preset_is_an_answer_to_settings():
-    assert set(PRESETS) == set(WILD) == set(Data.__dataclass_fields__["preset"].type.__args__) - {"none"}
+    assert set(PRESETS) == set(WILD)
     assert all(preset.format in FORMATS and preset.style in FRAMES for preset in PRESETS.values())
 
 
@@ -395,6 +396,18 @@ def test_a_llama_2_tokenizer_keeps_every_character(tmp_path, llama_2, style):
         whole = tokenizer.decode(example.input_ids[1:-1])
         assert whole == FRAMES[style].prompt("question 3") + row["completion"]
         assert tokenizer.decode(trained).strip() == row["completion"].strip()
+
+
+@pytest.mark.parametrize(
+    "setting, others, table",
+    [
+        ("format", {"auto"}, FORMATS),
+        ("preset", {"none"}, PRESETS),
+        ("prompt_style", {"auto", "chat"}, FRAMES),
+    ],
+)
+def test_a_setting_offers_what_its_table_holds(setting, others, table):
+    assert {*get_args(Data.__dataclass_fields__[setting].type)} == others | table.keys()
 
 
 def test_a_llama_3_like_tokenizer_with_a_template_of_its_own(tmp_path):

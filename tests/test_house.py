@@ -1,4 +1,4 @@
-"""Cheap rules of the house: pins, imports, no pickle, readable engine settings, documents that name what exists."""
+"""Cheap rules of the house: sizes, pins, imports, no pickle, engine settings, documents that name what exists."""
 
 import ast
 import json
@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {extra: [Requirement(r) for r in rows] for extra, rows in PROJECT["optional-dependencies"].items()}
+PACKAGE = ROOT / "llm_lowrank"
 SOURCES = sorted(p for folder in ("llm_lowrank", "launch") for p in (ROOT / folder).rglob("*.py"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 FOLDERS = r"llm_lowrank|launch|tests|docs|ds_configs|benchmarks|recipes|\.ci"
@@ -34,6 +35,40 @@ def modules_imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def line_count(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_function_of_the_package_is_longer_than_80_lines():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
+
+
+def test_the_package_has_at_most_ten_rooms_none_of_which_holds_more_than_a_quarter_of_it():
+    rooms = [path for path in PACKAGE.iterdir() if not path.name.startswith("__")]
+    assert len(rooms) <= 10, sorted(path.name for path in rooms)
+    lines = {room.name: sum(map(line_count, [room] if room.is_file() else room.rglob("*.py"))) for room in rooms}
+    assert max(lines.values()) <= sum(lines.values()) / 4, lines
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_a_room_says_what_belongs_in_it_and_what_does_not(room):
+    said = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    assert len(re.findall(r"\.(?:\s|$)", said)) >= 2, f"llm_lowrank/{room}/__init__.py: {said!r}"
+
+
+def test_the_loop_is_on_one_screen():
+    assert line_count(PACKAGE / "run" / "train.py") <= 200
+
+
+def test_the_readme_is_read_in_five_minutes():
+    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(text.split()) <= 1200
 
 
 def test_every_dependency_is_pinned_at_a_version_that_satisfies_it():

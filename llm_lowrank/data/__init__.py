@@ -1,5 +1,5 @@
-"""From datasets to batches of tokens. What belongs in here knows rows, text and tokens, and neither models, engines nor
-methods; how answers are scored by a model is models/ and evaluation/.
+"""From datasets to batches of tokens. Code in here knows rows, text and tokens. It knows no model, engine or method:
+asking a model and scoring its answers belongs to models/ and evaluation/.
 
 settings   the settings of the section `data`
 formats    from a row to the turns of a conversation
