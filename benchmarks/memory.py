@@ -138,7 +138,7 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
     model = skeleton(source.path, torch.float32, "sdpa")
     adapters = attach(model, method, codec)
     bind(model, adapters, source)
-    wrapped, _ = load(engine, model, adapters, method, source, Optimization())
+    wrapped, _ = load(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization())
     seconds, loading = time.perf_counter() - began, resident("VmHWM") - baseline
     mine, more = shard(engine, model), beside(engine, model, adapters)
 

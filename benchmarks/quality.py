@@ -67,8 +67,8 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.recipe import Recipe, build_model
 from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.recipe import Recipe, build_model
 from llm_lowrank.run.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +329,7 @@ def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
     loading.bind(model, adapters, source)
     settings = Optimization(spec.rate, max_grad_norm=1.0, micro_batch=small.batch)
     if adapters:
-        model, _ = loading.load(engine, model, adapters, method, source, settings)
+        model, _ = loading.load(engine, model, adapters=adapters, method=method, tensors=source, settings=settings)
     else:
         model = engine.wrap(model, settings, partial(plain_rows, source))
     training = labelled(examples(SHIFTED, small.train, generator(spec.seed, "training")))

@@ -59,7 +59,7 @@ def ours(folder: Path, engine: Engine, codec: str, dtype: torch.dtype, rank: int
     model = skeleton(folder, dtype, "sdpa")
     adapters = attach(model, method, make(codec, dtype))
     bind(model, adapters, source)
-    wrapped, _ = load(engine, model.train(), adapters, method, source, OPTIMIZATION)
+    wrapped, _ = load(engine, model.train(), adapters=adapters, method=method, tensors=source, settings=OPTIMIZATION)
 
     def step(ids: Tensor) -> float:
         loss = mean_loss(wrapped, ids)

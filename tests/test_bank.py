@@ -42,7 +42,7 @@ def one_switch(into: str) -> dict:
         Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0
     )
     batches = Batches(corpus.train, 4, pad_id=pad_id(tokenizer))
-    load_model(engine, model, adapters, method, source, Optimization(1e-3))
+    load_model(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization(1e-3))
 
     def maps() -> list[torch.Tensor]:
         """W + s B A + s bank_B bank_A, in float64."""

@@ -59,7 +59,7 @@ def stopped(method: str, engine: str, dtype: str, folder: str) -> None:
 def going_on(method: str, engine: str, dtype: str, folder: str) -> tuple[list[float], dict[str, Tensor], int]:
     found, damaged = checkpoint.newest(Path(folder))
     assert found is not None and found.step == STOP and not damaged
-    t = Trainee(RUNS[method], engine, dtype, total=STEPS, resumed=found)
+    t = Trainee(RUNS[method], engine, dtype, total=STEPS, resume_from=found)
     losses = walk(t, range(STOP, STEPS))
     return losses, state(t), len(t.adapters[0].ledger)
 
@@ -144,7 +144,7 @@ def another_base(folder: str) -> str:
 
         original, tiny.llama = tiny.llama, lambda *a, **k: changed(original(*a, **k))
         try:
-            Trainee(METHODS["lora"], "plain", total=STEPS, resumed=found)
+            Trainee(METHODS["lora"], "plain", total=STEPS, resume_from=found)
         finally:
             tiny.llama = original
 

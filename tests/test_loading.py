@@ -56,7 +56,9 @@ def loaded_from(folder: str, engine_name: str, method: Method, codec: str) -> tu
     model = skeleton(source.path, torch.float32, "sdpa")
     adapters = attach(model, method, CODECS[codec])
     unused = bind(model, adapters, source)
-    wrapped, _ = load(engine(engine_name), model, adapters, method, source, Optimization(1e-2))
+    wrapped, _ = load(
+        engine(engine_name), model, adapters=adapters, method=method, tensors=source, settings=Optimization(1e-2)
+    )
     with torch.no_grad():
         return wrapped(input_ids=batch(99)).logits, unused, model.generation_config.eos_token_id
 
@@ -107,7 +109,7 @@ def started_from(
         model, tensors = without_values(), checkpoint(state)
         adapters = attach(model, method, CODECS[codec])
         bind(model, adapters, tensors)
-        load(engine(engine_name), model, adapters, method, tensors, Optimization(1e-2))
+        load(engine(engine_name), model, adapters=adapters, method=method, tensors=tensors, settings=Optimization(1e-2))
 
     return caught(start)
 
@@ -293,7 +295,7 @@ def as_it_is(engine_name: str) -> dict[str, bool]:
     adapters = attach(model, LORA, Nf4())
     bind(model, adapters, tensors)
     ranked = engine(engine_name)
-    load(ranked, model, adapters, LORA, tensors, Optimization(1e-2))
+    load(ranked, model, adapters=adapters, method=LORA, tensors=tensors, settings=Optimization(1e-2))
     found = {}
     for a in adapters:
         wanted = Nf4().encode(tensors.state[f"{a.name}.weight"])

@@ -109,7 +109,7 @@ def test_no_engine_wraps_a_model_for_an_optimizer_whose_state_it_would_lose(engi
 
 
 def trainee(engine: str, resumed: checkpoint.Checkpoint | None = None) -> Trainee:
-    return Trainee(METHOD, engine, optimization=SETTINGS, resumed=resumed)
+    return Trainee(METHOD, engine, optimization=SETTINGS, resume_from=resumed)
 
 
 def walk(t: Trainee, steps: range) -> dict[str, list[dict[str, Tensor]]]:
@@ -206,7 +206,7 @@ def nothing_yet(engine: str, folder: str) -> tuple[dict[str, Tensor], dict[str, 
 
 def from_nothing(engine: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     found, _ = checkpoint.newest(Path(folder))
-    t = Trainee(METHOD, engine, resumed=found)
+    t = Trainee(METHOD, engine, resume_from=found)
     t.step(1)
     return t.values(), t.moments()
 

@@ -195,7 +195,7 @@ def wrong_checkpoint(method: Method, engine: str) -> str:
     state[f"{adapters[2].name}.weight"] = torch.zeros(3, 5)
     bind(model, adapters, Checkpoint(state))  # names only
     try:
-        load(e, model, adapters, method, Checkpoint(state), Optimization())
+        load(e, model, adapters=adapters, method=method, tensors=Checkpoint(state), settings=Optimization())
     except (RuntimeError, ValueError) as error:
         assert e.sum(torch.ones(1)) == e.world  # and the ranks are still together
         return str(error)

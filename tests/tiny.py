@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -10,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
-from llm_lowrank.engines.base import Engine, Optimization
-from llm_lowrank.engines.fsdp import FSDP, Sharding
-from llm_lowrank.engines.plain import Plain
+from llm_lowrank.engines import Engine, make
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.loading import bind, load
+from llm_lowrank.numerics.optimizers import Optimization
 
 VOCABULARY = 67
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "int8": torch.float32}  # computed in
@@ -83,18 +86,24 @@ class Checkpoint:
         raise AssertionError(name)
 
 
-def engine(name: str, **zero: object) -> Engine:
-    if name == "plain":
-        return Plain()
-    if name.startswith("fsdp"):
-        return FSDP(Sharding(**zero))  # type: ignore[arg-type]
-    from llm_lowrank.engines.zero import Zero
+def _zero(stage: int, **section: object) -> dict[str, object]:
+    threshold = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **threshold, **section}}
 
-    stage = int(name.removeprefix("zero"))
-    section: dict[str, object] = {"stage": stage}
-    if stage == 3:
-        section["stage3_param_persistence_threshold"] = 0
-    return Zero({"zero_optimization": {**section, **zero}})
+
+# An engine's name in tests -> its name in recipes, and what makes its settings of a few named ones.
+ENGINES: dict[str, tuple[str, Callable[..., object]]] = {
+    "plain": ("plain", lambda: None),
+    "zero1": ("deepspeed", partial(_zero, 1)),
+    "zero2": ("deepspeed", partial(_zero, 2)),
+    "zero3": ("deepspeed", partial(_zero, 3)),
+    "fsdp": ("fsdp", Sharding),
+}
+
+
+def engine(name: str, **settings: object) -> Engine:
+    kind, made = ENGINES[name]
+    return make(kind, made(**settings))
 
 
 def batch(step: int, samples: int = 6, length: int = 8) -> Tensor:
@@ -116,7 +125,7 @@ class Trainee:
         optimization: dict | None = None,
         codec: Codec | None = None,
         total: int = 100,
-        resumed: checkpoint.Checkpoint | None = None,
+        resume_from: checkpoint.Checkpoint | None = None,
         **changes: object,
     ) -> None:
         self.total = total  # steps of the run, as far as a method wants to know
@@ -133,10 +142,16 @@ class Trainee:
         bind(self.model, self.adapters, self.checkpoint)
         settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
         self.wrapped, self.loaded = load(
-            self.engine, self.model, self.adapters, method, self.checkpoint, settings, resumed
+            self.engine,
+            self.model,
+            adapters=self.adapters,
+            method=method,
+            tensors=self.checkpoint,
+            settings=settings,
+            resume_from=resume_from,
         )
-        if resumed is not None:
-            checkpoint.restore(self.engine, self.model, self.adapters, resumed)
+        if resume_from is not None:
+            checkpoint.restore(self.engine, self.model, self.adapters, resume_from)
 
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()

@@ -1,18 +1,20 @@
-"""The move: pairs freeze, fresh pairs become trainable, the function does not change.
+"""The exchange: pairs freeze, fresh pairs become trainable, the function does not change.
 
     into the weight      W <- W + s sum_K b_k a_k - s sum_K b'_k a'_k       then  (b, a)_K <- (b', a')
-    a swap               (b, a)_K  <->  (b', a')_bank slots                 W is never touched
+    a swap with a bank   (b, a)_K  <->  (b', a')_bank slots                 W is never touched
     into a growing bank  empty bank slots <- (b, a)_K                       then  (b, a)_K <- (0, a')
 
-W + s B A (+ s bank_B bank_A) stays. Into a float32 weight the move is exact to its rounding. A bfloat16, float16 or
-coded weight would round small updates away; there pairs go to the bank, bitwise. Every exchange checks itself: what the
-forward sees is read back and compared, the drift of the layer's function on a probe is measured, and what rounding took
-from an update of W is measured too. A bank that has no empty slots left is compressed before the move (compress_bank_):
-that is the one thing here that may change the function, by an error that is measured and told.
+W + s B A (+ s bank_B bank_A) stays. An exchange into a float32 weight is exact to the rounding of float32. A bfloat16,
+float16 or quantized weight would round small updates away, so that there the pairs go to the bank, bitwise. Every
+exchange checks itself: it reads back the factors that the forward uses and compares them, it measures the drift of the
+layer's function on a probe, and it measures the share of the update of W that rounding took. A bank without enough
+empty slots is compressed before the exchange (compress_bank_). Only this compression may change the function; its error
+is measured and reported.
 
-Adam: the first moment of a fresh pair is 0, its second moment the mean over the pairs of the same matrix that stay.
-With zero the first updates would be up to 6.5 times too large, for the step count is shared and stays high. A method
-that lowers the rate after an exchange may keep the largest entries of the old moments instead ("pruned").
+Moments, for Adam: the first moment of a fresh pair is 0, its second moment is the mean over the pairs of the same
+matrix that stay. With a second moment of zero the first updates would be up to 6.5 times too large, as the step count
+is shared and stays high. A method that lowers the rate after an exchange may keep the largest entries of the old
+moments instead ("pruned").
 """
 
 from __future__ import annotations
@@ -35,28 +37,28 @@ from llm_lowrank.numerics.pairs import Change, Pairs
 Moments = Literal["seeded", "zeroed", "pruned"]
 Into = Literal["auto", "weight", "bank"]
 PROBES = 2  # columns of the probe on which the drift is measured
-# A drift beyond these is a fault, not rounding: measured are at most 6e-7 with exact destinations, 1e-2 into bfloat16.
+# A larger drift is a fault, not rounding. The largest measured ones are 6e-7 for exact destinations, 1e-2 for bfloat16.
 EXACT_DRIFT, ROUNDED_DRIFT = 1e-4, 1e-1
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What happened to one layer, or to many (see `total`)."""
+    """The report of an exchange in one layer, or in many (see `total`)."""
 
-    pairs: int  # trainable pairs replaced; of LoSiA entries
+    pairs: int  # trainable pairs replaced; for LoSiA entries, see unit
     into: str  # weight or bank
     drift: float  # |f(x) - f_before(x)| / |f_before(x)| on a random probe
-    # Into the weight |stored - asked| / |asked| of the update of W: what rounding took. Into the bank |dropped| /
-    # |bank|: what compressing it took, 0 while it had room.
+    # Into the weight: |stored - update| / |update|, the share of the update of W that rounding took. Into the bank:
+    # |dropped| / |bank|, the share that compressing the bank took; 0 while the bank has room.
     lost: float
     seconds: float
     traffic: int  # bytes that this rank gave to collectives
-    modules: int = 1  # whose trainable pairs were replaced
+    modules: int = 1  # modules whose trainable pairs were replaced
     unit: str = "pairs"
 
     @staticmethod
     def total(events: list[Exchanged]) -> Exchanged:
-        """Sums, and the worst drift and loss."""
+        """The report of several exchanges: sums, and the largest drift and loss."""
         return Exchanged(
             pairs=sum(e.pairs for e in events),
             into=events[0].into,
@@ -70,26 +72,27 @@ class Exchanged:
 
 
 def measure_exchange(engine: Engine, hook: Callable[[], Exchanged | None]) -> Exchanged | None:
-    """What a method's hook did, with all of its time and traffic: deciding and sending fresh pairs too. Collective."""
+    """Call a method's hook and return its report, with the time and traffic of the whole hook.
+
+    These include the decision and the sending of fresh pairs. Collective.
+    """
     began, traffic = time.perf_counter(), engine.traffic
     event = hook()
-    return (
-        None if event is None else replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
-    )
+    if event is None:
+        return None
+    return replace(event, seconds=time.perf_counter() - began, traffic=engine.traffic - traffic)
 
 
 def needs_bank(into: Into, codec: Codec) -> bool:
-    """Whether frozen pairs are kept beside such a weight; auto: unless it holds small updates.
+    """Whether frozen pairs go to a bank; auto: unless the codec's weights hold small updates.
 
-    ValueError if it takes none at all.
+    Raise ValueError for into = "weight" if the codec's weights are never written again.
     """
     if into == "weight" and not codec.writable:
         raise ValueError(
             f"method.into: weight cannot be used with codec: {codec.name}: encoding W again would "
-            "round away all "
-            "of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set method.into: bank "
-            "(or auto), "
-            "which loses nothing"
+            "round away all of an update of 2 % of W in nf4 and of 0.5 % in int8, and LoRA updates are smaller; set "
+            "method.into: bank (or auto), which loses nothing"
         )
     return into == "bank" or (into == "auto" and not codec.holds_small_updates)
 
@@ -105,16 +108,21 @@ def exchange_(
     moments: Moments = "seeded",
     prune: float = 0.99,
 ) -> Exchanged:
-    """pairs[index] freeze; `fresh` pairs, or those in the bank's `slots`, become trainable. Collective.
+    """Freeze pairs[index] and make other pairs trainable in their places; return a report. Collective.
 
-    With `fresh` the old pairs go into the weight, with `slots` they take the fresh pairs' places in the bank. With both
-    they fill empty slots, and the fresh pairs must add nothing yet, for nothing leaves W. `prune`: the share of the
-    replaced pairs' moments that "pruned" sets to zero. Arguments are the same on every rank. Object identity, shape and
-    requires_grad of every Parameter stay.
+        fresh alone        into the weight: W takes the old pairs and gives up the fresh ones
+        slots alone        a swap: the pairs in the bank's slots become trainable, the old pairs take the slots
+        fresh and slots    into a growing bank: the old pairs fill empty slots; the fresh pairs must have B = 0, since
+                           nothing leaves W
+
+    `moments` says how the moments of the replaced pairs start, see renew_moments_; `prune` is the share that "pruned"
+    sets to zero. All arguments must be the same on every rank. Identity, shape and requires_grad of every Parameter
+    stay.
     """
     assert fresh is not None or slots is not None, "an exchange has a destination"
     began, traffic = time.perf_counter(), engine.traffic
     index = index.to(engine.device)
+    # the layer's answer to a probe before: W, the factors that stay and, inside of the block, those that are edited
     moving = adapter.factors() if slots is not None else adapter.factors()[:2]
     x = probe(engine, adapter)
     staying = _apply_pairs(adapter, [engine.whole(p) for p in adapter.factors()[len(moving) :]], x)
@@ -124,6 +132,7 @@ def exchange_(
         before += _apply_pairs(adapter, [s.value for s in (a, b, *bank)], x)
         trained = Pairs(b.value, a.value)
         old = trained.take(index)  # a copy, as index is a tensor
+        # the old pairs go to the bank, into slots that hold the next pairs or that are empty
         if slots is not None:
             banked = Pairs(bank[1].value, bank[0].value)
             where = torch.arange(len(banked), device=engine.device)[slots]
@@ -133,45 +142,54 @@ def exchange_(
                 assert not banked.B[:, where].any(), f"{adapter.name}: bank slots {slots} are not empty"
                 assert not fresh.B.any(), f"{adapter.name}: fresh pairs beside a growing bank must add nothing"
             banked.put_(where, old)
+        # or W takes them, and gives up what the fresh pairs will add
         else:
             assert fresh is not None
             update = Pairs.cat([old, fresh.to(engine.device).scaled(-1)]).scaled(adapter.scale)
-            # of a pair that adds nothing the ledger keeps nothing
+            # pairs with B = 0 change nothing, and the ledger need not have them
             lost = into_weight_(engine, adapter, update.take(update.B.any(0)))
         trained.put_(index, fresh.to(engine.device))
-        renew_moments_(a, b, index, moments, prune, engine.settings.kind.moments)
+        renew_moments_(a, b, index=index, moments=moments, prune=prune, starts=engine.settings.kind.moments)
         expected = [s.value for s in (a, b, *bank)]
+    # the forward must see bitwise the factors that were written, and the function must not have changed
     seen = [engine.whole(p) for p in moving]
     for value, wanted in zip(seen, expected, strict=True):
         assert torch.equal(value, wanted), f"{adapter.name}: an exchanged factor did not reach the forward"
     after = engine.weight(adapter).matmul(x) + staying + _apply_pairs(adapter, seen, x)
-    drift = checked_drift(adapter, before, after, exact=slots is not None)
+    drift = check_drift(adapter, before, after, exact=slots is not None)
     engine.release(4 * math.prod(adapter.shape))  # as float32
     into = "weight" if slots is None else "bank"
-    return Exchanged(len(index), into, drift, lost, time.perf_counter() - began, engine.traffic - traffic)
+    return Exchanged(
+        len(index),
+        into=into,
+        drift=drift,
+        lost=lost,
+        seconds=time.perf_counter() - began,
+        traffic=engine.traffic - traffic,
+    )
 
 
 def into_weight_(engine: Engine, adapter: Adapter, update: Change) -> float:
-    """W += update, recorded in the ledger; returns the share of the update that rounding took.
+    """Add the update to W, record it in the ledger, and return the share of the update that rounding took.
 
-    Every rank adds its own elements: only the update has travelled, W does not.
+    Every rank adds its own elements: the update has travelled, W does not. Collective.
     """
     weight = engine.weight(adapter)
-    asked, lost, changed = weight.sum(weight.add_(update)).tolist()
+    size, lost, changed = weight.sum(weight.add_(update)).tolist()  # |update|^2, |stored - update|^2, elements
     assert changed <= update.entries, f"{adapter.name}: {changed:g} elements changed, more than {update.entries}"
-    if asked == 0.0:
+    if size == 0.0:
         assert changed == 0, f"{adapter.name}: an update of nothing changed {changed:g} elements"
         return 0.0
     if engine.main:
         adapter.ledger.append(update.to("cpu"))
-    return (lost / asked) ** 0.5
+    return (lost / size) ** 0.5
 
 
 @torch.no_grad()
 def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int, float]:
-    """The bank with as few pairs as its product needs, `most` at most, in its first slots; the others are empty.
+    """Compress the bank into its first slots, the fewest that its product needs and `most` at most; empty the others.
 
-    Returns how many there are, and |dropped| / |bank|. Rank 0 decomposes. Collective.
+    Return the number of filled slots and |dropped| / |bank|. Rank 0 decomposes. Collective.
     """
     assert adapter.bank_A is not None and adapter.bank_B is not None
     with engine.edit(adapter.bank_A, adapter.bank_B) as (a, b):
@@ -179,10 +197,10 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
         def compress() -> list[Tensor]:
             small, dropped = bank.compress(most=most)
-            # what is kept is an SVD: |b_k| |a_k| are its values
+            # the compressed pairs are an SVD, and |b_k| |a_k| its singular values
             sizes = small.B.norm(dim=0).double() * small.A.norm(dim=1).double()
-            whole = math.hypot(float(sizes.norm()), dropped)
-            return [small.B, small.A, torch.tensor(dropped / whole if whole else 0.0, dtype=torch.float64)]
+            size = math.hypot(float(sizes.norm()), dropped)  # |bank|
+            return [small.B, small.A, torch.tensor(dropped / size if size else 0.0, dtype=torch.float64)]
 
         small_B, small_A, lost = engine.broadcast(compress)
         used = len(small_A)
@@ -195,34 +213,39 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
 
 def renew_moments_(
-    a: Slot, b: Slot, index: Tensor, moments: Moments, prune: float, starts: Mapping[str, Start]
+    a: Slot, b: Slot, *, index: Tensor, moments: Moments, prune: float, starts: Mapping[str, Start]
 ) -> None:
-    """The moments of the pairs that were replaced, those of A and of B each for itself; all others stay as they are.
+    """Start the moments of the replaced pairs anew, separately for A and for B. All other moments stay.
 
-    Pruned: the largest (1 - prune) of each moment stay. A first moment goes where its second went too: over a second
-    moment of zero, and A's gradient is zero while B is, its first update would be the rate times m / eps.
+        zeroed   every moment is 0
+        seeded   a second moment is the mean over the pairs of its matrix that stay, a first moment is 0
+        pruned   the largest 1 - prune of each moment stay, the others become 0
+
+    `starts` says for each moment how a fresh pair's starts: "mean" marks a second moment. When "pruned" sets a second
+    moment to 0, the first moment m of this entry becomes 0 too. Otherwise its first update would be the rate times
+    m / eps, as A's gradient is zero while B is.
     """
-    for mine in (a.moments, {name: moment.T for name, moment in b.moments.items()}):  # each (r, n or m), views
-        replaced = {name: moment[index] for name, moment in mine.items()}  # copies
+    for matrix in (a.moments, {name: moment.T for name, moment in b.moments.items()}):  # each (r, n or m), views
+        replaced = {name: moment[index] for name, moment in matrix.items()}  # copies
         if moments == "pruned":
-            kept = {name: _largest(moment, 1 - prune) for name, moment in replaced.items()}
-            second = [kept[name] for name in mine if starts[name] == "mean"]
-            for name in (name for name in mine if starts[name] == "zero"):
+            masks = {name: _largest(moment, 1 - prune) for name, moment in replaced.items()}
+            second = [masks[name] for name in matrix if starts[name] == "mean"]
+            for name in (name for name in matrix if starts[name] == "zero"):
                 for mask in second:
-                    kept[name] &= mask
-            renewed = {name: moment * kept[name] for name, moment in replaced.items()}
+                    masks[name] &= mask
+            renewed = {name: moment * masks[name] for name, moment in replaced.items()}
         else:
             renewed = {name: torch.zeros_like(moment) for name, moment in replaced.items()}
-            for name in (name for name in mine if moments == "seeded" and starts[name] == "mean"):
-                stay = torch.ones(len(mine[name]), dtype=torch.bool, device=index.device)
+            for name in (name for name in matrix if moments == "seeded" and starts[name] == "mean"):
+                stay = torch.ones(len(matrix[name]), dtype=torch.bool, device=index.device)
                 stay[index] = False
-                renewed[name] += mine[name][stay if stay.any() else ~stay].mean()
-        for name, moment in mine.items():
+                renewed[name] += matrix[name][stay if stay.any() else ~stay].mean()  # of all pairs, if none stays
+        for name, moment in matrix.items():
             moment[index] = renewed[name]
 
 
 def _largest(t: Tensor, share: float) -> Tensor:
-    """Where the largest of |t| are, that share of its entries; of equal ones the first."""
+    """A mask of the largest |t|, `share` of all entries; of equal entries the first."""
     order = t.abs().flatten().argsort(descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
     mask[order[: round(share * len(order))]] = True
@@ -230,14 +253,14 @@ def _largest(t: Tensor, share: float) -> Tensor:
 
 
 def probe(engine: Engine, adapter: Adapter) -> Tensor:
-    """A random input, the same on every rank: (n, 2)"""
+    """A random input of the layer, the same on every rank: (n, PROBES)."""
     return torch.randn(adapter.shape[1], PROBES, generator=generator(0, adapter.name)).to(engine.device)
 
 
-def checked_drift(adapter: Adapter, before: Tensor, after: Tensor, exact: bool) -> float:
-    """|after - before| / |before| of what a layer answers to a probe; RuntimeError if it is no rounding.
+def check_drift(adapter: Adapter, before: Tensor, after: Tensor, exact: bool) -> float:
+    """Return the drift |after - before| / |before| of a layer's answers to a probe.
 
-    `exact`: W took nothing.
+    `exact`: W was not changed. Raise RuntimeError if the drift is too large for rounding.
     """
     drift = float((after - before).norm() / before.norm().clamp_min(1e-30))
     limit = EXACT_DRIFT if exact or adapter.codec.holds_small_updates else ROUNDED_DRIFT

@@ -137,8 +137,8 @@ class Method(draccus.ChoiceRegistry):
         """Return numbers for the log by their names, whichever there are at this step.
 
         Called at every multiple of `logging_steps` and after the last step, after an exchange of the same step. The run
-        writes the numbers to metrics.jsonl and to the tracker, as method/name. Collective: all ranks call it at the same
-        steps, and it may sum over them. What rank 0 returns is written.
+        writes the numbers of rank 0 to metrics.jsonl and to the tracker, as method/name. Collective: all ranks call the
+        hook at the same steps, and it may sum over them.
         """
         return {}
 

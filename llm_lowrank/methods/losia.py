@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llm_lowrank.adapters.adapter import Adapter, Whole, generator
-from llm_lowrank.adapters.exchange import Exchanged, Into, checked_drift, into_weight_, needs_bank, probe
+from llm_lowrank.adapters.exchange import Exchanged, Into, check_drift, into_weight_, needs_bank, probe
 from llm_lowrank.adapters.method import Method, find_targets, output_layer
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
@@ -471,7 +471,7 @@ def exchange_block_(engine: Engine, adapter: Subnet, *, rows: Tensor, columns: T
         for key, at in zip(("live_rows", "live_columns"), old, strict=True):
             adapter.memory[key] = torch.cat([adapter.memory[key], at[None]])
     adapter.memory["rows"], adapter.memory["columns"] = rows, columns
-    drift = checked_drift(adapter, before, _apply_blocks(adapter, engine, x), exact=adapter.bank_S is not None)
+    drift = check_drift(adapter, before, _apply_blocks(adapter, engine, x), exact=adapter.bank_S is not None)
     return Exchanged(
         adapter.S.numel(),
         into="weight" if adapter.bank_S is None else "bank",

@@ -1,6 +1,5 @@
-"""A model on its way in and out: from a checkpoint to shards, the loss, answers, checkpoints of a run, export and
-merging.
+"""Loading a model into shards, its loss and its answers, checkpoints of a run, export and merging.
 
-Nothing here knows a recipe, a command line or a particular method; those stand above. How rows become tokens is
-data/'s.
+Nothing here knows a recipe, a command line or a particular method: these belong to the floors above. The way from rows
+to tokens belongs to data/.
 """

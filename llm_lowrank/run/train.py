@@ -82,7 +82,13 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
     recipe, engine = run.recipe, run.engine
     engine.at("loading the model")
     model, loaded = loading.load(
-        engine, run.model, run.adapters, recipe.method, run.source, optimization(recipe), run.resume_from
+        engine,
+        run.model,
+        adapters=run.adapters,
+        method=recipe.method,
+        tensors=run.source,
+        settings=optimization(recipe),
+        resume_from=run.resume_from,
     )
     run.say(str(loaded))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
