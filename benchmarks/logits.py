@@ -1,15 +1,15 @@
-"""Memory and time of the loss at a large vocabulary: whole logits against blocks in the output layer.  python
-benchmarks/logits.py
+"""Memory and time of the loss at a large vocabulary: whole logits against blocks.  python benchmarks/logits.py
 
-A random LLaMA, small but for its vocabulary (tied, as in LLaMA 3.2), under LoRA on the linears of its decoder layers;
-forward + backward of one sequence. Three cases: every position trained; one of four, as where a completion follows a
-prompt; every position, with LoRA on the output layer too (untied), whose blocks are computed twice. In each whole
-logits (`whole`: what transformers' own loss does) and blocks (`blocks`: llm_lowrank/models/loss.py).
+The model is a random LLaMA, small but for its vocabulary (tied, as in LLaMA 3.2), with LoRA on the linears of its
+decoder layers. A step is the forward and backward of one sequence. There are three cases: every position is trained;
+one of four is trained, as where a completion follows a prompt; every position is trained and LoRA is on the output
+layer too (untied), whose blocks are computed twice. Each case compares whole logits (`whole`: the loss of
+transformers) with blocks (`blocks`: llm_lowrank/models/loss.py).
 
-Every figure comes from a fresh process, which makes a short step first, so that all code is there. Peak is VmHWM over
-what was resident before the step (benchmarks/memory.py says how it is read), seconds are CPU time of one thread. Arms
-take turns, their order turned from round to round; printed are the medians of the rounds, and for time the median,
-least and greatest of the rounds' own ratios of blocks to whole logits.
+Every figure comes from a fresh process, which makes a short step first, so that all code is loaded. The peak is VmHWM
+less what was resident before the step (benchmarks/memory.py says how it is read); seconds are CPU time of one thread.
+The arms take turns and change their order from round to round. Medians over the rounds are printed, and for time the
+median, least and greatest ratio of blocks to whole logits within a round.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ARMS = ("whole", "blocks")
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """One arm of one case, in this process."""
+    """Measure one arm of one case in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype, adapted = getattr(torch, args.dtype), args.case == "adapted"

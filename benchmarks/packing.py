@@ -1,11 +1,11 @@
 """Real tokens per second of padded, length-grouped and packed batches.  python benchmarks/packing.py
 
-The demo model (SmolLM2-135M-Instruct) with LoRA of rank 16, forward + backward over functions of Python's standard
-library (recipes/data/stdlib_code.py, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8 examples, or
-8 / (examples in a packed row) packed rows, so that all three compute about the same number of real tokens. Padding is
-not counted. All three run in every round, the order turned by one from round to round; the figures are medians and
-extremes of the per-round ratios to padded batches. Losses are not compared here: tests/test_packing.py shows that they
-are the same.
+The demo model (SmolLM2-135M-Instruct) has LoRA of rank 16; a step is forward + backward over functions of Python's
+standard library (recipes/data/stdlib_code.py, plain prompts, cut to 512 tokens), fp32, one process. A batch is 8
+examples, or 8 / (examples in a packed row) packed rows, so that all three compute about the same number of real
+tokens. Padding is not counted. All three run in every round, and their order changes from round to round; the figures
+are medians and extremes of the per-round ratios to padded batches. Losses are not compared here: tests/test_packing.py
+shows that the losses are the same.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     packed = batches(1, LENGTH)
     rows = max(1, round(EXAMPLES * packed.rows / len(corpus.train)))
     kinds = {"padded": batches(EXAMPLES), "grouped": batches(EXAMPLES, grouped=True), "packed": batches(rows, LENGTH)}
-    # step 0 of grouped batches is the longest one: begin where batches are as they mostly are
+    # step 0 of grouped batches has the longest examples: the rounds begin at step 1
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
     shares: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in tqdm(range(options.rounds + 1), unit="round"):
@@ -82,7 +82,7 @@ def main() -> None:
         f"transformers {transformers.__version__}; {len(corpus.train)} examples, {packed.rows} packed rows of {LENGTH}"
     )
     for kind in kinds:
-        ratios = [mine / padded for mine, padded in zip(speeds[kind], speeds["padded"], strict=True)]
+        ratios = [speed / padded for speed, padded in zip(speeds[kind], speeds["padded"], strict=True)]
         result = {
             "kind": kind,
             "real tokens/s": round(statistics.median(speeds[kind]), 1),

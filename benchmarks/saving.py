@@ -1,10 +1,10 @@
 """What a checkpoint costs.  python benchmarks/saving.py [--name value of launch/train.py ...]
 
 The demo model (SmolLM2-135M-Instruct, SRLoRA of rank 16 through 32 directions) is trained for 16 steps of 8 with a
-checkpoint after every fourth. Printed, as medians over the checkpoints: bytes; seconds in which the training stood
-still for one (copying, and giving it its name); seconds in which a thread wrote beside the training; the same in steps
-of this run; and what share of the time an interval of ten minutes would make of it. Bytes in proportion to the adapter:
-three float32 numbers for each trained one, and what is frozen so far.
+checkpoint after every fourth step. The script prints medians over the checkpoints: bytes; seconds in which the
+training waited (while tensors were copied and the folder got its name); seconds in which a thread wrote during the
+training; both times in steps of this run; and the share of the time that waiting takes with a checkpoint every ten
+minutes. A checkpoint holds three float32 numbers for each trained number, and the pairs that are frozen so far.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""A run that is killed again and again ends as the run that was not.  python benchmarks/soak.py [--kills 200] [--engine
-deepspeed]
+"""A run that is killed again and again ends like an uninterrupted run.
 
-A small SRLoRA run on 2 ranks saves a checkpoint every 3 steps. In each of its lives a rank, a phase (reading the data,
-loading, restoring, a step, an exchange, a save, the export) and a signal (SIGKILL, SIGTERM, SIGUSR1) are drawn from
-a seed; when the rank comes to the phase it is sent the signal after some milliseconds, drawn too. Both ranks must end
-by themselves. Then the run goes on with --resume_from_checkpoint auto. The lives go on until so many ranks were killed;
-each run that reached its end is compared with the run that was never stopped: the same adapter and the same losses,
-bitwise. Then the next run begins.
+    python benchmarks/soak.py [--kills 200] [--engine deepspeed]
+
+A small SRLoRA run on 2 ranks saves a checkpoint every 3 steps. Each start of the run is one life. For each life a seed
+draws a rank, a phase (reading the data, loading, restoring, a step, an exchange, a save, the export), a signal
+(SIGKILL, SIGTERM, SIGUSR1) and some milliseconds; when the rank comes to the phase, it gets the signal after this
+time. Both ranks must end by themselves. Then the run is resumed with --resume_from_checkpoint auto. A run that reaches
+its end is compared with an uninterrupted run: the adapter and the losses must be the same, bitwise. Then the next run
+begins, until --kills ranks were killed.
 
 Ranks are forked from a process that has imported everything (multiprocessing's forkserver), so that a life costs a
-second or two. What runs is launch/train.py with the environment that a launcher would give.
+second or two. A rank runs launch/train.py with the environment that a launcher would give it.
 """
 
 from __future__ import annotations
@@ -38,53 +39,53 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 FORK = mp.get_context("forkserver")
 FORK.set_forkserver_preload(["deepspeed", "datasets", "bitsandbytes", "llm_lowrank.run.train"])
-ENDS = 90.0  # seconds after which a rank that is still there hangs
+ENDS = 90.0  # seconds after which a rank that has not ended hangs
 
 
 @dataclass(frozen=True)
 class Strike:
     """A signal for a rank that has come to a phase for the `count`-th time in its life."""
 
-    phase: str  # the beginning of its name
+    phase: str  # the beginning of the phase's name
     kind: signal.Signals = signal.SIGKILL
     rank: int = 0
     delay: float = 0.0  # seconds
     count: int = 1
-    times: int = 1  # how often it is sent
+    times: int = 1  # how often the signal is sent
 
 
 @dataclass
 class Life:
     """How the ranks of one start ended."""
 
-    codes: list[int | None]  # of the processes; None: it had to be ended
-    said: str  # by all ranks
+    codes: list[int | None]  # exit codes; None: the process had to be ended
+    said: str  # output of all ranks
     struck: bool  # whether the signal was sent
     seconds: float = 0.0
-    phases: list[list[str]] = field(default_factory=list)  # that each rank came to
+    phases: list[list[str]] = field(default_factory=list)  # the phases that each rank came to
 
 
 def _rank(arguments: list[str], environment: dict[str, str], log: str, pipe: Connection) -> None:
-    """A rank, from here on as if a launcher had started it."""
+    """Run a rank in this process as if a launcher had started it."""
     os.environ.update(environment)
     with open(log, "a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     from llm_lowrank.engines.base import Engine
 
-    plain_at = Engine.at
+    original = Engine.at
 
-    def told(engine: Engine, phase: str) -> None:
+    def report(engine: Engine, phase: str) -> None:
         pipe.send(phase)
-        plain_at(engine, phase)
+        original(engine, phase)
 
-    Engine.at = told
+    Engine.at = report
     sys.argv = [str(ROOT / "launch" / "train.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def free_ports(count: int) -> list[int]:
-    """Of this host, all different."""
+    """Return different free ports of this host."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
@@ -93,8 +94,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def live(arguments: list[str], world: int = 2, strike: Strike | None = None, grace: float = ENDS) -> Life:
-    """Starts the ranks, sends the signal, and waits for the end; `grace` seconds after the first end for the others, as
-    a launcher.
+    """Start the ranks, send the signal, and wait for the end; like a launcher, wait `grace` seconds for the other ranks
+    when the first one has ended.
     """
     began, (port,) = time.monotonic(), free_ports(1)
     pipes, processes = [], []
@@ -111,11 +112,11 @@ def live(arguments: list[str], world: int = 2, strike: Strike | None = None, gra
                 "HF_HUB_OFFLINE": "1",
                 "DS_ACCELERATOR": "cpu",
             }
-            mine, theirs = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_rank, args=(arguments, environment, log, theirs))
+            read_end, write_end = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=_rank, args=(arguments, environment, log, write_end))
             process.start()
-            theirs.close()
-            pipes.append(mine)
+            write_end.close()
+            pipes.append(read_end)
             processes.append(process)
         phases, struck = _follow(pipes, processes, strike, began + ENDS)
         wait([process.sentinel for process in processes], max(0.0, began + ENDS - time.monotonic()))
@@ -158,7 +159,7 @@ def _follow(
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 STEPS, SAVE = 24, 3
-PHASES = {  # phase -> how often it can be told in a life
+PHASES = {  # phase -> how often a life can come to it
     "reading the data": 1,
     "loading the model": 1,
     "restoring": 1,
@@ -171,7 +172,7 @@ PHASES = {  # phase -> how often it can be told in a life
 
 
 def place(folder: Path) -> None:
-    """A small LLaMA with a tokenizer of bytes, and sums to learn."""
+    """Write a small LLaMA with a tokenizer of bytes, and sums to learn."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -225,7 +226,7 @@ def arguments_of(folder: Path, output: Path, engine: str, **changes: object) -> 
 
 
 def result(output: Path) -> tuple[bytes, list[tuple[int, float]]]:
-    """The bytes of the adapter, and the losses."""
+    """Return the bytes of the adapter and the losses."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
     return (output / "adapter" / "adapter_model.safetensors").read_bytes(), losses
@@ -240,7 +241,7 @@ def drawn(draw: random.Random) -> Strike:
 
 
 def soak(folder: Path, kills: int, seed: int, engine: str) -> dict[str, Any]:
-    """Kills, and what they came to. AssertionError if a life hung or a run came to another end."""
+    """Kill ranks and return the counts. AssertionError if a life hung or a run ended with another result."""
     place(folder)
     whole = live(arguments_of(folder, folder / "whole", engine))
     assert whole.codes == [0, 0], whole.said[-3000:]
@@ -258,9 +259,9 @@ def soak(folder: Path, kills: int, seed: int, engine: str) -> dict[str, Any]:
                 counts[f"{strike.phase}, {strike.kind.name}"] += 1
                 bar.update()
             elif life.codes == [0, 0]:
-                found = result(output)
-                assert found[0] == wanted[0], "the adapter is another one than that of the run that was not stopped"
-                assert found[1] == wanted[1], "the losses are others than those of the run that was not stopped"
+                adapter, losses = result(output)
+                assert adapter == wanted[0], "the adapter differs from the adapter of the uninterrupted run"
+                assert losses == wanted[1], "the losses differ from the losses of the uninterrupted run"
                 runs += 1
                 shutil.rmtree(output)
             else:
@@ -284,10 +285,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), args.kills, args.seed, args.engine)
-    for what, count in found.pop("counts").items():
+        report = soak(Path(folder), args.kills, args.seed, args.engine)
+    for what, count in report.pop("counts").items():
         print(f"{count:5d}  {what}")
-    print(json.dumps(found | {"seconds": round(time.monotonic() - began)}))
+    print(json.dumps(report | {"seconds": round(time.monotonic() - began)}))
 
 
 if __name__ == "__main__":

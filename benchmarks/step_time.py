@@ -74,12 +74,12 @@ def without_slot(model: nn.Module) -> nn.Module:
 
 
 def with_losia(model: nn.Module, factor: float) -> nn.Module | None:
-    """The published LoSiA-Pro layer on random rows and columns; None if the package is not there."""
-    found = importlib.util.find_spec("losia")
-    if found is None or found.submodule_search_locations is None:
+    """Return the published LoSiA-Pro layer on random rows and columns; None if the package is not installed."""
+    spec = importlib.util.find_spec("losia")
+    if spec is None or spec.submodule_search_locations is None:
         return None
     # alone: the package compiles CUDA when imported
-    file = Path(found.submodule_search_locations[0], "peft_training", "losia_pro.py")
+    file = Path(spec.submodule_search_locations[0], "peft_training", "losia_pro.py")
     spec = importlib.util.spec_from_file_location("losia_pro", file)
     assert spec is not None and spec.loader is not None
     pro = importlib.util.module_from_spec(spec)
@@ -93,12 +93,12 @@ def with_losia(model: nn.Module, factor: float) -> nn.Module | None:
 
 
 def shared(model: nn.Module) -> nn.Module:
-    """A copy over the same weights."""
+    """Copy a model; the copy shares its weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
-    """Every model that is timed.
+    """Return every model that is timed.
 
     PiSSA and ReLoRA have LoRA's layer; SRLoRA has it too, and with `into: bank` frozen pairs beside it.
     """
@@ -117,19 +117,19 @@ def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
         "losia slot": kinds["losia"](output_factor=0),
         "losia dense": kinds["losia"](output_factor=0, pro=False),
     }
-    found = {
+    models = {
         "limit": limit,
         "peft lora": with_peft(shared(limit), rank),
         "peft dora": with_peft(shared(limit), rank, use_dora=True),
     }
     published = with_losia(copy.deepcopy(limit), 0.125)  # its weights take gradients: not shared
-    found |= {} if published is None else {"losia 0.1.5": published}
+    models |= {} if published is None else {"losia 0.1.5": published}
     ours = {name: with_ours(shared(limit), method) for name, method in methods.items()}
-    return found | {name: model if name == "losia slot" else without_slot(model) for name, model in ours.items()}
+    return models | {name: model if name == "losia slot" else without_slot(model) for name, model in ours.items()}
 
 
 def step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
-    """One forward and backward -> (seconds, loss). Gradients are freed outside the clock."""
+    """Run one forward and backward; return (seconds, loss). Gradients are freed when the clock has stopped."""
     start = time.perf_counter()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -139,7 +139,7 @@ def step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
 
 
 def measure(models: dict[str, nn.Module], ids: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round."""
+    """Return the seconds of every arm in every round."""
     for model in models.values():
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     losses, *_ = ({name: step(model, ids)[1] for name, model in models.items()} for _ in range(2))  # warm-up
