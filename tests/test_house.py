@@ -174,3 +174,10 @@ def test_readme_commands_install_known_extras():
     for line in commands:
         for extra in re.findall(r"\.\[([\w,]+)\]", line):
             assert set(extra.split(",")) <= EXTRAS.keys(), line
+
+
+def test_contributing_names_the_files_of_every_room():
+    rows = re.findall(r"^\| `llm_lowrank/(\w+)/` \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = {room: set(re.findall(r"`(\w+\.py)`", files)) for room, files in rows}
+    rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
+    assert named == {room.name: {p.name for p in room.glob("*.py")} - {"__init__.py"} for room in rooms}
