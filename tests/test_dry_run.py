@@ -13,9 +13,10 @@ from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import Data
-from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.engines import ENGINES
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run import dry_run
 from llm_lowrank.run.recipe import Recipe
 from tests import ranks, tiny
@@ -139,6 +140,17 @@ def test_a_deepspeed_config_that_cannot_be_right_is_refused(recipe, tmp_path):
         dry_run.describe(replace(recipe, deepspeed=str(tmp_path / "ds.json")), world=1)
 
 
+def test_every_row_has_a_formula_under_every_engine(recipe):
+    table = dry_run.describe(recipe, world=2).partition("memory per rank")[2].splitlines()
+    rows = [line[:36].strip() for line in table[1:11]]
+    start = table.index(next(line for line in table if line.startswith("formulas")))
+    assert table[start].split()[1:] == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]
+    assert [line[:36].strip() for line in table[start + 1 : start + 11]] == rows
+    frozen, gradients = table[start + 1], table[start + 5]
+    assert frozen.split()[2:] == ["W", "W", "W", "W", "/", "N", "W", "/", "N"]
+    assert gradients.split()[1:] == ["2", "T", "T", *"T/NT/NT/N"]
+
+
 def test_the_recipes_engine_is_starred(recipe):
     def heads(**changes):
         return (
@@ -193,27 +205,28 @@ def mine(t: torch.Tensor) -> torch.Tensor:
 
 
 CASES = [
-    (0, "plain", {}),
-    (1, "zero1", {}),
-    (2, "zero2", {}),
-    (3, "zero3", {}),
-    (4, "fsdp", {}),
-    (4, "fsdp", {"shard_size": 1}),
+    ("plain", "plain", {}),
+    ("ZeRO-1", "zero1", {}),
+    ("ZeRO-2", "zero2", {}),
+    ("ZeRO-3", "zero3", {"stage3_param_persistence_threshold": THRESHOLD}),
+    ("FSDP2", "fsdp", {}),
+    ("FSDP2", "fsdp", {"shard_size": 1}),
 ]
 
 
 @pytest.mark.parametrize("codec", [Dense(torch.bfloat16), Nf4(torch.bfloat16)], ids=["dense", "nf4"])
 @pytest.mark.parametrize(
-    "column, engine_name, settings", CASES, ids=["plain", "zero1", "zero2", "zero3", "fsdp", "fsdp-hybrid"]
+    "title, engine_name, settings", CASES, ids=["plain", "zero1", "zero2", "zero3", "fsdp", "fsdp-hybrid"]
 )
-def test_expected_bytes_are_those_that_two_ranks_hold(column, engine_name, settings, codec):
+def test_expected_bytes_are_those_that_two_ranks_hold(title, engine_name, settings, codec):
     model = tiny.skeleton("bf16", **SHAPE)
     adapters = attach(model, METHOD, codec)
     assert all(isinstance(a, Adapter) and a.bank_A is not None for a in adapters)
-    zero = {"stage3_param_persistence_threshold": THRESHOLD}
-    rows = dry_run.memory_rows(dry_run.Sizes.of(model, METHOD), 2, zero, Sharding(**settings))
-    expected = {label: values[column] for label, values, _ in rows}
-    measured = ranks.run(2, held, engine_name, zero if engine_name == "zero3" else settings, codec)
+    kind, made = tiny.ENGINES[engine_name]
+    sizes = dry_run.sizes_of(model, METHOD)
+    columns = {c.title: c for c in ENGINES[kind].held(sizes, 2, made(**settings), Optimization())}
+    expected = {label: nbytes for label, (nbytes, _) in columns[title].rows(sizes, 2).items()}
+    measured = ranks.run(2, held, engine_name, settings, codec)
     for label in measured[0]:
         mean = sum(found[label] for found in measured) / 2
         assert mean == pytest.approx(expected[label], rel=0.02), label  # slices are padded

@@ -9,18 +9,19 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from llm_lowrank import engines
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine, RankError, Slot
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.pairs import Pairs
-from tests import ranks
+from tests import ranks, tiny
 from tests.tiny import Trainee, engine
 
 RANK, BANK, SAMPLES = 3, 2, 12  # samples: over 3 ranks and 2 micro-batches there are 2 each
@@ -636,7 +637,7 @@ def while_gathered() -> list[str]:
     t = trainee("fsdp", method=LoRA(rank=RANK))
     t.wrapped(input_ids=torch.ones(1, 4, dtype=torch.long))
     norm = t.model.model.norm.weight
-    return [caught(functools.partial(call, norm))[1] for call in (t.engine.whole, t.engine.local, t.engine.slot)]
+    return [caught(functools.partial(call, norm))[1] for call in (t.engine.whole, t.engine.span, t.engine.slot)]
 
 
 def test_fsdp_refuses_to_look_at_parameters_that_are_still_gathered():
@@ -785,6 +786,12 @@ def test_sum_is_over_ranks_and_in_place_and_gather_keeps_the_order(world):
         assert in_place and total.tolist() == [n, 10 * n]
         assert traffic == (8 if world > 1 else 0)
         assert everyone == [(r, "x") for r in range(world)] and who == (rank, world, rank == 0)
+
+
+def test_every_engine_of_the_table_is_a_choice_of_the_recipe_and_is_tested():
+    assert list(engines.ENGINES) == list(get_args(engines.EngineName)) == ["plain", "deepspeed", "fsdp"]
+    assert {kind for kind, _ in tiny.ENGINES.values()} == set(engines.ENGINES)
+    assert {name for name, _ in ENGINES.values()} == set(tiny.ENGINES)
 
 
 def test_rank_error_is_a_runtime_error():

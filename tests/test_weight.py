@@ -1,6 +1,6 @@
-"""Weight: products and updates of a frozen W of which a rank holds a run that may start and stop within a row.
+"""Weight: products and updates of a frozen W of which a rank holds a span that may start and stop within a row.
 
-Ranks are simulated in one process: one flat tensor is cut into runs, and sums over ranks are made by hand.
+Ranks are simulated in one process: one flat tensor is cut into spans, and sums over ranks are made by hand.
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ class Cut:
         spans = zip(self.bounds[:-1], self.bounds[1:], strict=True)
         return [
             Weight(
-                (self.m, self.n),
-                Dense(flat.dtype),
-                {"weight": flat[start:stop]},
-                start,
-                stop - start,
-                CPU,
+                shape=(self.m, self.n),
+                codec=Dense(flat.dtype),
+                parts={"weight": flat[start:stop]},
+                start=start,
+                numel=stop - start,
+                device=CPU,
                 sum=lambda t: t,
             )
             for start, stop in spans
@@ -58,7 +58,7 @@ class Cut:
 @st.composite
 def cuts(draw) -> Cut:
     m, n = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    inner = draw(st.lists(st.integers(0, m * n), max_size=4))  # anywhere, several at the same place: empty runs too
+    inner = draw(st.lists(st.integers(0, m * n), max_size=4))  # anywhere, several at the same place: empty spans too
     return Cut(m, n, [0, *sorted(inner), m * n], draw(st.integers(0, 10**6)))
 
 
@@ -164,7 +164,7 @@ def test_add_measures_what_bf16_rounding_took(cut, size):
     asked = (left @ right).double()
     found = sum(weight.add_(Pairs(left, right)) for weight in cut.weights(flat))
     stored = flat.view(cut.m, cut.n).double() - before
-    # the product of a run of rows may round in float32 otherwise than that of all rows: asked is off by 1e-7 of itself
+    # the product of some rows may round in float32 otherwise than that of all rows: asked is off by 1e-7 of itself
     assert float(found[0]) == pytest.approx(float(asked.square().sum()), rel=1e-5)
     # |stored - asked| itself is what remains of two such numbers, so its bound is absolute
     assert float(found[1]) ** 0.5 == pytest.approx(
@@ -233,17 +233,17 @@ def test_products_are_made_on_the_device_in_float32_at_least():
         assert weight.read().dtype == wide
 
 
-def test_writing_tells_the_engine_on_every_rank():
-    told: list[int] = []
+def test_writing_asks_the_engine_on_every_rank_to_renew_its_copies():
+    asked: list[int] = []
     weights = Cut(3, 4, [0, 5, 12, 12], 0).weights(torch.zeros(12))
     for rank, weight in enumerate(weights):
-        weight.written = lambda rank=rank: told.append(rank)
+        weight.written = lambda rank=rank: asked.append(rank)
         weight.add_(Pairs(torch.ones(3, 1), torch.ones(1, 4)))
-    assert told == [0, 1, 2]  # the one without an element too: renewing is collective
+    assert asked == [0, 1, 2]  # the one without an element too: renewing is collective
 
 
 def test_a_codec_with_several_parts_reads_its_rows():
-    class Scaled:  # codes and one scale per row, as a coded weight has
+    class Scaled:  # codes and one scale per row, as a quantized weight has
         writable = True
 
         def layout(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -260,7 +260,15 @@ def test_a_codec_with_several_parts_reads_its_rows():
     parts = {name: part.view(-1) for name, part in Scaled().encode(w).items()}
     for rows in (slice(0, 2), slice(2, 3), slice(3, 3)):
         mine = {"codes": parts["codes"][4 * rows.start : 4 * rows.stop], "scale": parts["scale"][rows]}
-        weight = Weight((3, 4), Scaled(), mine, 4 * rows.start, 4 * (rows.stop - rows.start), CPU, sum=lambda t: t)
+        weight = Weight(
+            shape=(3, 4),
+            codec=Scaled(),
+            parts=mine,
+            start=4 * rows.start,
+            numel=4 * (rows.stop - rows.start),
+            device=CPU,
+            sum=lambda t: t,
+        )
         torch.testing.assert_close(weight.read(), w[rows])
         weight.add_(Pairs(torch.ones(3, 1), torch.full((1, 4), 12.0)))
         torch.testing.assert_close(weight.read(), w[rows] + 12)
@@ -268,20 +276,21 @@ def test_a_codec_with_several_parts_reads_its_rows():
 
 @pytest.mark.parametrize("codec", [Nf4(), Nf4(double_quant=True), Int8(), Dense()], ids=str)
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_rows_of_a_coded_weight_with_filling_give_the_products_of_the_whole(codec: Codec, world: int):
-    """Every rank stores equally many rows; those from m on are filling. 7 rows over 8 ranks leave one without any."""
+def test_rows_of_a_quantized_weight_with_padding_give_the_products_of_the_whole(codec: Codec, world: int):
+    """Every rank stores equally many rows; those from m on are padding. 7 rows over 8 ranks leave one without any."""
     m, n = 7, 70
     w = Cut(m, n, [], 0).normal(m, n)
     parts, each = codec.encode(w), -(-m // world)
     whole = codec.decode(parts, n)
     weights = []
     for rank in range(world):
-        # filling of anything but zeros
+        # padding of anything but zeros
         rows = {name: part.new_full((each, part.shape[1]), 7) for name, part in parts.items()}
         mine = slice(min(rank * each, m), min((rank + 1) * each, m))
         for name, part in parts.items():
             rows[name][: mine.stop - mine.start] = part[mine]
-        weights.append(Weight.of_rows((m, n), codec, rows, rank * each, (rank + 1) * each, CPU, lambda t: t))
+        first, stop = rank * each, (rank + 1) * each
+        weights.append(Weight.of_rows((m, n), codec, rows, first=first, stop=stop, device=CPU, sum=lambda t: t))
         assert (weights[-1].start, weights[-1].numel) == (mine.start * n, (mine.stop - mine.start) * n) and weights[
             -1
         ].whole_rows
@@ -303,12 +312,12 @@ def test_all_of_a_weight_is_a_view_of_what_the_engine_stores():
 
 
 @pytest.mark.parametrize("codec", [Nf4(), Int8()], ids=str)
-def test_a_coded_weight_is_never_written(codec: Codec):
+def test_a_quantized_weight_is_never_written(codec: Codec):
     parts = codec.encode(Cut(4, 64, [], 0).normal(4, 64))
     before = {name: part.clone() for name, part in parts.items()}
     weight = Weight.everything((4, 64), codec, parts, CPU)
     for call in (lambda: weight.write(weight.read()), lambda: weight.add_(Pairs(torch.ones(4, 1), torch.ones(1, 64)))):
-        with pytest.raises(AssertionError, match="a coded weight is never written again"):
+        with pytest.raises(AssertionError, match="a quantized weight is never written again"):
             call()
     assert all(torch.equal(part, before[name]) for name, part in parts.items())
 

@@ -14,7 +14,8 @@ from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.frozen import persistent_size
-from llm_lowrank.engines.zero import KNOBS, REFUSALS, Zero, resolve
+from llm_lowrank.engines.zero import Zero
+from llm_lowrank.engines.zero_config import KNOBS, REFUSALS, resolve
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA
 from tests import tiny
@@ -90,7 +91,7 @@ def test_pinned_memory_follows_the_machine():
     )
 
 
-def test_no_clipping_is_told_to_deepspeed_which_clips_at_one_otherwise():
+def test_no_clipping_is_passed_to_deepspeed_which_clips_at_one_otherwise():
     assert resolve(minimal(), Optimization(), 1, 1)["gradient_clipping"] == 0.0
 
 

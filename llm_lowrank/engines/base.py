@@ -272,7 +272,9 @@ class Engine(ABC):
         if self.shards_parameters or self.world == 1:
             return whole
         parts = {name: part[rows] for name, part in linear.named_parts().items()}
-        return Weight.of_rows(linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, self.sum)
+        return Weight.of_rows(
+            linear.shape, linear.codec, parts, first=rows.start, stop=rows.stop, device=self.device, sum=self.sum
+        )
 
     # ---- written once
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from llm_lowrank.engines.base import TIMEOUT, Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.memory import Held, Sizes
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.numerics.optimizers import Optimization
 
@@ -35,24 +36,53 @@ class Sharding:
     """How FSDP2 spreads the model."""
 
     reshard_after_forward: bool = True
-    """free a layer's gathered parameters after its forward and gather them again for backward; false: more memory, less
-    traffic"""
+    """Free a layer's gathered parameters after its forward and gather them again for backward; false: more memory, less
+    traffic."""
     cpu_offload: bool = False
-    """keep parameters, gradients and optimizer in host memory between uses"""
+    """Keep parameters, gradients and optimizer in host memory between uses."""
     shard_size: int = 0
-    """ranks that share one copy of the model; the copies are replicas (hybrid sharding). 0: all ranks share one"""
+    """Ranks that share one copy of the model; the copies are replicas (hybrid sharding). 0: all ranks share one."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 0:
             raise ValueError(f"fsdp.shard_size must be at least 0, not {self.shard_size}")
 
     def shards(self, world: int) -> int:
+        """Return how many ranks share one copy; ValueError if the copies do not come out even."""
         if self.shard_size and world % self.shard_size:
             raise ValueError(
                 f"fsdp.shard_size ({self.shard_size}) does not divide the {world} ranks; take one that does, or 0 for "
                 "all"
             )
         return self.shard_size or world
+
+
+def held(sizes: Sizes, world: int, sharding: Sharding | None, optimization: Optimization) -> list[Held]:
+    """Return what a rank holds. sharding: None stands for the defaults."""
+    sharding = sharding or Sharding()
+    shards = sharding.shards(world)  # the ranks that share one copy
+    w, k, t = sizes.parts
+    moments = len(optimization.kind.moments)
+    # Between a forward and its backward the root group stays gathered, and of the layers either all, or one that is in
+    # use and the next one, which is on its way.
+    root = w + k + t - sizes.layers
+    layers = min(2 * sizes.layer, sizes.layers) if sharding.reshard_after_forward else sizes.layers
+    return [
+        Held(
+            title="FSDP2",
+            legend="R, L: the root group of FSDP2; its largest decoder layer. N under fsdp.shard_size: the ranks that "
+            "share one copy",
+            notes=("fsdp.cpu_offload: what FSDP2 shards lies in host memory between uses.",)
+            if sharding.cpu_offload
+            else (),
+            frozen=(w / shards, "W / N"),
+            bank=(k / shards, "K / N"),
+            adapters=(t / shards, "T / N"),
+            gradients=(t / shards, "T / N"),
+            moments=(moments * t / shards, f"{moments} T / N"),
+            gathered=(root + layers, "R + 2 L" if sharding.reshard_after_forward else "R + all L"),
+        )
+    ]
 
 
 class FSDP(TorchEngine):
@@ -124,7 +154,13 @@ class FSDP(TorchEngine):
         parts = {name: _local(part) for name, part in linear.named_parts().items()}
         rows = self._rows(next(iter(linear.named_parts().values())))
         return Weight.of_rows(
-            linear.shape, linear.codec, parts, rows.start, rows.stop, self.device, partial(self.sum, group=self.group)
+            linear.shape,
+            linear.codec,
+            parts,
+            first=rows.start,
+            stop=rows.stop,
+            device=self.device,
+            sum=partial(self.sum, group=self.group),
         )
 
     def _span(self, p: nn.Parameter) -> tuple[int, slice]:

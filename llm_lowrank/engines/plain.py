@@ -7,8 +7,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_lowrank.engines.base import Read, Slot, Span, TorchEngine, share
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.memory import Held, Sizes
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.numerics.optimizers import Optimization
+
+
+def held(sizes: Sizes, world: int, settings: None, optimization: Optimization) -> list[Held]:
+    """Return what a rank holds: everything. DDP reduces gradients in buckets, which are a second copy."""
+    w, k, t = sizes.parts
+    moments = len(optimization.kind.moments)
+    return [
+        Held(
+            title="plain",
+            frozen=(w, "W"),
+            bank=(k, "K"),
+            adapters=(t, "T"),
+            gradients=(t, "T") if world == 1 else (2 * t, "2 T"),
+            moments=(moments * t, f"{moments} T"),
+        )
+    ]
 
 
 class Plain(TorchEngine):

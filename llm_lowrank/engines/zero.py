@@ -14,12 +14,9 @@ What an edit must reach (all of it is written by `put`):
 from __future__ import annotations
 
 import datetime
-import difflib
-import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -49,117 +46,8 @@ from llm_lowrank.engines.base import (
 )
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.weight import Weight
+from llm_lowrank.engines.zero_config import Config, read_config, resolve
 from llm_lowrank.numerics.optimizers import Optimization, initial_state
-
-# Top-level keys that say how to shard and communicate. DeepSpeed ignores a key that it does not know; we do not.
-KNOBS = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-    "zero_optimization "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
-    "gradient_predivide_factor steps_per_print wall_clock_breakdown dump_state comms_logger memory_breakdown"
-).split()
-
-# (path in the JSON, what makes it unusable, why and what to do)
-REFUSALS: tuple[tuple[str, Any, str], ...] = (
-    (
-        "zero_optimization.zero_quantized_nontrainable_weights",
-        bool,
-        "it re-encodes frozen weights: use the recipe's `codec`",
-    ),
-    ("zero_optimization.zero_quantized_weights", bool, "exchanges would be rounded to int8 on the way: remove it"),
-    (
-        "zero_optimization.zero_quantized_gradients",
-        bool,
-        "importance would be measured on rounded gradients: remove it",
-    ),
-    (
-        "zero_optimization.zero_hpz_partition_size",
-        lambda v: v != 1,
-        "its secondary shards do not see an exchange: set it to 1",
-    ),
-    ("zero_optimization.mics_shard_size", lambda v: v not in (0, -1), "MiCS shards are not supported: remove it"),
-    (
-        "zero_optimization.offload_param.device",
-        lambda v: v == "nvme",
-        "a parameter swapped to NVMe cannot be edited: use cpu or none",
-    ),
-    (
-        "zero_optimization.offload_optimizer.device",
-        lambda v: v == "nvme",
-        "moments swapped to NVMe cannot be edited: use cpu or none",
-    ),
-    (
-        "bf16.enabled",
-        lambda v: v is True,
-        'it would cast the frozen pairs and the fp32 masters: write "auto" and set `dtype: bfloat16`',
-    ),
-    (
-        "fp16.enabled",
-        lambda v: v not in (False, "auto"),
-        "fp16 training with loss scaling is not supported: set `dtype: bfloat16`",
-    ),
-)
-
-
-def resolve(config: dict[str, Any], settings: Optimization, world: int, persistent: int) -> dict[str, Any]:
-    """The DeepSpeed configuration with every "auto" replaced, or ValueError naming the key that cannot be right.
-
-    "auto" is a feature of transformers, not of DeepSpeed. Parameters of up to `persistent` elements stay gathered under
-    ZeRO-3: see frozen.persistent_size; adapters are gathered once per step then, not once per use.
-    """
-    for key in config:
-        if key not in KNOBS:
-            near = difflib.get_close_matches(key, KNOBS, 1)
-            raise ValueError(
-                f"DeepSpeed config: key {key!r} is not an engine knob"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + " (optimizer, scheduler and precision are set in the recipe)"
-            )
-    for path, bad, why in REFUSALS:
-        value: Any = config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None and (bool(value) if bad is bool else bad(value)):
-            raise ValueError(f"DeepSpeed config: {path} = {value!r} cannot be used: {why}")
-    zero = dict(config.get("zero_optimization", {}))
-    if zero.get("stage") not in (1, 2, 3):
-        stage = zero.get("stage")
-        raise ValueError(
-            f"DeepSpeed config: zero_optimization.stage must be 1, 2 or 3, not {stage!r}; use `engine: plain` without "
-            "ZeRO"
-        )
-    own = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.accumulation,
-        "train_batch_size": settings.micro_batch * settings.accumulation * world,
-        "gradient_clipping": settings.max_grad_norm,  # DeepSpeed clips at 1.0 unless told
-    }
-    for key, value in own.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise ValueError(
-                f'DeepSpeed config: {key} is {config[key]} but the recipe asks for {value}; write "auto" in the JSON'
-            )
-    auto = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000}
-    auto["stage3_param_persistence_threshold"] = persistent
-    for key, value in auto.items():
-        if zero.get(key, "auto") == "auto":
-            zero[key] = value
-    for section in ("offload_param", "offload_optimizer"):
-        if isinstance(zero.get(section), dict) and zero[section].get("pin_memory") == "auto":
-            zero[section] = {**zero[section], "pin_memory": torch.cuda.is_available()}
-    leftover = [k for k, v in zero.items() if v == "auto"]
-    if leftover:
-        raise ValueError(f"DeepSpeed config: no automatic value for zero_optimization.{leftover[0]}; write a number")
-    rest = {k: v for k, v in config.items() if k not in ("bf16", "fp16", "zero_optimization")}
-    # steps_per_print: the trainer prints; torch's AdamW needs the two flags (no C++ build)
-    return {
-        "steps_per_print": 2**62,
-        **rest,
-        **own,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 class _Slices(deepspeed.zero.Init):
@@ -176,13 +64,8 @@ SHARED_MEMORY_COLLECTIVE = "deepspeed_shm_comm"
 class Zero(Engine):
     always_a_group = True  # DeepSpeed wants a process group for one process too
 
-    def __init__(self, config: dict[str, Any] | str | Path, timeout: float = TIMEOUT) -> None:
-        if not isinstance(config, dict):
-            try:
-                config = json.loads(Path(config).read_text())
-            except (OSError, json.JSONDecodeError) as error:
-                raise ValueError(f"DeepSpeed config {config}: {error}") from error
-        self.config: dict[str, Any] = config  # type: ignore[assignment]
+    def __init__(self, config: Config | str | Path, timeout: float = TIMEOUT) -> None:
+        self.config = read_config(config)
         self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
         self.shards_parameters = self.stage == 3
         deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -251,17 +134,28 @@ class Zero(Engine):
         if self.stage < 3:
             return Weight.everything(linear.shape, linear.codec, parts, self.device)
         if not linear.codec.writable:  # stored_rows is a multiple of the world: slices are whole rows
-            rows = linear.stored_rows // self.world
-            slices = {name: part.ds_tensor for name, part in parts.items()}
+            each = linear.stored_rows // self.world
             return Weight.of_rows(
-                linear.shape, linear.codec, slices, self.rank * rows, (self.rank + 1) * rows, self.device, self.sum
+                linear.shape,
+                linear.codec,
+                {name: part.ds_tensor for name, part in parts.items()},
+                first=self.rank * each,
+                stop=(self.rank + 1) * each,
+                device=self.device,
+                sum=self.sum,
             )
-        ((name, part),) = parts.items()
+        ((name, part),) = parts.items()  # a dense W has one part, whose slices may cut rows
         span = self._span(part)
         numel = span.stop - span.start
-        mine = {name: part.ds_tensor.data[:numel]}
         return Weight(
-            linear.shape, linear.codec, mine, span.start, numel, self.device, self.sum, lambda: self._renew(part)
+            shape=linear.shape,
+            codec=linear.codec,
+            parts={name: part.ds_tensor.data[:numel]},
+            start=span.start,
+            numel=numel,
+            device=self.device,
+            sum=self.sum,
+            written=lambda: self._renew(part),
         )
 
     def _renew(self, p: nn.Parameter) -> None:

@@ -1,8 +1,9 @@
 """What works with what, asked of the code that refuses: `python -m llm_lowrank.run.support docs/support.md` writes it
 down.
 
-Every combination goes through the checks that a run makes before its first step: the recipe's, the method's on a model
-without weights, and DeepSpeed's configuration. What they refuse is listed with the reason that a user would read.
+Every combination of a method, an engine and a codec goes through the checks that a run makes before its first step: the
+recipe's, the method's on a model without weights, and the engine's. The page lists those that are refused, with the
+reason that a user would read.
 """
 
 from __future__ import annotations
@@ -18,31 +19,38 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_lowrank.adapters.method import Method, attach
-from llm_lowrank.engines.base import Optimization
+from llm_lowrank.codecs import CODECS
+from llm_lowrank.engines import ENGINES
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.run.recipe import ROOT, Recipe, codec, deepspeed_config, validate
+from llm_lowrank.engines.zero_config import resolve
+from llm_lowrank.numerics.optimizers import Optimization
+from llm_lowrank.run.dry_run import sizes_of
+from llm_lowrank.run.recipe import ROOT, Recipe, codec, engine_settings, optimization, validate
 
 Settings = dict[str, Any]
-ENGINES: dict[str, Settings] = {
-    "one process, DDP": {"engine": "plain"},
-    "ZeRO-1": {"deepspeed": "ds_configs/zero1.json"},
-    "ZeRO-2": {"deepspeed": "ds_configs/zero2.json"},
-    "ZeRO-3": {"deepspeed": "ds_configs/zero3.json"},
-    "ZeRO-3, CPU offload": {"deepspeed": "ds_configs/zero3_offload.json"},
-    "FSDP2": {"engine": "fsdp"},
-    "FSDP2, CPU offload": {"engine": "fsdp", "fsdp": Sharding(cpu_offload=True)},
-    "FSDP2, hybrid": {"engine": "fsdp", "fsdp": Sharding(shard_size=2)},
+# Settings of a recipe under which an engine, or a codec, is tried beside its defaults: name of the variant -> settings.
+ENGINE_VARIANTS: dict[str, dict[str, Settings]] = {
+    "deepspeed": {
+        "ZeRO-1": {"deepspeed": "ds_configs/zero1.json"},
+        "ZeRO-2": {"deepspeed": "ds_configs/zero2.json"},
+        "ZeRO-3": {"deepspeed": "ds_configs/zero3.json"},
+        "ZeRO-3 with CPU offload": {"deepspeed": "ds_configs/zero3_offload.json"},
+    },
+    "plain": {"one process or DDP": {}},
+    "fsdp": {
+        "FSDP2": {},
+        "FSDP2 with CPU offload": {"fsdp": Sharding(cpu_offload=True)},
+        "FSDP2 with replicas": {"fsdp": Sharding(shard_size=2)},
+    },
 }
-CODECS: dict[str, Settings] = {
-    "dense float32": {"codec": "dense", "dtype": "float32"},
-    "dense bfloat16": {"codec": "dense", "dtype": "bfloat16"},
-    "nf4": {"codec": "nf4"},
-    "nf4, double": {"codec": "nf4", "codec_double_quant": True},
-    "int8": {"codec": "int8"},
+CODEC_VARIANTS: dict[str, dict[str, Settings]] = {
+    "dense": {"dense float32": {"dtype": "float32"}, "dense bfloat16": {"dtype": "bfloat16"}},
+    "nf4": {"nf4": {}, "nf4 with double quantization": {"codec_double_quant": True}},
 }
 INTO: dict[str, Settings] = {f"into: {into}": {"into": into} for into in ("auto", "weight", "bank")}
 PAIRS: Settings = {"rank": 4}
-OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {  # of a method: settings for all rows, and rows
+# method -> settings that every row has, and rows: name of the row -> settings
+OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
     "srlora": (PAIRS, INTO),
     "relora": ({**PAIRS, "interval": 100}, INTO),
     "droplora": (
@@ -77,14 +85,15 @@ ZERO_OPTIONS: list[tuple[str, object]] = [
 WORLD, STEPS = 4, 400
 
 
-def resolve(config: dict[str, Any]) -> None:
-    from llm_lowrank.engines import zero  # deepspeed is imported only when it is asked for
-
-    zero.resolve(config, Optimization(micro_batch=8, max_grad_norm=1.0), WORLD, 64)
+def variants(kind: str, names: dict[str, Any], of: dict[str, dict[str, Settings]]) -> dict[str, Settings]:
+    """Return every engine, or codec, of a table as settings of a recipe; kind: the recipe's name for it."""
+    return {
+        variant: {kind: name, **settings} for name in names for variant, settings in of.get(name, {name: {}}).items()
+    }
 
 
 def refusal(recipe: Recipe) -> str | None:
-    """Why this run would not start, or None."""
+    """Return why this run would not start, or None."""
     try:
         validate(recipe)
         with torch.device("meta"):
@@ -93,75 +102,90 @@ def refusal(recipe: Recipe) -> str | None:
             )
         adapters = attach(model, recipe.method, codec(recipe))
         recipe.method.schedule(STEPS, adapters)
-        if recipe.engine == "deepspeed":
-            resolve(json.loads(deepspeed_config(recipe).read_text(encoding="utf-8")))
-        elif recipe.engine == "fsdp":
-            recipe.fsdp.shards(WORLD)
+        sizes = sizes_of(model, recipe.method)
+        ENGINES[recipe.engine].held(sizes, WORLD, engine_settings(recipe), optimization(recipe))
     except ValueError as error:
-        return " ".join(str(error).split())
+        # the sentence is the same for every codec that is refused for the same reason
+        return " ".join(str(error).split()).replace(f"codec: {recipe.codec}", "this codec")
     return None
 
 
 def methods() -> Iterator[tuple[str, Method]]:
+    """Yield every method with each of its options."""
     for name, kind in sorted(Method.get_known_choices().items()):
         common, options = OPTIONS.get(name, (PAIRS, {"": {}}))
         for option, settings in options.items():
-            yield f"{name} {option}".strip(), kind(**{**common, **settings})
+            yield f"{name} `{option}`" if option else name, kind(**{**common, **settings})
 
 
-def table() -> str:
-    """The page, as Markdown."""
+def exceptions() -> dict[tuple[str, str], list[str]]:
+    """Return what is refused: (reason, with which codecs and engines) -> the settings."""
     base = Recipe(output_dir=str(ROOT / "output" / "none-of-this-is-written"), report_to="none")
-    reasons: list[str] = []
+    engines, codecs = variants("engine", ENGINES, ENGINE_VARIANTS), variants("codec", CODECS, CODEC_VARIANTS)
+    rows: list[tuple[str, Settings]] = [(name, {"method": method}) for name, method in methods()]
+    rows += [(f"`{option}`", settings) for option, settings in RUN_OPTIONS.items()]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for row, settings in rows:
+        where: dict[str, dict[str, list[str]]] = {}  # reason -> codec -> engines
+        for stored, storage in codecs.items():
+            for engine, spread in engines.items():
+                if why := refusal(replace(base, **settings, **storage, **spread)):
+                    where.setdefault(why, {}).setdefault(stored, []).append(engine)
+        for why, by_codec in where.items():
+            cells = [
+                stored if len(on) == len(engines) else f"{stored} on {', '.join(on)}" for stored, on in by_codec.items()
+            ]
+            refused.setdefault((why, "; ".join(cells)), []).append(row)
+    return refused
 
-    def cell(recipe: Recipe) -> str:
-        why = refusal(recipe)
-        if why is None:
-            return "yes"
-        if why not in reasons:
-            reasons.append(why)
-        return f"no ({reasons.index(why) + 1})"
 
+def zero_exceptions() -> dict[str, str]:
+    """Return the options under `zero_optimization` that are refused -> the reason."""
+    refused = {}
+    for key, value in ZERO_OPTIONS:
+        try:
+            resolve({"zero_optimization": {"stage": 3, key: value}}, Optimization(), WORLD, persistent=64)
+        except ValueError as error:
+            reason = " ".join(str(error).split()).partition("cannot be used: ")[2]
+            refused[json.dumps({key: value})[1:-1]] = reason
+    return refused
+
+
+INTRODUCTION = """\
+Every method works with every codec on every engine, but for the exceptions in the two tables. A run that asks for one
+of these is refused before anything is loaded, with the reason that stands here. Everything else is tested;
+`CONTRIBUTING.md` says in which combinations."""
+
+
+def page() -> str:
+    """Return the page, as Markdown."""
+    engines, codecs = variants("engine", ENGINES, ENGINE_VARIANTS), variants("codec", CODECS, CODEC_VARIANTS)
     lines = [
         "# What works with what",
         "",
-        "Generated by `python -m llm_lowrank.run.support docs/support.md` from the checks that refuse a run; a test "
-        "keeps it current. Numbers",
-        "in brackets lead to the reasons below.",
+        f"- Methods: {', '.join(sorted(Method.get_known_choices()))}",
+        f"- Engines: {', '.join(engines)}",
+        f"- Codecs: {', '.join(codecs)}",
         "",
-        "## Method x engine x codec",
+        INTRODUCTION,
         "",
-        f"Engines: {'; '.join(ENGINES)}.",
+        "## Methods and options of a run",
         "",
-        f"| method | engine | {' | '.join(CODECS)} |",
-        f"|{'---|' * (len(CODECS) + 2)}",
+        "| Refused | with the codec | because |",
+        "|---|---|---|",
     ]
-    for name, method in methods():
-        rows: dict[str, list[str]] = {}  # the same answers on several engines are one row
-        for engine, chosen in ENGINES.items():
-            cells = [cell(replace(base, method=method, **chosen, **stored)) for stored in CODECS.values()]
-            rows.setdefault(" | ".join(cells), []).append(engine)
-        for found, engines in rows.items():
-            where = "every one" if len(engines) == len(ENGINES) else ", ".join(engines)
-            lines.append(f"| {name} | {where} | {found} |")
-    lines += ["", "## Options of a run", "", f"| option | {' | '.join(CODECS)} |", f"|{'---|' * (len(CODECS) + 1)}"]
-    for option, settings in RUN_OPTIONS.items():
-        cells = [cell(replace(base, **settings, **stored)) for stored in CODECS.values()]
-        lines.append(f"| `{option}` | {' | '.join(cells)} |")
-    lines += ["", "## Options under `zero_optimization`", "", "| option | ZeRO-3 |", "|---|---|"]
-    for key, value in ZERO_OPTIONS:
-        try:
-            resolve({"zero_optimization": {"stage": 3, key: value}})
-            found = "yes"
-        except ValueError as error:
-            reasons.append(" ".join(str(error).split()))
-            found = f"no ({len(reasons)})"
-        lines.append(f"| `{json.dumps({key: value})[1:-1]}` | {found} |")
-    lines += ["", "## Reasons", ""] + [f"{i + 1}. {reason}" for i, reason in enumerate(reasons)]
+    lines += [f"| {', '.join(rows)} | {where} | {why} |" for (why, where), rows in exceptions().items()]
+    lines += ["", "## Options of DeepSpeed, under `zero_optimization`", "", "| Refused | because |", "|---|---|"]
+    lines += [f"| `{option}` | {why} |" for option, why in zero_exceptions().items()]
+    lines += [
+        "",
+        "`python -m llm_lowrank.run.support docs/support.md` writes this page from the checks that refuse a run, and a "
+        "test keeps it current.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     import llm_lowrank.methods  # noqa: F401 - registers them
 
-    Path(sys.argv[1]).write_text(table(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
