@@ -59,7 +59,7 @@ COLUMNS = ("shard", "beside", "loading", "bound", "resident", "sec", "recomp.", 
 
 
 def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
-    """A random LLaMA in float32, as close to so many gigabytes as whole layers allow."""
+    """Write a random LLaMA in float32, as close to `gigabytes` as whole layers allow."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
@@ -90,12 +90,12 @@ def write(folder: Path, gigabytes: float, hidden: int, vocabulary: int) -> None:
 
 
 def resident(what: str) -> int:
-    """VmRSS or VmHWM, in bytes."""
+    """Return VmRSS or VmHWM, in bytes."""
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def from_here() -> int:
-    """The resident size without garbage; the peak starts here."""
+    """Return the resident size without garbage, and let the peak start from it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -111,14 +111,14 @@ def make_engine(name: str) -> Engine:
 
 
 def shard(engine: Engine, model: nn.Module) -> int:
-    """Bytes of this rank's slices of all parameters."""
+    """Return the bytes of this rank's slices of all parameters."""
     return sum(
         t.nbytes for p in model.parameters() for t in [p.to_local() if isinstance(engine, FSDP) else p.ds_tensor]
     )
 
 
 def beside(engine: Engine, model: nn.Module, adapters: list[Adapter]) -> int:
-    """Bytes of the pairs in rank 0's host memory and of ZeRO-3's gathered copies."""
+    """Return the bytes of the pairs in rank 0's host memory and of ZeRO-3's gathered copies."""
     pairs = [p for a in adapters for p in [*a.ledger, a.reserve] if p is not None]
     gathered = 0 if isinstance(engine, FSDP) else sum(p.data.nbytes for p in model.parameters())
     return gathered + sum(p.A.nbytes + p.B.nbytes for p in pairs)
@@ -180,8 +180,8 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
 def launch(
     script: str, ranks: int, arguments: list[str], threads: int = 1, timeout: float = 300.0
 ) -> list[dict[str, Any]]:
-    """Runs a script in so many fresh processes under torchrun; what each wrote as JSON to <last argument>/<rank>.json,
-    by rank.
+    """Run a script in `ranks` fresh processes under torchrun. Return, by rank, what each wrote as JSON to
+    <last argument>/<rank>.json.
     """
     with tempfile.TemporaryDirectory() as answers:
         command = [
@@ -209,7 +209,7 @@ def launch(
 
 
 def measure(engine: str, codec: str, ranks: int, folder: str | Path) -> list[dict[str, float]]:
-    """What each of so many fresh processes measures of itself, in bytes and seconds, by rank."""
+    """Return what each of `ranks` fresh processes measures of itself, in bytes and seconds, by rank."""
     return launch(__file__, ranks, ["--rank_of", engine, codec, str(folder)])
 
 
@@ -222,7 +222,7 @@ def exchange_bound(row: dict[str, float]) -> float:
 
 
 def report(engine: str, codec: str, rows: list[dict[str, float]]) -> bool:
-    """Prints the figures of the worst rank, each column for itself; whether both bounds hold on every rank."""
+    """Print the figures of the worst rank, each column for itself. Return whether both bounds hold on every rank."""
     worst = {name: max(row[name] for row in rows) for name in rows[0]}
     good = all(row["loading"] <= loading_bound(row) and row["exchange"] <= exchange_bound(row) for row in rows)
     figures = (

@@ -1,27 +1,27 @@
-"""What the methods learn in the same steps.  python benchmarks/quality.py small | real | table  [--output
-benchmarks/results/quality]
+"""What the methods learn in the same steps.
+
+    python benchmarks/quality.py small | real | table [--output benchmarks/results/quality]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
-    table   writes the tables and the curves of docs/quality.md from the runs that are there
+    table   writes the tables and the curves of docs/quality.md from the results of the runs
 
-Same for all methods: data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (for RaSA,
-too), modules (all linears of the decoder layers; LoSiA's output layer, if it is not tied to the embeddings, beside
-them), and about the number of trainable parameters: rank r for all that train pairs; LoSiA's share of rows and columns
-is the one whose count is nearest to LoRA's. Each method gets its own learning rate, tuned over the same grid with seeds
-that are not reported: the rate of the highest exact match, then of the lowest loss. The scale s is 1 except where a
-method says otherwise (rsLoRA: sqrt r; RaSA: its d and e). Schedules of methods that move what they train are scaled to
-the run.
+All methods have the same data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (RaSA
+too), and modules: all linears of the decoder layers, and for LoSiA the output layer too, if it is not tied to the
+embeddings. They have about the same number of trainable parameters: methods that train pairs have rank r, and LoSiA's
+share of rows and columns is the one whose count is nearest to LoRA's. Each method gets its own learning rate, tuned
+over the same grid with seeds that are not reported: the rate with the highest exact match is taken, and among equal
+ones the rate with the lowest loss. The scale s is 1 except where a method says otherwise (rsLoRA: sqrt r; RaSA: its d
+and e). Schedules of methods that exchange what they train are scaled to the run.
 
-A seed decides the training examples, their order and how the adapters start; of `real` also the held-out questions. Of
-`small` the examples that a rate is chosen on and those that are reported are two fixed sets, so that nothing reported
-has been looked at before.
+A seed decides the training examples, their order and how the adapters start; for `real` also the held-out questions.
+In `small` a rate is chosen on one fixed set of examples, and another fixed set is reported.
 
-Exact match of `small` is teacher-forced: every token of the answer is the most likely one after the right tokens before
-it. Then greedy decoding writes exactly this answer, and the other way round. `real` generates.
+Exact match of `small` is teacher-forced: every token of the answer must be the most likely token after the right
+tokens before it. This is the case exactly if greedy decoding writes the answer. `real` generates.
 
-One JSON a run, under the name of its method, rate and seed; a run whose file is there is not repeated. --jobs N: so
-many processes of one thread each.
+Every run writes one JSON file, named by its method, rate and seed; a run whose file exists is not repeated. --jobs N
+uses N processes of one thread each.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ SYMBOLS = "0123456789=" + "".join(OWN) + "".join(SHIFTED)
 
 
 def examples(rules: dict[str, Rule], count: int, random: torch.Generator) -> Tensor:
-    """Token numbers, all of one length: (count, 2 + 3 * 4)."""
+    """Return the tokens of examples of one length, (count, 2 + 3 * 4)."""
     x, y = torch.randint(DIGITS, (2, count, LENGTH), generator=random)
     which = torch.randint(len(rules), (count,), generator=random)
     answers = torch.stack([rule(x, y) for rule in rules.values()])[which, torch.arange(count)]  # (count, 4)
@@ -122,19 +122,19 @@ def examples(rules: dict[str, Rule], count: int, random: torch.Generator) -> Ten
 
 
 def labelled(tokens: Tensor) -> list[Example]:
-    """Only answers are trained."""
+    """Return the labels: only answers are trained."""
     return [Example(row, [IGNORE] * (len(row) - LENGTH) + row[-LENGTH:]) for row in tokens.tolist()]
 
 
 def answered(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (count * 4, symbols) and tokens (count * 4) of the answers."""
+    """Return logits (count * 4, symbols) and tokens (count * 4) of the answers."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, -LENGTH - 1 : -1]
     return logits.flatten(0, 1), tokens[:, -LENGTH:].flatten()
 
 
 @torch.no_grad()
 def judged(model: nn.Module, tokens: Tensor) -> tuple[float, float]:
-    """(mean loss of an answer's token, share of the answers that are right in all tokens)."""
+    """Return (mean loss of an answer's token, share of the answers that are right in all tokens)."""
     training = model.training
     model.eval()
     logits, answers = answered(model, tokens)
@@ -177,7 +177,7 @@ class Small:
 
 
 def pretrained(folder: Path, base: Base) -> Path:
-    """A checkpoint of the model that knows its own family; made if it is not there."""
+    """Return the checkpoint of the model that knows its own family; train and write it if there is none."""
     note = folder / "pretrained.json"
     if note.is_file():
         if (made := json.loads(note.read_text())["settings"]) != asdict(base):
@@ -220,7 +220,7 @@ def fresh(base: Base) -> LlamaForCausalLM:
 
 
 def pretrain(model: LlamaForCausalLM, base: Base) -> None:
-    """New examples in every step: there are enough of them."""
+    """Train on new examples in every step."""
     random = generator(base.seed, "pre-training")
     optimizer = torch.optim.AdamW(model.parameters(), lr=base.rate, weight_decay=0.01)
     model.train()
@@ -255,9 +255,8 @@ class Full(Method):
 
 
 def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
-    """Settings of every method for a run of so many steps on this model (without values).
-
-    What is not named is the method's default.
+    """Return the settings of every method for a run of `steps` steps on this model (without values). Settings that are
+    not named have the method's defaults.
     """
     return {
         "lora": LoRA(rank=rank),
@@ -274,8 +273,8 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
 
 
 def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
-    """LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer moves twice, as
-    far as steps allow.
+    """Return LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer has two
+    exchanges, as far as the steps allow.
 
     An output layer that is tied to the embeddings is left out.
     """
@@ -298,7 +297,7 @@ def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
 
 @dataclass(frozen=True)
 class Spec:
-    """What tells the runs of a comparison apart."""
+    """The settings in which the runs of a comparison differ."""
 
     method: str
     rate: float
@@ -321,7 +320,7 @@ class Result:
 
 
 def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
-    """One adaptation of the small model."""
+    """Adapt the small model once."""
     source, engine = Source.open(checkpoint), Plain()
     model = loading.skeleton(checkpoint, torch.float32, "sdpa")
     method = methods(model, small.rank, small.steps, svd_cache="")[spec.method]
@@ -342,7 +341,7 @@ def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
 
 
 def plain_rows(source: Source, name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
-    """What an engine asks for, from a checkpoint, where there is nothing but the model itself."""
+    """Read for an engine the rows of a module from a checkpoint that holds the model alone."""
     return {k: source.rows(f"{name}.{k}", at.start, at.stop) for k, at in rows.items()}
 
 
@@ -357,7 +356,7 @@ def adapt(
     peak: float,
     result: Result,
 ) -> Result:
-    """The loop of train.py on one process; the result, filled in."""
+    """Run the training loop on one process and return the result."""
     began, total, since = time.perf_counter(), small.steps, []
     exchange_steps = method.schedule(total, adapters)
     schedule = Schedule(peak, total, warmup=small.warmup)
@@ -408,7 +407,7 @@ class Real:
 
 
 def run_real(real: Real, spec: Spec) -> Result:
-    """One run of the library's own loop."""
+    """Run the library's own loop once."""
     folder = Source.open(real.model).path
     method = methods(loading.skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[
         spec.method
@@ -449,7 +448,7 @@ def run_real(real: Real, spec: Spec) -> Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where the runs of one table lie, what they share, and how one is made."""
+    """The runs of one table: their folder, their common settings, and the function that makes a run."""
 
     folder: Path
     setting: Small | Real
@@ -461,26 +460,25 @@ class Comparison:
         return self.folder / f"{spec.name}.json"
 
     def stamp(self, spec: Spec) -> dict[str, Any]:
-        """What a file must say to be this run."""
+        """Return the settings that the file of this run must hold."""
         settings = self.tuning if spec.tuning else self.settings
         return {"run": asdict(spec), "method": settings[spec.method], "setting": asdict(self.setting)}
 
     def done(self, spec: Spec) -> bool:
-        """Whether the run is there.
-
-        One of other settings under the same name is an error: its table would mix two experiments.
+        """Return whether the file of the run exists. A file with other settings under the same name is an error: the
+        table would mix two experiments.
         """
         if not self.file(spec).is_file():
             return False
-        found = json.loads(self.file(spec).read_text())["settings"]
-        if found != self.stamp(spec):
+        settings = json.loads(self.file(spec).read_text())["settings"]
+        if settings != self.stamp(spec):
             raise ValueError(
                 f"{self.file(spec)} is of a run with other settings; move it away or choose another --output"
             )
         return True
 
     def make(self, spec: Spec) -> str:
-        """Runs and writes; the line to print. What the library prints meanwhile is dropped."""
+        """Make a run, write its file and return a line to print. The output of the library is dropped."""
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             result = self.run(spec)
         write_json(self.file(spec), {"settings": self.stamp(spec), "result": asdict(result), **origin()})
@@ -488,14 +486,14 @@ class Comparison:
         return f"{spec.name}: exact match {result.exact_match:.1%}, {loss}, {result.seconds:.0f} s"
 
     def fill(self, specs: Iterable[Spec], jobs: int) -> None:
-        """Makes the runs that are not there."""
+        """Make the runs that have no file yet."""
         missing = [spec for spec in specs if not self.done(spec)]
         for number, line in enumerate(made(self.make, missing, jobs), 1):
             print(f"[{number}/{len(missing)}] {line}", flush=True)
 
 
 def made(make: Callable[[Spec], str], specs: Sequence[Spec], jobs: int) -> Iterator[str]:
-    """The lines as they come, from one process or several of one thread each. After a failure nothing new is begun."""
+    """Yield the lines as they come, from one process or several of one thread each. After a failure no run begins."""
     if jobs == 1:
         yield from map(make, specs)
         return
@@ -509,7 +507,7 @@ def made(make: Callable[[Spec], str], specs: Sequence[Spec], jobs: int) -> Itera
 
 
 def quiet() -> None:
-    """One thread, no bars."""
+    """Use one thread and print no progress bars."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
@@ -522,19 +520,19 @@ def compare(
     seeds: Sequence[int],
     jobs: int,
 ) -> None:
-    """All rates with the tuning seeds, then each method's best with the seeds that are reported."""
+    """Run all rates with the tuning seeds, then each method's best rate with the seeds that are reported."""
     comparison.fill([Spec(name, rate, seed, True) for seed in tuning for rate in rates for name in names], jobs)
-    runs = found(comparison.folder)
+    runs = read_runs(comparison.folder)
     comparison.fill([Spec(name, best(runs, name), seed) for seed in seeds for name in names], jobs)
 
 
-def found(folder: Path) -> list[dict[str, Any]]:
-    """The runs of a table, in the order of their names."""
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs of a table, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
 
 
 def of(runs: list[dict[str, Any]], method: str, tuning: bool, rate: float | None = None) -> list[dict[str, Any]]:
-    """The results of a method's tuning runs, or of those that are reported."""
+    """Return the results of a method's tuning runs, or of its reported runs."""
     keys = [(r["settings"]["run"], r["result"]) for r in runs]
     return [
         result
@@ -544,13 +542,13 @@ def of(runs: list[dict[str, Any]], method: str, tuning: bool, rate: float | None
 
 
 def rates_of(runs: list[dict[str, Any]], method: str) -> list[float]:
-    """The grid, ascending."""
+    """Return the rates of the grid, ascending."""
     specs = [r["settings"]["run"] for r in runs]
     return sorted({spec["rate"] for spec in specs if spec["method"] == method and spec["tuning"]})
 
 
 def best(runs: list[dict[str, Any]], method: str) -> float:
-    """The rate of the highest mean exact match over the tuning seeds, then of the lowest mean loss."""
+    """Return the rate with the highest mean exact match over the tuning seeds, then with the lowest mean loss."""
 
     def score(rate: float) -> tuple[float, float]:
         results = of(runs, method, True, rate)
@@ -564,8 +562,8 @@ def best(runs: list[dict[str, Any]], method: str) -> float:
 
 
 def tabulate(folder: Path, page: Path, name: str) -> None:
-    """Writes a comparison's table, and what it says, between the page's marks; its curves beside the page."""
-    runs = found(folder)
+    """Write a comparison's table and conclusions between the marks of the page, and its curves into a file."""
+    runs = read_runs(folder)
     rows = {m: of(runs, m, False, best(runs, m)) for m in TITLES if rates_of(runs, m)}
     rows = {method: results for method, results in rows.items() if results}
     if not rows:
@@ -585,7 +583,7 @@ def tabulate(folder: Path, page: Path, name: str) -> None:
 
 
 def row(method: str, results: list[dict[str, Any]], rate: float, grid: list[float]) -> str:
-    """One line of the table; a rate at an end of the grid is marked, for a better one may lie outside."""
+    """Return one line of the table. A rate at an end of the grid is marked: a better one may lie outside."""
     diverged = sum(result["loss"] is None for result in results)
     losses = [result["loss"] for result in results if result["loss"] is not None]
     loss = spread(losses, 3) + f" ({diverged} diverged)" * bool(diverged)
@@ -595,15 +593,15 @@ def row(method: str, results: list[dict[str, Any]], rate: float, grid: list[floa
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation as text."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "none"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Which exact matches differ from LoRA's by more than twice the standard error of the difference; with few seeds
-    nothing is said.
+    """Return sentences that name the methods whose exact match differs from LoRA's by more than twice the standard
+    error of the difference. With fewer than three seeds the sentence says that there are too few.
     """
     exact = {
         method: [result["exact_match"] for result in results] for method, results in rows.items() if method != "full"
@@ -623,7 +621,7 @@ def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def between_marks(page: str, name: str, text: str) -> str:
-    """The page with what stands between <!-- name --> and <!-- /name --> replaced."""
+    """Return the page with the text between <!-- name --> and <!-- /name --> replaced."""
     head, opening, rest = page.partition(f"<!-- {name} -->")
     _, closing, tail = rest.partition(f"<!-- /{name} -->")
     if not closing:
@@ -632,8 +630,8 @@ def between_marks(page: str, name: str, text: str) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training and held-out loss of every method where it was measured: mean over the seeds, a band from the least to
-    the greatest.
+    """Draw training and held-out loss of every method: the mean over the seeds, and a band from the least to the
+    greatest.
     """
     import matplotlib
 

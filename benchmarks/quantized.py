@@ -129,7 +129,7 @@ def tokens(args: argparse.Namespace, engine: Engine) -> Tensor:
 
 
 def start(arm: str, args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> dict[str, Any]:
-    """Start-up and memory of one arm."""
+    """Measure start-up and memory of one arm."""
     ids, before, began = tokens(args, engine), from_here(), time.perf_counter()
     step = build(arm, args, engine, dtype)
     row = {"start": time.perf_counter() - began, "loading": resident("VmHWM") - before}
@@ -139,7 +139,7 @@ def start(arm: str, args: argparse.Namespace, engine: Engine, dtype: torch.dtype
 
 
 def in_turns(args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds of every step of both arms."""
+    """Return the seconds of every step of both arms."""
     ids = tokens(args, engine)
     # ours first: transformers must not shard our skeleton
     steps = {arm: build(arm, args, engine, dtype) for arm in ARMS}
@@ -158,7 +158,7 @@ def in_turns(args: argparse.Namespace, engine: Engine, dtype: torch.dtype) -> di
 
 
 def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """Runs everything for one dtype and prints its lines."""
+    """Run everything for one dtype and print its lines."""
 
     def run(task: str) -> list[dict[str, Any]]:
         command = ["--folder", str(args.folder), "--task", task, "--dtypes", dtype]
@@ -168,8 +168,8 @@ def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
     rows = {}
     for arm in ARMS:
-        found = run(arm)
-        rows[arm] = {k: max(row[k] for row in found) for k in ("start", "loading", "kept", "training")}
+        measured = run(arm)
+        rows[arm] = {k: max(row[k] for row in measured) for k in ("start", "loading", "kept", "training")}
     times = run("turns")[0]
     for arm in ARMS:
         rows[arm]["step"] = statistics.median(times[arm])
@@ -199,7 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--folder", type=Path, help="a checkpoint that is there; by default a random one is written")
+    parser.add_argument("--folder", type=Path, help="an existing checkpoint; by default a random one is written")
     # with --answers: what compare() starts
     parser.add_argument("--task", choices=[*ARMS, "turns"], help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
