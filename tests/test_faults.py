@@ -396,8 +396,7 @@ def test_steps_are_left_out_and_counted_and_a_resumed_run_knows_it(place, tmp_pa
         (
             "stop",
             {5},
-            "step 5: the gradient norm is nan; lower learning_rate, look at the data, or skip such steps with "
-            "--on_nan",
+            "step 5: the gradient norm is nan; lower learning_rate, look at the data, or skip such steps with --on_nan",
         ),
         (
             "skip",

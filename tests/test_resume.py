@@ -131,7 +131,9 @@ def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
         ("auto", "a finished run and no checkpoint"),
         (str(tmp_path / "other/checkpoints/step-000002"), "is not empty"),
     ):
-        assert said in (output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or "")
+        assert said in (
+            output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or ""
+        )
     (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
     for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):
         assert output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None

@@ -292,7 +292,7 @@ class Engine(ABC):
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for name, module in model.named_modules():
             self.call()
-            own = {k: p for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
+            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             new = {k: self._rows(p) for k, p in own.items() if p not in filled}
             values = read(name, module, new) if new else {}
             for k, p in own.items():
@@ -367,7 +367,7 @@ class Engine(ABC):
             try:
                 tensors = [t.to(self.device).contiguous() for t in compute()]
                 head = [[(tuple(t.shape), t.dtype) for t in tensors]]
-            except Exception as error:  # noqa: BLE001 - told to every rank, then raised
+            except Exception as error:  # every rank gets it, then raises it
                 failure, head = error, [f"{type(error).__name__}: {error}"]
         if self.world > 1:
             dist.broadcast_object_list(head, src=source)
@@ -403,7 +403,7 @@ class Engine(ABC):
         error: Exception | None = None
         try:
             yield
-        except Exception as e:  # noqa: BLE001 - told to every rank, then raised
+        except Exception as e:  # every rank gets it, then raises it
             error = e
         unexpected = (
             ""

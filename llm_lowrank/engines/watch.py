@@ -9,6 +9,7 @@ one may be in a call that never returns.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -76,10 +77,8 @@ class Watch:
         while True:
             self.told += 1
             life = Life(socket.gethostname(), self.phase, self.calls, self.told)
-            try:
+            with contextlib.suppress(RuntimeError):  # the next try may reach the store; the judge reports a lost one
                 self.store.set(str(self.rank), json.dumps(asdict(life)))
-            except RuntimeError:  # tried again: if the store stays away, the judge says so
-                pass
             if self.over.wait(self.interval):
                 return
 
@@ -98,7 +97,8 @@ class Watch:
         first = within(ANSWER, self._everyone)
         answering = first is not None and not self.over.wait(2 * self.interval + 1)
         second = within(ANSWER, self._everyone) if answering else None
-        here = f"rank {self.rank} on {socket.gethostname()}: nothing went on for {self.timeout:g} s in {self.phase}, {where()}"
+        rank = f"rank {self.rank} on {socket.gethostname()}"
+        here = f"{rank}: nothing went on for {self.timeout:g} s in {self.phase}, {where()}"
         if first is None or second is None:
             meeting = os.environ.get("MASTER_ADDR", "the first host")
             return f"{here}; {meeting}, where the ranks meet, does not answer: the host or the link to it is down"
@@ -143,10 +143,8 @@ def within(seconds: float, ask: Callable[[], dict[int, Life]]) -> dict[int, Life
     answers: list[dict[int, Life]] = []
 
     def work() -> None:
-        try:
+        with contextlib.suppress(RuntimeError):
             answers.append(ask())
-        except RuntimeError:
-            pass
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -162,4 +160,5 @@ def where() -> str:
         frame = frame.f_back
     if frame is None:
         return "outside of llm_lowrank"
-    return f"{os.path.relpath(frame.f_code.co_filename, os.path.dirname(package))}:{frame.f_lineno} ({frame.f_code.co_name})"
+    file = os.path.relpath(frame.f_code.co_filename, os.path.dirname(package))
+    return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -6,9 +6,10 @@ pairs could no longer move bitwise between trainable and frozen.
 
 What an edit must reach (all of it is written by `put`):
 
-    stage 1, 2   p.data, a view of the flat group that every rank holds; this rank's fragment of the flat master; its moments
-    stage 3      p.ds_tensor, this rank's padded slice; the same slice of the master and of the moments; p.data while the
-                 parameter is persisted, that is small enough to be left gathered between steps
+    stage 1, 2   p.data, a view of the flat group that every rank holds; this rank's fragment of the flat master; its
+                 moments
+    stage 3      p.ds_tensor, this rank's padded slice; the same slice of the master and of the moments; p.data while
+                 the parameter is persisted, that is small enough to be left gathered between steps
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from llm_lowrank.numerics.optimizers import Optimization, initial_state
 
 
 class _Slices(deepspeed.zero.Init):
-    """Makes a parameter a ZeRO-3 parameter without sending rank 0's values to the others: each rank has read its own."""
+    """Make a parameter a ZeRO-3 parameter without sending rank 0's values: each rank has read its own."""
 
     def _zero_init_param(self, param: nn.Parameter) -> None:
         self._convert_to_deepspeed_param(param)

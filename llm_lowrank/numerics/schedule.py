@@ -23,7 +23,8 @@ class Schedule:
         warmup_stable_decay    f(t) = 1 up to from, then cosine     from = max(warmup, total - ceil(total / 10))
 
     No step has rate 0: the lowest rate would be that of step `total`, which is none of the run's. warmup_stable_decay
-    is the schedule of https://arxiv.org/abs/2404.06395, with transformers' default decay; its share of the run is fixed.
+    is the schedule of https://arxiv.org/abs/2404.06395, with transformers' default decay; its share of the run is
+    fixed.
     """
 
     peak: float

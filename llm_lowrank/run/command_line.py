@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
@@ -255,7 +256,7 @@ def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], refusa
 
 
 def _unknown_message(key: str, cls: Any, keys: dict[str, Any], refusals: dict[str, str]) -> str:
-    """Names the setting that was probably meant: by another library's name for it, by its last part, by its spelling."""
+    """Name the setting that was probably meant: by another library's name, by its last part, by its spelling."""
     if key in keys:  # then another type of this section has it
         section = key.rpartition(".")[0]
         return f"unknown setting '{key}': {section}.{TYPE} {cls.get_choice_name(cls)} does not have it"
@@ -356,7 +357,7 @@ def _docs(cls: type) -> dict[str, str]:
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner):
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-            for field, below in zip(body, body[1:], strict=False):
+            for field, below in itertools.pairwise(body):
                 if (
                     isinstance(field, ast.AnnAssign)
                     and isinstance(below, ast.Expr)
