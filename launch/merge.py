@@ -43,7 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
         backbone = Backbone.open(args.checkpoint / BACKBONE) if args.merge_base == "dequantized" else None
         print(
-            merge(Source.open(base), adapter, args.output, getattr(torch, args.dtype) if args.dtype else None, backbone)
+            merge(
+                Source.open(base),
+                adapter,
+                args.output,
+                dtype=getattr(torch, args.dtype) if args.dtype else None,
+                backbone=backbone,
+            )
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

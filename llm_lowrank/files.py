@@ -1,7 +1,6 @@
-"""Files that are either whole or not there: written aside, flushed to disk, then renamed over the final name.
+"""Files that are complete or absent: written under another name, flushed to disk, then renamed to the final name.
 
-A run may be killed at any moment (time limit, preemption, full disk). What carries the final name was complete when it
-got it.
+A run may be killed at any moment (time limit, preemption, full disk). A file with the final name is complete.
 """
 
 import hashlib
@@ -34,15 +33,15 @@ DTYPES = {  # dtype names in a safetensors header
 
 
 def cache_dir() -> Path:
-    """Where what can be made again is kept between runs."""
+    """The folder that keeps reproducible files between runs: $LLM_LOWRANK_CACHE, or ~/.cache/llm_lowrank."""
     return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
 
 
 def check_writable(output: Path) -> None:
-    """Raise OSError if nothing can be written to output_dir. Leaves nothing behind: the run may still be refused."""
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    """Raise OSError if nothing can be written to output_dir. Leave nothing behind, as the run may still be refused."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"0" * 4096)
             file.flush()
     except OSError as error:
@@ -51,9 +50,9 @@ def check_writable(output: Path) -> None:
 
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to.
+    """Yield another name in the folder of `path`, to write to.
 
-    Leaving the block syncs it and renames it to `path`; an exception removes it.
+    At the end of the block the file is flushed to disk and renamed to `path`; after an exception it is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: str | Path) -> None:
-    """Ask the system to put a file, or the entries of a folder, on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,15 +76,18 @@ def sync(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, obj: Any) -> None:
+    """Write a JSON file, complete or not at all."""
     write_text(path, json.dumps(obj, indent=2) + "\n")
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all."""
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     stream_safetensors(path, layout, tensors.__getitem__, metadata)
 
@@ -96,7 +98,9 @@ def stream_safetensors(
     tensor: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write one safetensors file asking for one tensor at a time, so that a file may be larger than the memory.
+    """Write one safetensors file, one tensor in memory at a time, so that a file may be larger than the memory.
+
+    `layout` has the dtype and the shape of every tensor; tensor(name) returns the tensor when its turn has come.
 
     The format: 8 bytes with the length of the header (little endian), the header (JSON, padded with blanks), then the
     tensors' bytes without gaps, wide dtypes first so that each tensor is aligned.
@@ -125,22 +129,23 @@ def stream_safetensors(
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; no copy if it lies so on the CPU already."""
+    """The bytes of a tensor in row-major order, without a copy if it is on the CPU and contiguous."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def sha256(tensor: Tensor) -> str:
-    """Of the tensor's bytes: the key under which work on this tensor may be cached."""
+    """The SHA-256 of the tensor's bytes, a key under which results for this tensor may be cached."""
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def stored_names(path: str | Path) -> list[str]:
-    """The tensors of a safetensors file; a file that was cut short is noticed here."""
+    """The names of the tensors in a safetensors file. Raise ValueError if the file is damaged or incomplete."""
     try:
         with safe_open(path, framework="pt") as handle:
             return list(handle.keys())

@@ -40,7 +40,7 @@ def trained(method: str, engine: str, codec: str, checkpoint: str, out: str) -> 
         t.step(step)
         if step == 1:
             t.method.exchange(t.adapters, t.engine, 1)
-    save_adapter(t.engine, t.adapters, t.method, Path(out) / "adapter", checkpoint)
+    save_adapter(t.engine, t.adapters, method=t.method, path=Path(out) / "adapter", base_model_name_or_path=checkpoint)
     if t.engine.main:
         Backbone.save(Path(out) / BACKBONE, t.model)
     frozen = {name: m for name, m in t.model.named_modules() if isinstance(m, FrozenLinear)}

@@ -35,7 +35,18 @@ def walk(t: Trainee, steps: range) -> list[float]:
 
 
 def saved(t: Trainee, folder: str, step: int, keep: int = 2) -> Path:
-    return checkpoint.save(t.engine, t.model, t.adapters, Path(folder), step, 0, {}, "base", {}, keep).finish()
+    return checkpoint.save(
+        t.engine,
+        t.model,
+        adapters=t.adapters,
+        output=Path(folder),
+        step=step,
+        skipped=0,
+        recipe={},
+        base="base",
+        data={},
+        keep=keep,
+    ).finish()
 
 
 def state(t: Trainee) -> dict[str, Tensor]:

@@ -190,7 +190,9 @@ def test_exports_as_use_dora_and_merges(tmp_path):
     t = Trainee(DoRA(rank=3, alpha=6, target_modules=TARGETS), "plain")
     for step in range(4):
         t.step(step)
-    saved = save_adapter(t.engine, t.adapters, t.method, tmp_path / "adapter", str(tmp_path / "base"))
+    saved = save_adapter(
+        t.engine, t.adapters, method=t.method, path=tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base")
+    )
     assert saved is not None and saved.rank == 3
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():

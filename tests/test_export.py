@@ -104,7 +104,9 @@ def test_peft_and_merged_give_the_trainers_logits(tmp_path, base, name, ledger):
     if ledger:
         freeze_pairs(adapters)
     wanted = logits(model)
-    saved = save_adapter(Plain(), adapters, METHODS[name], tmp_path / "adapter", str(base))
+    saved = save_adapter(
+        Plain(), adapters, method=METHODS[name], path=tmp_path / "adapter", base_model_name_or_path=str(base)
+    )
     torch.testing.assert_close(through_peft(base, tmp_path / "adapter"), wanted, rtol=0, atol=1e-5)
     assert (wanted - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.05, "the adapter should matter"
 
@@ -178,7 +180,9 @@ def test_ledger_of_20_pairs_comes_down_to_its_exact_rank_12(tmp_path, base):
     assert len(found) == 12
     torch.testing.assert_close(found.product(), wanted, rtol=0, atol=1e-5)
 
-    saved = save_adapter(Plain(), [first, second], method, tmp_path / "adapter", str(base))
+    saved = save_adapter(
+        Plain(), [first, second], method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base)
+    )
     assert (saved.rank, saved.ranks) == (12, {first.name: 12, second.name: 4})
     assert "rank 12" in str(saved) and "4 to 12" in str(saved)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -194,7 +198,7 @@ def test_ledger_of_20_pairs_comes_down_to_its_exact_rank_12(tmp_path, base):
 def test_lora_is_written_as_it_was_trained(tmp_path, base):
     method = METHODS["rslora"]
     _, adapters = trained(method)
-    save_adapter(Plain(), adapters, method, tmp_path / "adapter", str(base))
+    save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     for adapter in adapters:
         assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_A.weight"], adapter.A)
@@ -211,7 +215,13 @@ def test_untrained_adapter_changes_nothing(tmp_path, base):
     model = llama()
     # B = 0 and an empty bank
     adapters = attach(model, SRLoRA(rank=2, target_rank=4, into="bank"), Dense(torch.float32))
-    saved = save_adapter(Plain(), adapters, SRLoRA(rank=2, target_rank=4, into="bank"), tmp_path / "adapter", str(base))
+    saved = save_adapter(
+        Plain(),
+        adapters,
+        method=SRLoRA(rank=2, target_rank=4, into="bank"),
+        path=tmp_path / "adapter",
+        base_model_name_or_path=str(base),
+    )
     assert (saved.rank, set(saved.ranks.values())) == (1, {0})
     assert torch.equal(through_peft(base, tmp_path / "adapter"), logits(AutoModelForCausalLM.from_pretrained(base)))
     assert set(merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged").lost.values()) == {0.0}
@@ -220,7 +230,9 @@ def test_untrained_adapter_changes_nothing(tmp_path, base):
 def test_all_linear_leaves_the_output_layer_alone(tmp_path):
     base = save_base(tmp_path / "base", tied=False)
     _, adapters = trained(METHODS["lora"])
-    save_adapter(Plain(), adapters, METHODS["lora"], tmp_path / "adapter", str(base))
+    save_adapter(
+        Plain(), adapters, method=METHODS["lora"], path=tmp_path / "adapter", base_model_name_or_path=str(base)
+    )
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     adapted = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert sorted(adapted) == sorted(f"base_model.model.{adapter.name}" for adapter in adapters)
@@ -230,7 +242,12 @@ def test_other_ranks_take_part_and_write_nothing(tmp_path, base):
     _, adapters = trained(METHODS["bank"])
     gathered = []
     engine = SimpleNamespace(main=False, whole=lambda p: gathered.append(p) or p.data, gather=lambda what: [what])
-    assert save_adapter(engine, adapters, METHODS["bank"], tmp_path / "adapter", str(base)) is None
+    assert (
+        save_adapter(
+            engine, adapters, method=METHODS["bank"], path=tmp_path / "adapter", base_model_name_or_path=str(base)
+        )
+        is None
+    )
     assert delta(engine, adapters[0]) is None
     assert len(gathered) == 4 * (len(adapters) + 1) and not (tmp_path / "adapter").exists()
 
@@ -243,7 +260,9 @@ def test_interrupted_save_leaves_no_adapter(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(files, "raw_bytes", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(Plain(), adapters, METHODS["lora"], tmp_path / "adapter", str(base))
+        save_adapter(
+            Plain(), adapters, method=METHODS["lora"], path=tmp_path / "adapter", base_model_name_or_path=str(base)
+        )
     assert not list((tmp_path / "adapter").iterdir())
 
 
@@ -363,7 +382,7 @@ def test_rounding_happens_once_and_is_told(tmp_path):
     assert stored.dtype == torch.bfloat16 and (stored == exact.bfloat16()).float().mean() > 0.999
     assert kept.worst == UP and 0.1 < kept.lost[UP] < 1.0 and f"{kept.lost[UP]:.2%}" in str(kept)
 
-    wide = merge(source, adapter, tmp_path / "wide", torch.float32)
+    wide = merge(source, adapter, tmp_path / "wide", dtype=torch.float32)
     assert wide.lost[UP] < 1e-3 and "float32" in str(kept) and "float32" not in str(wide)
     opened = Source.open(tmp_path / "wide")
     assert {opened.layout(name)[0] for name in opened.names()} == {torch.float32}

@@ -77,7 +77,7 @@ def test_batched_answers_are_those_found_one_by_one(model, tokenizer):
     found = [one_by_one(model, question.prompt_ids, tokenizer.eos_token_id) for question in asked]
     # the ends differ, so the batch must hold some back
     assert len({len(text) for text in found}) > 1 and len(set(found)) > 3
-    assert answer(model, tokenizer, asked, NEW, 4, synced=False) == found
+    assert answer(model, tokenizer, questions=asked, max_new_tokens=NEW, batch_size=4, synced=False) == found
 
 
 def test_mode_and_checkpointing_come_back(model, tokenizer):
@@ -85,7 +85,7 @@ def test_mode_and_checkpointing_come_back(model, tokenizer):
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     model.lm_head.eval()
-    found = answer(model, tokenizer, asked, NEW, 4, synced=False)
+    found = answer(model, tokenizer, questions=asked, max_new_tokens=NEW, batch_size=4, synced=False)
     assert model.training and model.model.layers[1].training and not model.lm_head.training
     assert model.model.gradient_checkpointing and model.model.layers[0].gradient_checkpointing
     assert found == [one_by_one(model, question.prompt_ids, tokenizer.eos_token_id) for question in asked]
@@ -98,7 +98,7 @@ def test_generation_uses_the_cache(model, tokenizer, monkeypatch):
         model.model, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k)
     )
     model.activation_checkpointing_enable({"use_reentrant": False})
-    answer(model.train(), tokenizer, questions(model, 3), NEW, 3, synced=False)
+    answer(model.train(), tokenizer, questions=questions(model, 3), max_new_tokens=NEW, batch_size=3, synced=False)
     assert lengths and set(lengths[-NEW + 1 :]) == {1}
 
 
@@ -113,7 +113,15 @@ def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, wo
 
     def run(rank, total):
         return accuracy(
-            model, tokenizer, asked, rank, world, lambda local: parts.append(local) or total(local), NEW, 2, synced=True
+            model,
+            tokenizer,
+            questions=asked,
+            rank=rank,
+            world=world,
+            sum_over_ranks=lambda local: parts.append(local) or total(local),
+            max_new_tokens=NEW,
+            batch_size=2,
+            synced=True,
         )
 
     samples, counts = [], []
@@ -133,7 +141,17 @@ def test_accuracy_does_not_depend_on_the_ranks(model, tokenizer, monkeypatch, wo
 
 
 def test_a_rank_without_a_question_still_takes_part(model, tokenizer):
-    report = accuracy(model, tokenizer, questions(model, 1), 1, 2, lambda local: local + 1, NEW, 2, synced=False)
+    report = accuracy(
+        model,
+        tokenizer,
+        questions=questions(model, 1),
+        rank=1,
+        world=2,
+        sum_over_ranks=lambda local: local + 1,
+        max_new_tokens=NEW,
+        batch_size=2,
+        synced=False,
+    )
     assert report.samples == [] and report.count == 1
 
 
@@ -144,10 +162,10 @@ def _is_even(text: str) -> float:
 @pytest.mark.parametrize("stops", [("k", "q"), ("never written",)])
 def test_an_answer_ends_before_the_first_stop(model, tokenizer, stops, monkeypatch):
     asked = questions(model, 9)
-    whole = answer(model, tokenizer, asked, 12, 4, synced=False)
+    whole = answer(model, tokenizer, questions=asked, max_new_tokens=12, batch_size=4, synced=False)
     cut = [min((text.partition(stop)[0] for stop in stops), key=len) for text in whole]
     assert (cut != whole) == (stops[0] == "k")
-    assert answer(model, tokenizer, asked, 12, 4, synced=False, stops=stops) == cut
+    assert answer(model, tokenizer, questions=asked, max_new_tokens=12, batch_size=4, synced=False, stops=stops) == cut
     steps, forward = [], model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
     first = next(
@@ -155,15 +173,17 @@ def test_an_answer_ends_before_the_first_stop(model, tokenizer, stops, monkeypat
         for question, text, rest in zip(asked, whole, cut, strict=True)
         if len(text) > len(rest) + 1 or stops[0] != "k"
     )
-    answer(model, tokenizer, [first], 12, 1, synced=False, stops=stops)
+    answer(model, tokenizer, questions=[first], max_new_tokens=12, batch_size=1, synced=False, stops=stops)
     assert (len(steps) < 12) == (stops[0] == "k")  # it does not write on for nothing
 
 
 def test_a_stop_in_the_prompt_ends_nothing(model, tokenizer):
     asked = questions(model, 1)
     start = WORDS[asked[0].prompt_ids[-1]]
-    (whole,) = answer(model, tokenizer, asked, NEW, 1, synced=False)
-    assert whole and answer(model, tokenizer, asked, NEW, 1, synced=False, stops=(start + whole[0],)) == [whole]
+    (whole,) = answer(model, tokenizer, questions=asked, max_new_tokens=NEW, batch_size=1, synced=False)
+    assert whole and answer(
+        model, tokenizer, questions=asked, max_new_tokens=NEW, batch_size=1, synced=False, stops=(start + whole[0],)
+    ) == [whole]
 
 
 def test_answers_are_drawn_as_the_model_says(model, tokenizer):
@@ -171,10 +191,18 @@ def test_answers_are_drawn_as_the_model_says(model, tokenizer):
     model.generation_config.top_k, model.generation_config.top_p, model.generation_config.temperature = 2, 0.5, 0.1
     asked = [Question([3, 5], "", len, "")] * 3000
     torch.manual_seed(0)
-    drawn = answer(model, tokenizer, asked, 1, 1000, synced=False, temperature=2.0)
-    again = answer(model, tokenizer, asked[:1000], 1, 1000, synced=False, temperature=2.0)
+    drawn = answer(model, tokenizer, questions=asked, max_new_tokens=1, batch_size=1000, synced=False, temperature=2.0)
+    again = answer(
+        model, tokenizer, questions=asked[:1000], max_new_tokens=1, batch_size=1000, synced=False, temperature=2.0
+    )
     torch.manual_seed(0)
-    assert answer(model, tokenizer, asked[:1000], 1, 1000, synced=False, temperature=2.0) == drawn[:1000] != again
+    assert (
+        answer(
+            model, tokenizer, questions=asked[:1000], max_new_tokens=1, batch_size=1000, synced=False, temperature=2.0
+        )
+        == drawn[:1000]
+        != again
+    )
     with torch.no_grad():
         expected = (model.eval()(torch.tensor([[3, 5]])).logits[0, -1] / 2.0).softmax(-1)
     found = torch.tensor([sum(text == word for text in drawn) for word in [*WORDS[:26], ""]]) / len(drawn)
@@ -202,7 +230,15 @@ def _sharded(engine: str, count: int) -> list[tuple[float, int, list[tuple[str, 
     found = []
     for _ in range(2):
         report = accuracy(
-            trainee.model, word_tokenizer(), asked, rank, world, trainee.engine.sum, NEW, batch_size=2, synced=world > 1
+            trainee.model,
+            word_tokenizer(),
+            questions=asked,
+            rank=rank,
+            world=world,
+            sum_over_ranks=trainee.engine.sum,
+            max_new_tokens=NEW,
+            batch_size=2,
+            synced=world > 1,
         )
         found.append((report.mean_score, report.count, [sample[:2] for sample in report.samples]))
         logits = trainee.wrapped(input_ids=torch.ones(1, 4, dtype=torch.long)).logits  # training goes on

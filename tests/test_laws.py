@@ -201,7 +201,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
             exchanges.append((before, Snapshot.take(t)))
         history.append(parameters())
     final = Snapshot.take(t)
-    save_adapter(t.engine, t.adapters, method, folder, "base")
+    save_adapter(t.engine, t.adapters, method=method, path=folder, base_model_name_or_path="base")
     original = {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}
     ledger = {a.name: a.ledger for a in t.adapters}
     return Life(

@@ -599,7 +599,13 @@ def test_an_export_that_was_cut_down_says_so_and_the_merge_has_all(tmp_path):
     runs = {rank: trainee(replace(METHOD, max_export_rank=rank)) for rank in (4, 40)}
     for rank, t in runs.items():
         advance(t, range(6))
-        saved = save_adapter(t.engine, t.adapters, t.method, tmp_path / f"adapter-{rank}", str(tmp_path / "base"))
+        saved = save_adapter(
+            t.engine,
+            t.adapters,
+            method=t.method,
+            path=tmp_path / f"adapter-{rank}",
+            base_model_name_or_path=str(tmp_path / "base"),
+        )
         assert saved is not None and ("CUT DOWN" in str(saved)) == (rank == 4) and (saved.error > 0.05) == (rank == 4)
         merge(source, tmp_path / f"adapter-{rank}", tmp_path / f"merged-{rank}")
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -120,7 +120,7 @@ def test_value_and_gradients_are_those_of_whole_logits(method, checkpointed):
 def test_what_losia_records_is_the_gradient_of_the_scaled_loss():
     model = adapted(METHODS["losia"]).train()
     head, tokens = model.get_output_embeddings(), batch(0)
-    head.record = head.recorded
+    head.record = head.record_gradient
     told = []
     for layer in (None, head):
         head.dense = None

@@ -143,7 +143,7 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
         assert (a.rank, a.A.shape[0], a.B.shape[1]) == (rank, rank, rank)
         assert a.scale == pytest.approx(alpha / (rank**0.5 if method.use_rslora else rank))
         assert (a.bank_A is not None) == (label == "relora-bank") and (a.bank_A is None or len(a.bank_A) == 2 * rank)
-    save_adapter(t.engine, t.adapters, method, tmp_path / "adapter", "base")
+    save_adapter(t.engine, t.adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path="base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     as_trained = type(method) is LoRA
     assert config.get("rank_pattern", {}) == (method.rank_pattern if as_trained else {})

@@ -348,7 +348,7 @@ def test_the_exported_lora_and_the_merged_model_are_the_forward(tmp_path):
     llama(num_hidden_layers=L).save_pretrained(tmp_path / "base")
     for step in range(3):
         t.step(step)
-    saved = save_adapter(t.engine, t.adapters, METHOD, tmp_path / "adapter", "base")
+    saved = save_adapter(t.engine, t.adapters, method=METHOD, path=tmp_path / "adapter", base_model_name_or_path="base")
     assert saved is not None and saved.rank == R - K + L * K
     exported, maps = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), t.probe()[1]
     for a in t.adapters:

@@ -360,7 +360,9 @@ def test_the_export_is_over_the_untouched_base(into, dtype, tmp_path):
         t.step(step)
         if step + 1 in RESTARTS:
             t.method.exchange(t.adapters, t.engine, step + 1)
-    saved = save_adapter(t.engine, t.adapters, t.method, tmp_path / "adapter", "base")
+    saved = save_adapter(
+        t.engine, t.adapters, method=t.method, path=tmp_path / "adapter", base_model_name_or_path="base"
+    )
     # three restarts; a bank of 2 RANK
     assert saved is not None and saved.rank == (4 * RANK if into == "weight" else 3 * RANK)
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

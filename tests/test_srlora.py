@@ -447,6 +447,52 @@ def test_after_exhaustion_nothing_changes(engine, world, into):
         assert all(same.values()), same
 
 
+# --- numbers for the log ----------------------------------------------------------------------------------------------
+
+
+def set_scores(t: Trainee, scores: list[list[float]]) -> None:
+    """Give every module these S_k: each entry of row k of A the importance S_k, with an uncertainty of 1."""
+    for a, wanted in zip(t.adapters, scores, strict=True):
+        span = t.engine.span(a.A)
+        whole = torch.tensor(wanted).repeat_interleave(a.shape[1])
+        a.memory["mean_A"].copy_(whole[span.start : span.start + span.value.numel()])
+        a.memory["spread_A"].fill_(1.0)
+        a.memory["mean_B"].zero_()
+
+
+def reported(engine: str) -> list[dict[str, float]]:
+    """What is reported before an exchange, after one, before the second one, after it."""
+    t, told = started(METHOD, engine), []
+
+    def report() -> None:
+        told.append(t.method.metrics(t.adapters, t.engine))
+
+    t.step(0)
+    set_scores(t, [[1, 2, 3, 6], [0, 0, 0, 1], [5, 5, 5, 5], [0, 0, 0, 0]])
+    report()
+    t.method.exchange(t.adapters, t.engine, 1)  # pairs 0 and 1 of every module
+    report()
+    set_scores(t, [[9, 1, 2, 8], [1, 2, 8, 9], [8, 9, 1, 2], [8, 1, 9, 2]])
+    report()
+    t.method.exchange(t.adapters, t.engine, 2)  # of the fresh pairs 1, 2, 0, 1
+    report()
+    return told
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2)])
+def test_metrics_tell_how_scores_differ_and_how_many_fresh_pairs_were_replaced_again(engine, world):
+    for before, after, second, last in ranks.run(world, reported, engine):
+        # S = 1, 2, 3, 6: mean 3, squares of the differences 4 + 1 + 0 + 9, over 4. One of four: sqrt(3). All alike: 0.
+        # A module without scores does not count.
+        assert before["score_variation"] == pytest.approx((np.sqrt(14 / 4) / 3 + np.sqrt(3) + 0) / 3, rel=1e-6)
+        assert (before["replaced_fresh"], before["replaced_fresh_share"]) == (0, 0)
+        assert after == {"replaced_fresh": 0, "replaced_fresh_share": 0}  # the first exchange; no scores yet
+        # 9, 1, 2, 8 in any order and 1, 2, 8, 9: mean 5, squares 16 + 16 + 9 + 9, over 4
+        assert second["score_variation"] == pytest.approx(np.sqrt(50 / 4) / 5, rel=1e-6)
+        assert (second["replaced_fresh"], second["replaced_fresh_share"]) == (0, 0)
+        assert last == {"replaced_fresh": 4, "replaced_fresh_share": 4 / 8}
+
+
 # --- 8: PiSSA ---------------------------------------------------------------------------------------------------------
 
 
@@ -485,7 +531,7 @@ def test_the_whole_change_has_at_most_rank_two_r_target_and_the_export_reproduce
         t.step(step)
         if step in (1, 3):
             method.exchange(t.adapters, t.engine, 1)
-    saved = save_adapter(t.engine, t.adapters, method, tmp_path, "base")
+    saved = save_adapter(t.engine, t.adapters, method=method, path=tmp_path, base_model_name_or_path="base")
     assert saved is not None and saved.rank <= 8
     exported = load_file(tmp_path / "adapter_model.safetensors")
     layers = t.probe()[1]

@@ -88,9 +88,9 @@ class HumanEval:
         answers = answer(
             model,
             self.tokenizer,
-            [question for question in questions for _ in range(self.samples)],
-            self.max_new_tokens,
-            self.batch_size,
+            questions=[question for question in questions for _ in range(self.samples)],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
             synced=False,
             progress=True,
             temperature=self.temperature,

@@ -109,7 +109,17 @@ def score(
     batch_size: int,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Ask the model. Return exact_match, mean_score and n, and a row for every answer."""
-    report = accuracy(model, tokenizer, questions, 0, 1, lambda local: local, max_new_tokens, batch_size, synced=False)
+    report = accuracy(
+        model,
+        tokenizer,
+        questions=questions,
+        rank=0,
+        world=1,
+        sum_over_ranks=lambda local: local,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        synced=False,
+    )
     answers = [dict(zip(("question", "answer", "expected", "score"), sample, strict=True)) for sample in report.samples]
     return {"exact_match": report.exact_match, "mean_score": report.mean_score, "n": report.count}, answers
 

@@ -1,18 +1,19 @@
-"""A run on disk, so that it can go on as if it had never stopped, on any engine and any number of ranks.
+"""Checkpoints of a run: it resumes as if it had never stopped, on any engine and any number of ranks.
 
-    checkpoints/step-000100/   state.json                  steps done, recipe, base, sha256 of the other files; written last
-                               trained-00000.safetensors   float32 masters, moments, bank; one parameter's are all in one file
-                               frozen.safetensors          ledger and waiting pairs of every adapter, and W applied to a probe
-                               memory-00000.safetensors    what the method remembers; one adapter's is all in one file
-                               random-00000.safetensors    a rank's random numbers
-    checkpoints/LATEST         its name
+    checkpoints/step-000100/
+        state.json                  steps done, recipe, base, sha256 of the other files; written last
+        trained-00000.safetensors   float32 masters, moments and bank; a parameter is in one file
+        frozen.safetensors          ledger and waiting pairs of every adapter, and W applied to a probe
+        memory-00000.safetensors    what the method remembers; an adapter is in one file
+        random-00000.safetensors    the state of a rank's random numbers
+    checkpoints/LATEST              the name of the newest checkpoint
 
-Parameters are gathered one at a time; each rank copies its share of them, and a thread writes it beside the training. W
-is not stored: it is read from the model's checkpoint again, the pairs with which the run started are taken out of it as
-the ledger has them, and what came later is added as it was then. W applied to the probe must come out as it was saved:
-another base, or a W that lost an update, is refused.
+Parameters are gathered one at a time. Each rank copies its share of them, and a thread writes the copies while training
+continues. W is not stored: a resuming run reads W from the model's checkpoint again, takes out the starting pairs that
+the ledger holds, and repeats the later updates one by one. W applied to the probe must then equal the saved result;
+otherwise the base is another one or W lost an update, and the run is refused.
 
-A folder is written aside and renamed when every rank has written its part, then LATEST is.
+A folder is written under another name and renamed when every rank has written its files. LATEST is written after that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors"
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What does not come from the model's checkpoint: everything beside W, and what layers share; each once."""
+    """Yield the parameters that the model's checkpoint does not hold, each once: those of adapters and shared ones."""
     for at, module in model.named_modules():
         if isinstance(module, Adapter | Shared):
             for name, p in module.named_parameters(recurse=False):
@@ -56,25 +57,20 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class Writing:
-    """A checkpoint on its way: a thread writes this rank's files, out of copies, while the training goes on."""
+    """A checkpoint that is being written: a thread writes this rank's files from copies while training continues."""
 
     def __init__(
         self,
         engine: Engine,
         folder: Path,
+        *,
         aside: Path,
         files: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         keep: int,
     ) -> None:
-        self.engine, self.folder, self.aside, self.files, self.state, self.keep = (
-            engine,
-            folder,
-            aside,
-            files,
-            state,
-            keep,
-        )
+        self.engine, self.folder, self.aside = engine, folder, aside
+        self.files, self.state, self.keep = files, state, keep
         self.sums: dict[str, str] = {}
         self.error: Exception | None = None
         self.seconds = 0.0
@@ -87,7 +83,7 @@ class Writing:
             for name, tensors in self.files.items():
                 write_safetensors(self.aside / name, tensors)
                 self.sums[name] = file_sha256(self.aside / name)
-        except Exception as error:  # noqa: BLE001 - raised by finish
+        except Exception as error:  # finish raises it
             self.error = error
         self.seconds = time.perf_counter() - began
 
@@ -97,9 +93,9 @@ class Writing:
         return self.thread.is_alive()
 
     def finish(self) -> Path:
-        """Waits for all ranks' files, then gives the folder its name and removes all but the newest.
+        """Wait for all ranks' files, give the folder its name, remove all but the newest, and return the folder.
 
-        Collective; returns the folder.
+        Collective.
         """
         try:
             with self.engine.together():
@@ -110,7 +106,7 @@ class Writing:
             with self.engine.together():
                 if self.engine.main:
                     self._complete({name: digest for part in sums for name, digest in part.items()})  # type: ignore[attr-defined]
-        except BaseException:  # a full disk: what is half written would keep it full
+        except BaseException:  # perhaps a full disk, and half a checkpoint would keep it full
             if self.engine.main:
                 shutil.rmtree(self.aside, ignore_errors=True)
             raise
@@ -118,7 +114,7 @@ class Writing:
 
     def _complete(self, sums: dict[str, str]) -> None:
         write_json(self.aside / STATE, self.state | {"files": dict(sorted(sums.items()))})
-        shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt
+        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier attempt at this step
         os.replace(self.aside, self.folder)
         sync(self.folder.parent)
         write_text(self.folder.parent / LATEST, self.folder.name + "\n")
@@ -129,6 +125,7 @@ class Writing:
 def save(
     engine: Engine,
     model: nn.Module,
+    *,
     adapters: Sequence[Adapter],
     output: Path,
     step: int,
@@ -138,26 +135,33 @@ def save(
     data: dict[str, int | str],
     keep: int,
 ) -> Writing:
-    """Begins checkpoints/step-...: what comes back has copies of everything, and is to be finished. Collective."""
+    """Copy the run's state and begin to write output/checkpoints/step-...; the caller calls `finish`. Collective.
+
+    step: completed steps, `skipped` of them without an update. base, data: fingerprints of the model and the data,
+    which a resuming run compares. keep: the number of checkpoints that stay.
+    """
     folder = output / FOLDER / f"step-{step:06d}"
     aside = folder.with_name(f"{folder.name}.tmp")
     with engine.together():
         if engine.main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+    # gathering is collective, one parameter at a time; each parameter is copied on one rank
     trained: dict[str, Tensor] = {}
-    memory: dict[str, Tensor] = {}
     for i, (name, p) in enumerate(adapter_parameters(model)):
         slot = engine.slot(p)
         if i % engine.world == engine.rank:
             trained |= _copies({name: slot.value} | {f"{name}#{k}": v for k, v in slot.moments.items()})
+    # so is what the method remembers of each adapter
+    memory: dict[str, Tensor] = {}
     for i, adapter in enumerate(adapters):
-        whole = _whole_memory(adapter, engine)
+        gathered = _whole_memory(adapter, engine)
         if i % engine.world == engine.rank:
-            memory |= _copies({f"{adapter.name}#{key}": value for key, value in whole.items()})
+            memory |= _copies({f"{adapter.name}#{key}": value for key, value in gathered.items()})
     probes = {f"{a.name}#probe": engine.weight(a).matmul(probe(engine, a)) for a in adapters}
-    mine = {"trained": trained, "memory": memory, "random": _random_state()}
-    files = {f"{kind}-{engine.rank:05d}.safetensors": _some(tensors) for kind, tensors in mine.items()}
+    my_tensors = {"trained": trained, "memory": memory, "random": _random_state()}
+    files = {f"{kind}-{engine.rank:05d}.safetensors": _or_filler(tensors) for kind, tensors in my_tensors.items()}
+    # the ledger is only on rank 0
     if engine.main:
         frozen = {key: value for a in adapters for key, value in _ledger(a).items()}
         files["frozen.safetensors"] = _copies(frozen | probes)
@@ -174,53 +178,55 @@ def save(
         "taken": {a.name: a.taken for a in adapters},
         "versions": {name: _version(name) for name in LIBRARIES},
     }
-    return Writing(engine, folder, aside, files, state, keep)
+    return Writing(engine, folder, aside=aside, files=files, state=state, keep=keep)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In host memory, where the training does not change them."""
+    """Copies in host memory, which training does not change."""
     return {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 
-def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A safetensors file holds something."""
+def _or_filler(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, or a filler if there are none: a safetensors file cannot be empty."""
     return tensors or {"#none": torch.zeros(1)}
 
 
 def _ledger(adapter: Adapter) -> dict[str, Tensor]:
-    """Entry i of the ledger as name#i.part, on rank 0."""
+    """The tensors of the ledger, on rank 0: those of entry i are named name#i.B, name#i.A, ..."""
     entries: dict[str, Change] = {f"{i:04d}": entry for i, entry in enumerate(adapter.ledger)}
     if isinstance(adapter, PairAdapter) and adapter.reserve is not None:
         entries["reserve"] = adapter.reserve
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, entry in entries.items():
-        parts = {"B": entry.B, "A": entry.A} if isinstance(entry, Pairs) else vars(entry)
-        found |= {f"{adapter.name}#{key}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
-    return found
+        fields = {"B": entry.B, "A": entry.A} if isinstance(entry, Pairs) else vars(entry)
+        named = {f"{adapter.name}#{key}.{field}": value for field, value in fields.items()}
+        tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    return tensors
 
 
 def _whole_memory(adapter: Adapter, engine: Engine) -> dict[str, Tensor]:
-    """What the method remembers, put together from all ranks' spans. Collective."""
-    whole = {}
+    """The adapter's memory, put together from all ranks' spans. Collective."""
+    memory = {}
     for key, value in adapter.memory.items():
         along = adapter.spans.get(key)
+        # the same on every rank; or my rows of W; or my span of a flattened parameter
         if along is None:
-            whole[key] = value
+            memory[key] = value
         elif along == "W":
             part = engine.part(adapter)
             block = value.new_zeros(adapter.shape)
             block[part.rows] = value
-            whole[key] = part.sum(block)
+            memory[key] = part.sum(block)
         else:
             span = engine.span(getattr(adapter, along))
             flat = value.new_zeros(whole_shape(getattr(adapter, along)).numel())
             flat[span.start : span.start + value.numel()] = value
-            whole[key] = engine.sum(flat)
-    return whole
+            memory[key] = engine.sum(flat)
+    return memory
 
 
 def whole_shape(p: nn.Parameter) -> torch.Size:
-    """Of the whole parameter: ZeRO-3 leaves an empty one."""
+    """The shape of the whole parameter; under ZeRO-3 p itself is empty."""
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
@@ -240,13 +246,13 @@ def _version(name: str) -> str:
 
 
 def complete_checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, the newest first."""
+    """The complete checkpoints of a run, the newest first."""
     folders = [path for path in (output / FOLDER).glob("step-*") if path.suffix != ".tmp" and (path / STATE).is_file()]
     return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
 def newest(output: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with newer ones."""
+    """Return the newest undamaged checkpoint, if there is one, and what is wrong with newer ones."""
     damaged: list[str] = []
     for folder in complete_checkpoints(output):
         try:
@@ -258,7 +264,7 @@ def newest(output: Path) -> tuple[Checkpoint | None, list[str]]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that has been checked; nothing of it is in memory."""
+    """A checkpoint whose files have been checked. Its tensors are read when they are asked for."""
 
     path: Path
     state: dict[str, Any]
@@ -270,14 +276,14 @@ class Checkpoint:
 
     @property
     def skipped(self) -> int:
-        """Steps among them that were left out: the optimizer has made so many fewer."""
+        """The number of skipped steps: the optimizer has made step - skipped updates."""
         return int(self.state["skipped"])
 
     @classmethod
     def open(cls, path: Path, checked: bool = False) -> Checkpoint:
-        """ValueError that names what is wrong with it.
+        """Open a checkpoint and check its files. Raise ValueError that names what is wrong.
 
-        `checked`: another rank has read the files and compared their checksums.
+        `checked`: another rank has compared the files' checksums already.
         """
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -309,38 +315,45 @@ class Checkpoint:
         return sorted(name for name in self.files if name.startswith(prefix))
 
     def entry(self, adapter: Adapter, key: str) -> Change:
-        """An entry of the ledger."""
+        """Read one entry of an adapter's ledger."""
         at = f"{adapter.name}#{key}."
-        parts = {name.removeprefix(at): self.tensor(name) for name in self.names(at)}
-        return Pairs(parts["B"], parts["A"]) if "B" in parts else Block(**parts, shape=adapter.shape)
+        fields = {name.removeprefix(at): self.tensor(name) for name in self.names(at)}
+        return Pairs(fields["B"], fields["A"]) if "B" in fields else Block(**fields, shape=adapter.shape)
 
     def starting_change(self, adapter: Adapter) -> Pairs | None:
-        """What left W before it was encoded, with the sign that it left it: the first entry of the ledger, if the
-        method took pairs.
+        """The pairs that were added to W before it was encoded, which are the starting pairs with a minus.
+
+        They are the first entry of the ledger; None if the method took no pairs.
         """
         entry = self.entry(adapter, "0000") if self.state["taken"].get(adapter.name) else None
         assert not isinstance(entry, Block)
         return entry
 
     def ledger(self, adapter: Adapter) -> list[Change]:
+        """Read an adapter's ledger."""
         at = f"{adapter.name}#"
         keys = {name.removeprefix(at).partition(".")[0] for name in self.names(at) if name[len(at)].isdigit()}
         return [self.entry(adapter, key) for key in sorted(keys)]
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
-    """Everything but what loading gave already (W without its starting pairs, and the values beside it). Collective."""
+    """Restore what loading does not: moments, later updates of W, what the method remembers, random numbers.
+
+    Loading has read W without its starting pairs and the trained values. Collective.
+    """
+    # trained values with their moments, into an optimizer that is primed to have made as many updates
     made = checkpoint.step - checkpoint.skipped
     if made:
         engine.prime(made)
-    kept = engine.settings.kind.moments if made else ()  # an optimizer that has made no step has none
+    names = engine.settings.kind.moments if made else ()  # before its first update an optimizer has no moments
     for name, p in adapter_parameters(model):
         if p.requires_grad:
-            moments = {k: checkpoint.tensor(f"{name}#{k}").to(engine.device) for k in kept}
+            moments = {k: checkpoint.tensor(f"{name}#{k}").to(engine.device) for k in names}
             engine.put(p, Slot(checkpoint.tensor(name).to(engine.device), moments))
+    # W, the ledger and the memory of each adapter
     for adapter in adapters:
         with engine.together():
             ledger = checkpoint.ledger(adapter)
@@ -356,6 +369,7 @@ def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], check
                 adapter.reserve = reserve
         adapter.memory = _my_memory(engine, adapter, checkpoint)
         _check_weight(engine, adapter, checkpoint)
+    # random numbers, if every rank finds those of the same rank
     file = checkpoint.path / f"random-{engine.rank:05d}.safetensors"
     if engine.world == checkpoint.state["world"] and file.is_file():
         with safe_open(file, framework="pt") as handle:
@@ -365,7 +379,7 @@ def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], check
 
 
 def _replay(engine: Engine, adapter: Adapter, ledger: list[Change]) -> None:
-    """W += what came after the start, one entry after the other, as it was added then. Local but for the end."""
+    """Add the entries of the ledger that came after the start to W, one by one, as they were added then."""
     weight = engine.weight(adapter)
     for entry in ledger[adapter.taken :]:
         weight.add_(entry.to(engine.device))
@@ -373,7 +387,8 @@ def _replay(engine: Engine, adapter: Adapter, ledger: list[Change]) -> None:
 
 
 def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    mine = {}
+    """This rank's share of the adapter's memory, see Adapter.spans."""
+    memory = {}
     at = f"{adapter.name}#"
     for name in checkpoint.names(at):
         key = name.removeprefix(at)
@@ -386,20 +401,18 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
         elif along is not None:
             span = engine.span(getattr(adapter, along))
             value = value[span.start : span.start + span.value.numel()].clone()
-        mine[key] = value
-    return mine
+        memory[key] = value
+    return memory
 
 
 def _check_weight(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """W applied to the probe is what it was."""
+    """Raise ValueError unless W applied to the probe gives what it gave when the checkpoint was written."""
     wanted = checkpoint.tensor(f"{adapter.name}#probe").to(engine.device)
-    apart = float(
-        (engine.weight(adapter).matmul(probe(engine, adapter)) - wanted).norm() / wanted.norm().clamp_min(1e-30)
-    )
+    answer = engine.weight(adapter).matmul(probe(engine, adapter))
+    apart = float((answer - wanted).norm() / wanted.norm().clamp_min(1e-30))
     limit = EXACT_DRIFT if adapter.codec.holds_small_updates or not adapter.codec.writable else ROUNDED_DRIFT
     if not apart <= limit:
         raise ValueError(
             f"{checkpoint.path}: the weight of {adapter.name} is {apart:.1e} away from what it was when the checkpoint "
-            "was written; is "
-            "model_name_or_path the same model, and codec, dtype the same?"
+            "was written; is model_name_or_path the same model, and codec, dtype the same?"
         )

@@ -1,10 +1,10 @@
-"""What a run hands back: a plain PEFT LoRA over the untouched base, and a merged Hugging Face checkpoint.
+"""The results of a run: a plain PEFT LoRA over the untouched base, and a merged Hugging Face checkpoint.
 
-    trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A          (of another adapter: what its `change` says)
+    trained layer = W0 + sum(ledger) + s B A + s bank_B bank_A          (other adapters: W0 + sum(ledger) + `change`)
 
-Whatever a method did to W, to the pairs or to the bank, all behind W0 is one low-rank matrix. `save_adapter` writes it
-as LoRA factors; `merge` adds LoRA factors to the stored W0, one tensor in memory at a time, from any PEFT LoRA folder
-that it fully understands.
+Whatever a method did to W, to the pairs or to the bank, the sum of all changes of W0 is one low-rank matrix.
+`save_adapter` writes this matrix as LoRA factors. `merge` adds LoRA factors to the stored W0, one tensor in memory at a
+time. It takes any PEFT LoRA folder whose settings it understands completely.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from llm_lowrank.numerics.pairs import Pairs
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-ALL = "untruncated.safetensors"  # beside WEIGHTS when these had to be cut down: pairs of every module, scaling 1
+ALL = "untruncated.safetensors"  # beside truncated WEIGHTS: all pairs of every module, scaling 1
 BACKBONE = "backbone.safetensors"
-TEMPLATE = "chat_template.jinja"  # beside CONFIG when the run was given one; transformers' name for it
+TEMPLATE = "chat_template.jinja"  # beside CONFIG if the run had a template; transformers' name for it
 PREFIX = "base_model.model."
 
 
@@ -48,10 +48,12 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class SavedAdapter:
+    """The report of an exported adapter."""
+
     path: Path
     rank: int  # of every factor in the file
     ranks: dict[str, int]  # module -> pairs that its change needs
-    error: float  # what compression dropped: the largest |dropped| / |change| of a module
+    error: float  # the largest |dropped| / |change| of a module, from compression
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -62,7 +64,7 @@ class SavedAdapter:
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
-    """sum(ledger) + what the adapter adds, with as few pairs as it needs, on the host of rank 0; None elsewhere.
+    """Return sum(ledger) + the adapter's change with as few pairs as possible on rank 0, None elsewhere.
 
     Collective.
     """
@@ -71,27 +73,28 @@ def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
 
 
 def save_adapter(
-    engine: Engine, adapters: Sequence[Adapter], method: Method, path: str | Path, base_model_name_or_path: str
+    engine: Engine, adapters: Sequence[Adapter], *, method: Method, path: str | Path, base_model_name_or_path: str
 ) -> SavedAdapter | None:
-    """Write a PEFT LoRA folder on rank 0 and describe it there; None elsewhere. Collective.
+    """Write a PEFT LoRA folder on rank 0 and return a report there; return None elsewhere. Collective.
 
-    Adapters that never froze a pair are written as they were trained. Otherwise all modules get the rank that the
-    neediest one has (the others are padded with zero pairs, as vLLM wants one rank), at most `method.export_rank`,
-    scaling 1 and balanced factors.
+    Adapters that never froze a pair are written as they were trained. Otherwise every module gets balanced factors,
+    scaling 1 and the largest rank that a module needs, at most `method.export_rank`. Modules that need less are padded
+    with pairs of zeros, as vLLM wants one rank. If ranks were truncated, ALL holds the untruncated pairs.
     """
     factors: dict[str, Pairs] = {}
     extras: dict[str, Tensor] = {}
-    # the ledger is rank 0's
+    # all ranks must agree, but only rank 0 has the ledgers
     as_trained = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
+    # gathering is collective, one adapter at a time; the factors are on rank 0
     error = 0.0
     for adapter in adapters:
         if as_trained:
             assert isinstance(adapter, PairAdapter)
             a, b = engine.whole(adapter.A), engine.whole(adapter.B)
-            own = adapter.extras(engine.whole)
+            tensors = adapter.extras(engine.whole)
             if engine.main:
                 factors[adapter.name] = Pairs(b, a).to("cpu")
-                extras |= {f"{PREFIX}{adapter.name}.{k}": v.cpu() for k, v in own.items()}
+                extras |= {f"{PREFIX}{adapter.name}.{k}": v.cpu() for k, v in tensors.items()}
         elif (change := _change(engine, adapter)) is not None:
             factors[adapter.name], dropped = change.compress()
             cut = _norm(factors[adapter.name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
@@ -99,12 +102,23 @@ def save_adapter(
     if not engine.main:
         return None
 
+    # one rank for all modules
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
     written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
     if not as_trained and method.export_rank and rank > method.export_rank:
         rank = method.export_rank
         written[ALL] = _peft_names(factors)
+    if not as_trained:
+        factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
+    written[WEIGHTS] |= _peft_names(factors)
+    # ALL names the WEIGHTS that it belongs to, so that WEIGHTS are written first
+    (Path(path) / ALL).unlink(missing_ok=True)
+    settings = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
+    notes = {"format": "pt", "written_by": "llm_lowrank", "method": settings}
+    for file, tensors in written.items():
+        write_safetensors(Path(path) / file, tensors, notes)
+        notes = notes | {"of": file_sha256(Path(path) / WEIGHTS)}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -120,15 +134,6 @@ def save_adapter(
         "inference_mode": True,
         **(method.peft() if as_trained else {}),
     }
-    if not as_trained:
-        factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
-    written[WEIGHTS] |= _peft_names(factors)
-    described = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
-    (Path(path) / ALL).unlink(missing_ok=True)
-    notes = {"format": "pt", "written_by": "llm_lowrank", "method": described}
-    for file, tensors in written.items():
-        write_safetensors(Path(path) / file, tensors, notes)
-        notes = notes | {"of": file_sha256(Path(path) / WEIGHTS)}  # ALL comes second
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
     return SavedAdapter(Path(path), rank, ranks, error)
 
@@ -140,17 +145,17 @@ def _peft_names(factors: dict[str, Pairs]) -> dict[str, Tensor]:
 
 
 def _of_rank(pairs: Pairs, rank: int) -> Pairs:
-    """The first pairs, or with pairs of zeros behind them."""
+    """The first `rank` pairs, or all pairs with pairs of zeros behind them."""
     (m, n), more = pairs.shape, max(0, rank - len(pairs))
     return Pairs.cat([pairs.take(slice(rank)), Pairs(torch.zeros(m, more), torch.zeros(more, n))])
 
 
 def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
-    """Everything behind W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
-    now = adapter.change(engine.whole)
-    return (
-        Pairs.cat([*(entry.pairs() for entry in adapter.ledger), now.to("cpu", torch.float32)]) if engine.main else None
-    )
+    """Return all changes of W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
+    trained = adapter.change(engine.whole)
+    if not engine.main:
+        return None
+    return Pairs.cat([*(entry.pairs() for entry in adapter.ledger), trained.to("cpu", torch.float32)])
 
 
 def _norm(pairs: Pairs) -> float:
@@ -159,12 +164,13 @@ def _norm(pairs: Pairs) -> float:
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
-def _target_modules(adapted: list[str], asked: Sequence[str]) -> list[str]:
-    """The names the user gave, which we matched as PEFT will; for a rule that PEFT reads otherwise (all-linear) the
-    full names.
+def _target_modules(adapted: list[str], targets: Sequence[str]) -> list[str]:
+    """The user's names of the target modules, if PEFT matches them as we do, otherwise the full names.
+
+    PEFT reads all-linear differently.
     """
-    by_name = all(any(name == target or name.endswith(f".{target}") for target in asked) for name in adapted)
-    return sorted(asked if by_name else adapted)
+    by_name = all(any(name == target or name.endswith(f".{target}") for target in targets) for name in adapted)
+    return sorted(targets if by_name else adapted)
 
 
 # --- the merged checkpoint --------------------------------------------------------------------------------------------
@@ -172,23 +178,28 @@ def _target_modules(adapted: list[str], asked: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Merged:
+    """The report of a merged checkpoint."""
+
     path: Path
     lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
 
     @property
     def worst(self) -> str:
+        """The module whose update lost most."""
         return max(self.lost, key=self.lost.__getitem__)
 
     def __str__(self) -> str:
         most = self.lost[self.worst]
         advice = "; merge into float32, or use the adapter unmerged, to keep all of it" if most > 0.05 else ""
-        return f"{self.path}: {len(self.lost)} modules merged, rounding error at most {most:.2%} of an update ({self.worst}){advice}"
+        error = f"rounding error at most {most:.2%} of an update ({self.worst})"
+        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}"
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter makes of a weight: W + s B A, with the rows as long as `magnitude` says (DoRA, arXiv 2402.09353
-    eq. 5).
+    """An adapter's update of a weight, W + s B A; with a `magnitude` the rows get these lengths.
+
+    DoRA: https://arxiv.org/abs/2402.09353 eq. 5
     """
 
     pairs: Pairs
@@ -196,13 +207,13 @@ class Update:
     magnitude: Tensor | None = None  # (m,)
 
     def change(self, w: Tensor) -> Tensor:
-        """What is added to a float32 W: (m, n) -> (m, n)."""
+        """The matrix that is added to a float32 W: (m, n) -> (m, n)."""
         added = self.scaling * self.pairs.to(dtype=torch.float32).product()
         if self.magnitude is None:
             return added
-        whole = w + added
-        lengths = whole.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        return whole * (self.magnitude.float() / lengths)[:, None] - w
+        updated = w + added
+        lengths = updated.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # (m,)
+        return updated * (self.magnitude.float() / lengths)[:, None] - w
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,7 @@ class Lora:
 
     @classmethod
     def open(cls, path: str | Path) -> Lora:
+        """Open a PEFT LoRA folder. Raise ValueError if something in it is missing, damaged or not understood."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise ValueError(f"{path} has no {CONFIG}: not a PEFT adapter folder")
@@ -246,6 +258,7 @@ class Lora:
         return cls(path, modules, config)
 
     def update(self, module: str) -> Update:
+        """Read the update of a module: the untruncated one, if there is one."""
         if (self.path / ALL).is_file():
             with safe_open(self.path / ALL, framework="pt") as handle:
                 a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
@@ -263,7 +276,7 @@ class Lora:
         return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
 
 
-# What a LoRA config may say here; all else must be off.
+# Settings of a LoRA config that this merge applies; all others must be off.
 UNDERSTOOD = {
     "peft_type",
     "init_lora_weights",
@@ -274,7 +287,7 @@ UNDERSTOOD = {
     "rank_pattern",
     "alpha_pattern",
 }
-NO_MATTER = {  # does not change W + scaling B A
+NO_MATTER = {  # settings that do not change W + scaling B A
     *(
         "auto_mapping",
         "peft_version",
@@ -288,7 +301,7 @@ NO_MATTER = {  # does not change W + scaling B A
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "runtime_config", "eva_config", "qalora_group_size", "ensure_weight_tying"),
 }
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # other starts are subtracted from the base
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # other starting values are subtracted from the base
 
 
 def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
@@ -302,50 +315,51 @@ def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
     if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} means that the base weights were changed too; convert it to a plain "
-            "LoRA first "
-            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            "LoRA first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a run really trained on, when its codec rounded W: `output_dir/backbone.safetensors`.
+    """The quantized weights on which a run trained: `output_dir/backbone.safetensors`.
 
-        base = decode(encode(W0 + C)) - C        C the pairs that left W before it was encoded, with the sign that they left it
+        base = decode(encode(W0 + C)) - C        C: what was added to W before encoding, minus the starting pairs
 
-    so that base + adapter is the trained layer. Row by row from W0 and C, as it was loaded; no weights are stored.
+    base + adapter is the trained layer. The base is computed from W0 and C row by row, as it was when the run loaded
+    the model. No weights are stored.
     """
 
     codec: Codec
-    modules: list[str]  # all coded ones, adapted or not
+    modules: list[str]  # all quantized ones, adapted or not
     path: Path
-    device: str  # that encoded: on another, a value on the edge between two levels may fall on the other side
+    # The device that encoded the weights: on another one a value on the edge between two codes may get the other code.
+    device: str
 
     @staticmethod
     def save(path: str | Path, model: torch.nn.Module) -> None:
-        """Call on rank 0, whose ledgers they are.
-
-        Coded weights never change later, so that a ledger has its start only.
-        """
-        coded = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) and not m.codec.writable}
-        tensors: dict[str, Tensor] = {"none": torch.zeros(0)}  # a safetensors file holds something
-        for name, layer in coded.items():
+        """Write the file. Call on rank 0, which has the ledgers."""
+        quantized = {
+            name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) and not m.codec.writable
+        }
+        tensors: dict[str, Tensor] = {"none": torch.zeros(0)}  # a safetensors file cannot be empty
+        for name, layer in quantized.items():
             if isinstance(layer, Adapter) and layer.ledger:
                 start = layer.ledger[0].pairs()
-                assert len(layer.ledger) == 1
+                assert len(layer.ledger) == 1  # a quantized weight never changes after it was encoded
                 tensors |= {f"{name}.B": start.B.contiguous(), f"{name}.A": start.A.contiguous()}
-        codec = next(iter(coded.values())).codec
+        codec = next(iter(quantized.values())).codec
         settings = {
             "name": codec.name,
             "dtype": str(codec.dtype),
             "double_quant": getattr(codec, "double_quant", False),
         }
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        notes = {"codec": json.dumps(settings), "modules": json.dumps(list(coded)), "device": device}
+        notes = {"codec": json.dumps(settings), "modules": json.dumps(list(quantized)), "device": device}
         write_safetensors(path, tensors, {"format": "pt", **notes})
 
     @classmethod
     def open(cls, path: str | Path) -> Backbone:
+        """Open the file of a run. Raise ValueError if it does not exist, is damaged or was not written by a run."""
         if not Path(path).is_file():
             raise ValueError(
                 f"{path} does not exist: runs with codec nf4 or int8 write it, the only ones with a base to dequantize"
@@ -357,15 +371,11 @@ class Backbone:
             raise ValueError(f"{path} says nothing about a codec: it was not written by a run")
         settings = json.loads(notes["codec"])
         dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
-        return cls(
-            make(settings["name"], dtype, settings["double_quant"]),
-            json.loads(notes["modules"]),
-            Path(path),
-            notes["device"],
-        )
+        codec = make(settings["name"], dtype, settings["double_quant"])
+        return cls(codec, json.loads(notes["modules"]), Path(path), notes["device"])
 
     def base(self, name: str, w: Tensor) -> Tensor:
-        """The base of a module, float32, given W0."""
+        """Return the base of a module in float32, given w = W0: (m, n) -> (m, n)."""
         with safe_open(self.path, framework="pt") as handle:
             has = f"{name}.B" in handle.keys()  # noqa: SIM118 - a handle is not iterable
             change = Pairs(handle.get_tensor(f"{name}.B"), handle.get_tensor(f"{name}.A")) if has else None
@@ -382,29 +392,30 @@ class Backbone:
 class Merging:
     """The tensors of a merged checkpoint, one at a time: base + adapter in float32, rounded once.
 
-    The base is that of the checkpoint or, with a backbone, what the run trained on.
+    The base is the checkpoint's W0 or, with a backbone, the quantized weight on which the run trained.
     """
 
     source: Source
     lora: Lora
-    dtype: torch.dtype | None = None  # of every floating tensor; by default each keeps its own
+    dtype: torch.dtype | None = None  # of every floating-point tensor; None: each keeps its dtype
     backbone: Backbone | None = None
 
     def __post_init__(self) -> None:
         self.updated = _find_weights(self.source, self.lora)
-        self.coded = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
+        self.quantized = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
         if self.dtype is not None:
             self.layout = {
-                name: (self.dtype if kept.is_floating_point else kept, shape)
-                for name, (kept, shape) in self.layout.items()
+                name: (self.dtype if stored.is_floating_point else stored, shape)
+                for name, (stored, shape) in self.layout.items()
             }
         self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
 
     def tensor(self, name: str) -> Tensor:
+        """Compute one tensor of the merged checkpoint; for an adapted module also note what rounding took."""
         weight, target = self.source.tensor(name), self.layout[name][0]
-        if self.backbone is not None and name in self.coded and not self.source.is_nf4(name):
-            weight = self.backbone.base(self.coded[name], weight)
+        if self.backbone is not None and name in self.quantized and not self.source.is_nf4(name):
+            weight = self.backbone.base(self.quantized[name], weight)
         if name not in self.updated:
             return weight.to(target)
         module = self.updated[name]
@@ -416,14 +427,16 @@ def merge(
     source: Source,
     adapter_dir: str | Path,
     output: str | Path,
+    *,
     dtype: torch.dtype | None = None,
     backbone: Backbone | None = None,
 ) -> Merged:
-    """Write base + adapter as a Hugging Face checkpoint, one tensor in memory at a time.
+    """Write base + adapter as a Hugging Face checkpoint, one tensor in memory at a time, and return a report.
 
-    `dtype` converts every floating tensor; by default each keeps its own. `backbone`: merge into what the run trained
-    on instead of the checkpoint's weights. The folder is written aside and appears under its name when it is complete.
-    Call on one rank.
+    `dtype` converts every floating-point tensor; by default each keeps its dtype. With a `backbone` the adapter is
+    merged into the quantized weights on which the run trained, instead of the checkpoint's weights. The folder is
+    written under another name and renamed when it is complete. Call on one rank. Raise ValueError if the output exists,
+    or if the adapter does not fit the base.
     """
     output = Path(output)
     _check_output(output)
@@ -442,7 +455,7 @@ def merge(
             size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
         _copy_the_rest(source, aside, dtype)
-        if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the model was trained with it, not with the base's
+        if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the template that the model was trained with
             shutil.copyfile(template, aside / TEMPLATE)
         sync(aside)
         os.replace(aside, output)  # over an empty folder too
@@ -455,7 +468,7 @@ def merge(
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the answers of a merged model are from those of the trained one."""
+    """The difference between the answers of a merged model and those of the trained model."""
 
     logits: float  # |merged - trained| / |trained|
     agreement: float  # share of positions with the same most likely token
@@ -468,10 +481,11 @@ class Gap:
 def gaps(
     model: torch.nn.Module, wrapped: torch.nn.Module, inputs: dict[str, Tensor], mergings: Sequence[Merging | None]
 ) -> list[Gap | None]:
-    """Answers once as trained, and for each merging with every frozen linear as it would be written. Collective.
+    """Compare the answers of the trained model with those of each merged model, without writing it. Collective.
 
-    Ranks other than 0 pass None in the place of every merging and get None: they take part in the forward, and their
-    answers are not looked at. One weight is in memory at a time.
+    For each merging the model answers again with every frozen linear replaced by the weight that would be written; one
+    such weight is in memory at a time. Only rank 0 has mergings. The other ranks pass None in their places and get
+    None: they take part in the forward, and their answers are ignored.
     """
     attended = inputs["attention_mask"].bool()
 
@@ -479,8 +493,9 @@ def gaps(
         return wrapped(**inputs, use_cache=False).logits[attended].float()
 
     frozen = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
-    trained, found = answers(), list[Gap | None]()
+    trained, by_merging = answers(), list[Gap | None]()
     for merging in mergings:
+        # each layer's forward is replaced on the object, so that engines still gather at the module's call
         try:
             for name, layer in frozen:
                 if merging is not None:
@@ -489,12 +504,10 @@ def gaps(
         finally:
             for _, layer in frozen:
                 vars(layer).pop("forward", None)
-        apart, same = (
-            (merged - trained).norm() / trained.norm(),
-            (merged.argmax(-1) == trained.argmax(-1)).float().mean(),
-        )
-        found.append(None if merging is None else Gap(float(apart), float(same)))
-    return found
+        distance = float((merged - trained).norm() / trained.norm())
+        agreement = float((merged.argmax(-1) == trained.argmax(-1)).float().mean())
+        by_merging.append(None if merging is None else Gap(distance, agreement))
+    return by_merging
 
 
 def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor) -> Tensor:
@@ -503,7 +516,7 @@ def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor)
 
 
 def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The updated W, computed in float32 and rounded once, and the share of the update that the rounding took.
+    """Return the updated W, computed in float32 and rounded once, and the share of the update that rounding took.
 
     lost = |realized - wanted| / |wanted|,  wanted = the update,  realized = round(W + wanted) - round(W)
     """
@@ -520,8 +533,9 @@ def _check_output(output: Path) -> None:
 
 
 def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
-    """Tensor name -> module, for every module of the adapter; each must be in the checkpoint, alone, with the right
-    shape.
+    """Tensor name -> module, for every module of the adapter.
+
+    Raise ValueError if a module's weight is missing from the checkpoint, tied to another one or of another shape.
     """
     tied = json.loads((source.path / "config.json").read_text()).get("tie_word_embeddings", False)
     stored = set(source.names())
@@ -530,9 +544,8 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
         if (tied or name not in stored) and module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
             raise ValueError(
                 f"{lora.path} adapts {module}, which shares its weight with the other end of the model in "
-                f"{source.path} "
-                "(tie_word_embeddings); merged, it would change both. Leave it out of target_modules or use the "
-                "adapter unmerged"
+                f"{source.path} (tie_word_embeddings); merged, it would change both. Leave it out of target_modules or "
+                "use the adapter unmerged"
             )
         if name not in stored:
             near = difflib.get_close_matches(name, stored, 2)
@@ -551,15 +564,13 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
 
 
 def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
-    """config.json, tokenizer, chat template, generation config: every small file of the checkpoint that is not its
-    index.
-    """
+    """Copy config.json, tokenizer, chat template, generation config: every small file except the index."""
     for file in sorted(source.path.iterdir()):
         if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)
     if dtype is not None or source.prequantized:
         config = json.loads((source.path / "config.json").read_text())
-        config.pop("quantization_config", None)  # what was decoded is stored plainly
+        config.pop("quantization_config", None)  # decoded weights are stored plainly
         if dtype is not None:
             config.pop("torch_dtype", None)  # the name before transformers 5
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Answers in words: batched generation, greedy or drawn, and how many of the held-out questions a model answers right."""
+"""Batched generation, greedy or sampled, and the share of held-out questions that a model answers correctly."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from llm_lowrank.data import Question, pad_id
 
 @dataclass(frozen=True)
 class Report:
+    """The result of held-out questions, over all ranks."""
+
     exact_match: float  # share of the answers that equal the expected one
     mean_score: float  # mean of the task's own score
     count: int
-    samples: list[tuple[str, str, str, float]]  # (question, answer, expected, score) of this rank's share
+    samples: list[tuple[str, str, str, float]]  # (question, answer, expected answer, score) of this rank's share
 
 
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int,
@@ -35,15 +38,17 @@ def answer(
     temperature: float = 0.0,
     stops: Sequence[str] = (),
 ) -> list[str]:
-    """The most likely answer to each question, or one drawn at a temperature above 0; cut before the first of `stops`
-    in it. Blanks around an answer stay. Collective when synced (parameters sharded over the ranks: no rank may stop
-    before the others), and then every rank must bring equally many questions.
+    """Return the model's answer to each question: the greedy one, or a sample at a temperature above 0.
+
+    An answer is cut before the first of `stops` in it; blanks around it stay. `synced` is for parameters that are
+    sharded over the ranks, where no rank may stop before the others: the call is then collective, and every rank must
+    have the same number of questions.
     """
     filler = pad_id(tokenizer)
-    # all tokens are drawn from: transformers' own default keeps the 50 most likely ones
+    # sample from all tokens; transformers' default keeps the 50 most likely ones
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    # little padding; the longest show first
+    # similar lengths need little padding, and with the longest first a lack of memory shows at once
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))
     answers = [""] * len(questions)
     with _evaluating(model):
@@ -75,6 +80,7 @@ def answer(
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     questions: Sequence[Question],
     rank: int,
     world: int,
@@ -83,34 +89,43 @@ def accuracy(
     batch_size: int,
     synced: bool,
 ) -> Report:
-    """Each rank answers its share; shares are filled up with questions that are not counted, so all ranks generate
-    equally often. Collective.
+    """Let each rank answer its share of the questions, and report the result over all ranks. Collective.
+
+    Shares are padded with questions that are not counted, so that all ranks generate equally often.
     """
     assert questions, "no questions"
-    mine = list(questions[rank::world])
-    filled = mine + [questions[0]] * (ceil(len(questions) / world) - len(mine))
-    found = answer(model, tokenizer, filled, max_new_tokens, batch_size, synced, progress=rank == 0)
-    answers = [text.strip() for text in found]
-    samples = [(q.text, text, q.answer, q.score(text)) for q, text in zip(mine, answers, strict=False)]
+    share = list(questions[rank::world])
+    padded = share + [questions[0]] * (ceil(len(questions) / world) - len(share))
+    texts = answer(
+        model,
+        tokenizer,
+        questions=padded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        synced=synced,
+        progress=rank == 0,
+    )
+    answers = [text.strip() for text in texts]
+    samples = [(q.text, text, q.answer, q.score(text)) for q, text in zip(share, answers, strict=False)]
     exact = sum(text == expected.strip() for _, text, expected, _ in samples)
     local = torch.tensor(
-        [exact, sum(sample[3] for sample in samples), len(mine)], dtype=torch.float64, device=model.device
+        [exact, sum(sample[3] for sample in samples), len(share)], dtype=torch.float64, device=model.device
     )
     exact, score, count = sum_over_ranks(local).tolist()
     return Report(exact / count, score / count, round(count), samples)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Every token that ends an answer: the generation config's, and the one that training put after the answers."""
+    """All tokens that end an answer: the generation config's, and the tokenizer's, with which training ends one."""
     known = model.generation_config.eos_token_id
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
 
 
 class _Stops(StoppingCriteria):
-    """An answer is done once it holds one of the texts.
+    """Stop an answer when it contains one of the texts.
 
-    The prompt is not looked at: it may end with the beginning of one.
+    The prompt does not count, as it may end with half of such a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stops: Sequence[str]) -> None:
@@ -122,9 +137,9 @@ class _Stops(StoppingCriteria):
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
-    """The text behind the prompt's.
+    """The text of the new tokens.
 
-    Decoded alone, sentencepiece tokens would lose a blank at their beginning: of code, its indentation.
+    Decoded without the prompt, sentencepiece tokens lose a blank at their beginning; code would lose its indentation.
     """
     before, through = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
     return through[len(before) :] if through.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)

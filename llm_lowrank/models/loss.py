@@ -1,25 +1,26 @@
-"""The loss of a language model without its logits: made inside of the output layer, for trained positions only, a block
-of them at a time.
+"""The loss of a language model, computed inside of the output layer: for trained positions only, block by block.
 
-    loss = sum over trained positions t of  log sum_v exp(z_tv) - z_t,label(t)            z = layer(x), v over the vocabulary
+    loss = sum over trained positions t of  log sum_v exp(z_tv) - z_t,label(t)         z = layer(x), v in the vocabulary
 
-Whole logits in float32 are 4 GB for 8k tokens and 128k words, a few times over. Here the layer's forward is given the
-labels for the time of one call of the model. It picks the rows of x whose label is trained (of prompts and padding no
-logits are made at all), and goes through them in blocks of at most BLOCK logits, which are dropped at once. What the
-model answers in the place of logits is the sum.
+For 8k tokens and a vocabulary of 128k the logits in float32 take 4 GB, and they are held a few times over. Here the
+layer's forward gets the labels during one call of the model. It takes the rows of x whose label is trained, so that
+prompts and padding have no logits at all. It computes the logits in blocks of at most BLOCK numbers and drops each
+block at once. In the place of logits the model returns the summed loss.
 
-    one block           as it is, kept for backward
-    frozen layer        the gradient of x is made with the block, while its logits are there: nothing is computed twice
-    adapted layer       the block is computed again in backward, where gradients of parameters have their place and their scale
+    one block           its logits are kept for backward, as usual
+    frozen layer        the gradient of x is computed together with each block: nothing is computed twice
+    adapted layer       each block is computed again in backward, where the parameters get their gradients
 
-It is still one call of the layer's module by the model's own forward, so that the hooks of ZeRO-3 and FSDP2 gather its
-weight as always, on every rank, trained positions or not; within the call only the layer's own forward is used, so that
-it may be coded or adapted in any way that takes rows one by one. A fused kernel (Liger's) takes the bare weight of a
-plain linear instead, as one tensor, and needs Triton. torch.nn.functional.linear_cross_entropy takes a bare weight too,
-returns the sum in bfloat16 for a bfloat16 x, and on CPUs makes a float32 copy of the weight for it.
+The model's forward still calls the layer's module once, on every rank, even without trained positions. The hooks of
+ZeRO-3 and FSDP2 therefore gather the layer's weight as always. Within this call only the layer's own forward is used.
+The layer may thus be quantized, and adapted in any way that treats the rows of x one by one.
 
-Some models change logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer` finds out
-before a run.
+There are two alternatives. A fused kernel (Liger's) takes the weight of a plain linear layer as one tensor, and needs
+Triton. torch.nn.functional.linear_cross_entropy takes such a weight too; for a bfloat16 x it returns the sum in
+bfloat16, and on CPUs it makes a float32 copy of the weight.
+
+Some models change the logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer`
+checks this before a run.
 """
 
 from __future__ import annotations
@@ -41,19 +42,17 @@ from llm_lowrank.data import IGNORE
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
 
-BLOCK = 2**25  # logits at a time: 128 MB in float32, about four times over while their gradient is made
-PROBE = 8  # tokens that `loss_layer` looks at
+BLOCK = 2**25  # logits at a time: 128 MB in float32, about four times over while their gradient is computed
+PROBE = 8  # tokens of the input with which `loss_layer` checks a model
 
 Forward = Callable[[Tensor], Tensor]
 
 
 def sum_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None) -> Tensor:
-    """Negative log-likelihood of the labels that are not IGNORE, each predicted from what is before it, summed.
+    """Return the negative log-likelihood of all labels that are not IGNORE, summed, at least in float32.
 
-    At least float32.
-
-    labels (batch, length), not shifted, on the host: how many are trained is asked without waiting for the device.
-    layer: what `loss_layer` found; None makes whole logits.
+    A label is predicted from the tokens before it. labels (batch, length) are not shifted and on the host, where they
+    can be counted without waiting for the device. layer: the result of `loss_layer`; None computes all logits.
     """
     if layer is None:
         logits = model(**inputs, use_cache=False).logits
@@ -63,27 +62,29 @@ def sum_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy in at least float32: logits (t, v), labels (t,) -> ()."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 @contextmanager
 def answering(layer: nn.Module, labels: Tensor) -> Iterator[None]:
-    """In here the layer answers with the summed loss."""
+    """Within this block the layer returns the summed loss in the place of logits."""
     assert "forward" not in vars(layer), "the output layer has a forward of its own already"
     forward: Forward = layer.forward
     layer.forward = partial(_answer, layer, forward, labels)
     try:
         yield
     finally:
-        del layer.forward  # of the object; the class still has it
+        del layer.forward  # the object's attribute; the class still has its forward
 
 
 def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Tensor:
-    """(batch, length, n) -> (1, 1, 1): as many axes as logits have."""
+    """The summed loss, with as many axes as logits have: x (batch, length, n) -> (1, 1, 1)."""
     assert x.shape[:2] == labels.shape, (x.shape, labels.shape)
+    # the rows of x that predict a trained label: the label behind position `before` of a sample
     sample, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    at = (sample * labels.shape[1] + before).to(x.device)
+    at = (sample * labels.shape[1] + before).to(x.device)  # (t,)
     wanted = labels[sample, before + 1].to(x.device)  # (t,)
     rows = x.flatten(0, 1).index_select(0, at)  # (t, n)
     vocabulary = layer.shape[0] if isinstance(layer, FrozenLinear) else layer.out_features
@@ -93,17 +94,20 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Te
     def loss(rows: Tensor, wanted: Tensor) -> Tensor:
         return nll(forward(rows), wanted)
 
-    kept = len(rows) <= size or not torch.is_grad_enabled()
-    if not kept and not isinstance(layer, Adapter):
+    # one block, or no backward at all: autograd may keep the logits
+    plain = len(rows) <= size or not torch.is_grad_enabled()
+    # a frozen layer needs no gradient but that of x
+    if not plain and not isinstance(layer, Adapter):
         return _Frozen.apply(rows, wanted, size, loss).view(1, 1, 1)
+    # an adapted layer: its parameters get their gradients when backward computes the block again
     total = torch.zeros((), device=x.device)
     for block in zip(rows.split(size), wanted.split(size), strict=True):
-        total = total + (loss(*block) if kept else checkpoint(loss, *block, use_reentrant=False))
+        total = total + (loss(*block) if plain else checkpoint(loss, *block, use_reentrant=False))
     return total.view(1, 1, 1)
 
 
 class _Frozen(torch.autograd.Function):
-    """The sum of a loss over blocks of rows, its gradient for the rows made on the way."""
+    """The sum of a loss over blocks of rows. The forward computes the gradient of the rows together with the loss."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, wanted: Tensor, size: int, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -112,9 +116,9 @@ class _Frozen(torch.autograd.Function):
             block = slice(first, first + size)
             with torch.enable_grad():
                 x = rows[block].detach().requires_grad_()
-                part = loss(x, wanted[block])
-                (gradient[block],) = torch.autograd.grad(part, x)
-            total = total + part.detach()
+                block_loss = loss(x, wanted[block])
+                (gradient[block],) = torch.autograd.grad(block_loss, x)
+            total = total + block_loss.detach()
         ctx.save_for_backward(gradient)
         return total
 
@@ -127,10 +131,10 @@ class _Frozen(torch.autograd.Function):
 
 @torch.no_grad()
 def loss_layer(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> tuple[nn.Module | None, str]:
-    """The layer in which this model's loss can be made, or None and why: whole logits are needed. Collective.
+    """Return the layer in which this model's loss can be computed, or None and the reason why not. Collective.
 
-    It must be called once in a forward, what it answers must be the model's logits bit for bit, and the loss made in it
-    that of the logits.
+    The forward must call the layer once, the layer's output must be the model's logits bit for bit, and the loss that
+    is computed in the layer must equal that of the logits. Without such a layer all logits are computed.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear | FrozenLinear):
@@ -140,6 +144,7 @@ def loss_layer(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> tu
     ids = torch.arange(PROBE, device=engine.device)[None] % model.get_input_embeddings().num_embeddings
     labels = torch.where(torch.arange(PROBE) == 2, IGNORE, ids.cpu())
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # the layer's output must be the model's logits, on every rank
     answers: list[Tensor] = []
     training = model.training
     wrapped.eval()
@@ -152,9 +157,10 @@ def loss_layer(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> tu
     reason = ""
     if engine.sum(torch.tensor(float(untouched), device=engine.device)) < engine.world:
         reason = f"{type(model).__name__} changes logits after its output layer"
+    # and both losses must agree; the mean over the ranks is the same on all of them
     else:
-        whole = nll(logits[0, :-1], labels[0, 1:].to(logits.device))
-        apart = float(engine.sum((sum_loss(wrapped, inputs, labels, layer) / whole - 1).abs())) / engine.world
+        expected = nll(logits[0, :-1], labels[0, 1:].to(logits.device))
+        apart = float(engine.sum((sum_loss(wrapped, inputs, labels, layer) / expected - 1).abs())) / engine.world
         if not apart <= torch.finfo(logits.dtype).eps ** 0.5:
             reason = f"the loss made in the output layer is {apart:.0e} away from that of the logits"
     wrapped.train(training)

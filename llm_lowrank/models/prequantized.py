@@ -1,19 +1,21 @@
-"""Weights that bitsandbytes stored in 4 bits, read as they are.
+"""Weights that bitsandbytes stored in 4 bits, read without quantizing them again.
 
     W[i, j] = map[code[i, j]] * absmax[i, j // 64]
-    absmax[b] = nested_map[byte[b]] * nested_absmax[b // 256] + offset     where absmax was quantized once more (b counts blocks by rows)
+    absmax[b] = nested_map[byte[b]] * nested_absmax[b // 256] + offset     if absmax is quantized too; b counts by rows
 
-https://arxiv.org/abs/2305.14314: map is nf4, 16 quantiles of a normal distribution. In the files a quantized weight (m,
-n) is
+https://arxiv.org/abs/2305.14314: map is nf4, 16 quantiles of a normal distribution. A file stores a quantized weight
+(m, n) as
 
-    X.weight                                uint8 (m n / 2, 1): two codes a byte, the first in the high bits (or those bytes as wider words)
+    X.weight                                uint8 (m n / 2, 1): two codes a byte, the first in the high bits (or the
+                                            same bytes as wider words)
     X.weight.absmax                         float32 (m n / 64,), or uint8 if nested
     X.weight.quant_map                      float32 (16,)
-    X.weight.quant_state.bitsandbytes__nf4  JSON as uint8: quant_type, blocksize, dtype, shape, nested_blocksize, nested_offset, ...
+    X.weight.quant_state.bitsandbytes__nf4  JSON as uint8: quant_type, blocksize, dtype, shape, nested_blocksize,
+                                            nested_offset, ...
     X.weight.nested_absmax                  float32 (m n / 64 / 256,), only if nested
     X.weight.nested_quant_map               float32 (256,), only if nested
 
-With n a multiple of 64 no block crosses a row, so that any rows decode from their own bytes.
+As n is a multiple of 64, no block crosses a row, and any rows can be decoded from their own bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 
 
 class Part(Protocol):
-    """A tensor as it lies in a file."""
+    """A tensor in a file."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -48,7 +50,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """One quantized weight, (m, n) in the dtype that it had before."""
+    """One quantized weight (m, n), with the dtype that it had before."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -57,12 +59,13 @@ class Nf4Weight:
     nested: Nested | None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop decoded, from the bytes of these rows only."""
-        return Nf4(self.dtype).decode(self.parts(start, stop), self.shape[1])  # (rows, n)
+        """Decode the rows start .. stop, (rows, n), from the bytes of these rows only."""
+        return Nf4(self.dtype).decode(self.parts(start, stop), self.shape[1])
 
     def parts(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start .. stop not decoded, as the parts of Nf4: codes uint8 (rows, n / 2) and scales, float32 (rows, n /
-        64) as bytes.
+        """Read the rows start .. stop as the parts of Nf4.
+
+        codes uint8 (rows, n / 2), scales float32 (rows, n / 64) as bytes.
         """
         rows, n = stop - start, self.shape[1]
         words, blocks = n // 2 // self.words.dtype.itemsize, n // BLOCK  # in a row
@@ -83,13 +86,13 @@ class Nested:
     offset: float
 
     def decode(self, stored: Tensor, first: int) -> Tensor:
-        """Scales first, first + 1, ... from their bytes."""
+        """Decode the scales first, first + 1, ... from their bytes."""
         block = torch.arange(first, first + len(stored)) // self.blocksize
         return _whole(self.map)[stored.int()] * _whole(self.absmax)[block] + self.offset
 
 
 def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
-    """Refuse every quantized checkpoint but nf4 of bitsandbytes."""
+    """Raise ValueError for every quantized checkpoint except nf4 of bitsandbytes."""
     method = str(quantization.get("quant_method", "unknown method"))
     if method == "bitsandbytes" and quantization.get("load_in_4bit"):
         method = str(quantization.get("bnb_4bit_quant_type"))
@@ -103,9 +106,9 @@ def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
 
 
 def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight], set[str]]:
-    """The quantized weights among the stored tensors, and the names of the tensors that only describe them."""
+    """Return the quantized weights among the stored tensors, and the names of the tensors that only describe them."""
     try:
-        kernels()  # asked for before any file needs them
+        kernels()  # a missing package is reported before a file needs it
     except ImportError as error:
         raise ValueError(
             f"reading a checkpoint in 4 bits needs bitsandbytes ({error}): pip install bitsandbytes"
@@ -113,8 +116,8 @@ def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight
     weights: dict[str, Nf4Weight] = {}
     beside: set[str] = set()
     for key in stored:
-        name, found, kind = key.partition(KIND)
-        if found:
+        name, separator, kind = key.partition(KIND)
+        if separator:
             if kind != "nf4":
                 raise ValueError(f"{path}: {name} is stored in {kind}, of 4 bit types only nf4 is read; {START_OVER}")
             weights[name] = _weight(f"{path}: {name}", name, stored)
@@ -143,7 +146,7 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
     if len(shape) != 2 or shape[1] % BLOCK:
         raise ValueError(f"{where} has shape {shape}, not rows of whole blocks of {BLOCK}; {START_OVER}")
     nf4 = levels(torch.device("cpu"))
-    # bitsandbytes compares so
+    # the same tolerance as in bitsandbytes
     if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):
         raise ValueError(f"{where} has a quant_map that is not that of nf4; {START_OVER}")
     blocks = shape[0] * shape[1] // BLOCK

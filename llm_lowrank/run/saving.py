@@ -38,14 +38,14 @@ class Saving:
         self.writing = checkpoint.save(
             run.engine,
             run.model,
-            run.adapters,
-            run.recipe.output,
-            step,
-            run.skipped,
-            draccus.encode(run.recipe),
-            run.source.fingerprint,
-            run.facts,
-            run.recipe.save_total_limit,
+            adapters=run.adapters,
+            output=run.recipe.output,
+            step=step,
+            skipped=run.skipped,
+            recipe=draccus.encode(run.recipe),
+            base=run.source.fingerprint,
+            data=run.facts,
+            keep=run.recipe.save_total_limit,
         )
         self.waited = time.perf_counter() - began
 

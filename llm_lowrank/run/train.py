@@ -197,7 +197,9 @@ def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | Non
         run.say(f"before training: {before}")
     run.say(f"after training:  {evaluation}")
     engine.at("the export")
-    saved = export.save_adapter(engine, run.adapters, recipe.method, output / "adapter", run.source.name)
+    saved = export.save_adapter(
+        engine, run.adapters, method=recipe.method, path=output / "adapter", base_model_name_or_path=run.source.name
+    )
     if recipe.data.chat_template and engine.main:
         write_text(output / "adapter" / export.TEMPLATE, str(run.tokenizer.chat_template))
     run.say(f"adapter: {saved}")
