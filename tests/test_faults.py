@@ -237,9 +237,9 @@ def test_a_rank_whose_word_did_not_get_through_once_tells_again(watches):
 
     watch.store = Failing()
     assert failed.wait(5)
-    before, watch.store = watch.told, store
+    before, watch.store = watch.reports, store
     deadline = time.monotonic() + 10
-    while watches[1]._everyone()[0].told <= before:
+    while watches[1]._everyone()[0].reports <= before:
         assert time.monotonic() < deadline, "it told nothing any more"
         time.sleep(0.05)
 

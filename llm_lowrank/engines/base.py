@@ -1,10 +1,10 @@
 """What the floors above may ask of the way a model is spread over ranks.
 
-One contract, several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py), PyTorch FSDP2 (fsdp.py).
-Above this floor no code knows how many ranks there are; what takes a decision takes it on rank 0 and broadcasts it.
+There is one contract and several engines: one process or DDP (plain.py), DeepSpeed ZeRO-1/2/3 (zero.py), PyTorch FSDP2
+(fsdp.py). Above this floor no code knows how many ranks there are; a decision is taken on rank 0 and broadcast.
 
 A model comes without values, its parameters on the meta device. `wrap` asks for the rows that this rank will hold,
-module by module, and keeps nothing else: no rank ever holds the whole model because it was on its way to the others.
+module by module, and keeps nothing else, so that no rank ever holds the whole model on its way to the others.
 
 Loss: `backward` wants this rank's share, such that the shares of all ranks and micro-batches sum to the loss of the
 global batch. Gradients are sums over ranks and micro-batches, whatever the library underneath divides by.
@@ -33,9 +33,9 @@ from llm_lowrank.engines.weight import Weight
 from llm_lowrank.files import raw_bytes
 from llm_lowrank.numerics.optimizers import Optimization, check_state, initial_state
 
-TIMEOUT, PATIENCE = 1800.0, 120.0  # seconds
-
-RELEASE = 2**25  # bytes
+TIMEOUT = 1800.0  # seconds without progress after which a guarded run ends
+PATIENCE = 120.0  # seconds by which the process group waits longer: its error names no rank
+RELEASE = 2**25  # bytes of weights after which freed host memory goes back to the system
 
 # read(module name, module, {parameter name: rows of its dim 0}) -> those rows. All ranks ask for the modules in the
 # same order, each for its own rows, so that a reader may communicate.
@@ -52,7 +52,7 @@ class LostContact(RuntimeError):
 
 @dataclass
 class Span:
-    """This rank's contiguous stretch of a flattened parameter: nothing here was communicated."""
+    """This rank's contiguous stretch of a flattened parameter; nothing in it was communicated."""
 
     start: int  # flat position of its first element
     value: Tensor  # (numel,) the master value, a view of it outside of autograd
@@ -69,22 +69,24 @@ class Slot:
 
 
 def trainables(model: nn.Module) -> list[nn.Parameter]:
-    found = [p for p in model.parameters() if p.requires_grad]
-    assert found, "the model has no trainable parameter"
-    return found
+    """Return the trainable parameters, of which there must be one at least."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    assert params, "the model has no trainable parameter"
+    return params
 
 
 def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
-    """Over the trainable parameters, in groups by the `group` of the module that owns them: 0 where it says nothing.
+    """Return the optimizer of the trainable parameters.
 
-    Groups are numbered without a gap: torch's schedulers and DeepSpeed disagree about empty ones.
+    A parameter belongs to the group that the `group` of its module names, by default 0. Groups are numbered without a
+    gap, because torch's schedulers and DeepSpeed disagree about empty ones.
     """
     groups: dict[int, list[nn.Parameter]] = {}
-    known: set[nn.Parameter] = set()
+    grouped: set[nn.Parameter] = set()
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            if p.requires_grad and p not in known:
-                known.add(p)
+            if p.requires_grad and p not in grouped:
+                grouped.add(p)
                 groups.setdefault(getattr(module, "group", 0), []).append(p)
     assert sorted(groups) == list(range(len(groups))), f"groups {sorted(groups)}"
     listed = [{"params": groups[number]} for number in range(len(groups))]
@@ -93,15 +95,16 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
 
 
 def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
-    """One learning rate for every group."""
+    """Set one learning rate for every group."""
     assert len(groups) == len(rates), (len(groups), len(rates))
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 
 
 def share(total: int, index: int, of: int) -> slice:
-    """The index-th of so many even shares of 0 .. total: ceil(total / of) each, so that the last may be smaller or
-    empty.
+    """Return the index-th of so many even shares of 0 .. total.
+
+    A share is ceil(total / of) long, so that the last shares may be smaller or empty.
     """
     size = -(-total // of)
     start = min(index * size, total)
@@ -109,11 +112,12 @@ def share(total: int, index: int, of: int) -> slice:
 
 
 class Engine(ABC):
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+    """How a model is spread over ranks."""
 
-        timeout: seconds without progress after which a guarded run ends, see watch.py. The group's own is longer: it
-        names nobody.
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        """Join the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+        timeout: seconds without progress after which a guarded run ends, see watch.py.
         """
         self.device = self._device()
         if not dist.is_initialized() and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or self.always_a_group):
@@ -141,7 +145,7 @@ class Engine(ABC):
         self.traffic = 0  # bytes that this rank handed to collectives of ours, for the exchange log
 
     always_a_group = False  # whether a single process needs a process group too
-    loss_scale = 1.0  # what `backward` multiplies the loss by, for who reads gradients inside of it
+    loss_scale = 1.0  # the factor by which `backward` multiplies the loss, for hooks that read gradients inside of it
     params: list[nn.Parameter]  # what is trained, once the model is wrapped
     settings: Optimization  # of the optimizer, once the model is wrapped
     shards_parameters = False  # whether every forward is collective, so that no rank may run fewer of them
@@ -161,66 +165,70 @@ class Engine(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
-        """Shards the model, fills it, builds the optimizer over its trainable parameters, returns what to call.
+        """Shard the model, fill it, build the optimizer of its trainable parameters; return the module to call.
 
         Collective.
         """
 
     @abstractmethod
     def weight(self, linear: FrozenLinear) -> Weight:
-        """The frozen weight of a layer, as far as this rank holds it."""
+        """Return the frozen weight of a layer, as far as this rank holds it."""
 
     @abstractmethod
     def span(self, p: nn.Parameter) -> Span:
-        """This rank's span of a trainable p. Over all ranks the spans cover p exactly once. No communication."""
+        """Return this rank's span of a trainable p. The spans of all ranks cover p exactly once. No communication."""
 
     @abstractmethod
     def gradient(self, p: nn.Parameter) -> Tensor:
-        """The gradient of the same span: reduced, accumulated, unscaled, unclipped.
+        """Return the gradient of the same span: reduced, accumulated, unscaled, unclipped.
 
-        Only between the last backward and step.
+        It may be called between the last backward of a step and `step`.
         """
 
     @abstractmethod
     def whole(self, p: nn.Parameter) -> Tensor:
-        """A copy of p as the forward sees it. Collective."""
+        """Return a copy of p as the forward sees it. Collective."""
 
     @abstractmethod
     def slot(self, p: nn.Parameter) -> Slot:
-        """Copies of p's master and moments, whole. Collective."""
+        """Return copies of p's master and moments, whole. Collective."""
 
     @abstractmethod
     def put(self, p: nn.Parameter, slot: Slot) -> None:
-        """Writes every copy of p: the one of the forward, the master, the moments.
+        """Write every copy of p: the one of the forward, the master, the moments.
 
         The slot is the same on every rank. Collective.
         """
 
     @abstractmethod
     def prime(self, steps: int) -> None:
-        """Gives an optimizer that has made no step the state of one that has made so many, its moments zero, to be
-        `put`.
+        """Give a fresh optimizer the state that it has after so many steps, with moments of zero.
+
+        `put` replaces the moments afterwards.
         """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of this micro-batch's share of the loss; reduces it at the last micro-batch of a
-        step.
+        """Accumulate the gradient of this micro-batch's share of the loss.
+
+        It is reduced over ranks at the last micro-batch of a step.
         """
 
     @abstractmethod
     def step(self, *rates: float) -> float:
-        """Clips, steps with one learning rate for every group, clears the gradients; returns the gradient norm before
-        clipping.
+        """Clip, step with one learning rate for every group, clear the gradients; return the norm before clipping.
 
-        Of a gradient that is not finite no step is made: no value and no moment changes.
+        If the gradient is not finite, no value and no moment changes.
         """
 
     # ---- signs of life
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside a run that stands still ends with a word, see watch.py; a collective that fails raises LostContact."""
+        """Watch the run inside: one that stands still ends and says why, see watch.py.
+
+        A collective that fails raises LostContact.
+        """
         if self.world == 1:
             yield
             return
@@ -238,39 +246,38 @@ class Engine(ABC):
                 self.watch.close()
 
     def at(self, phase: str) -> None:
-        """The run has come to this phase; a run that stands still names it."""
+        """Note that the run has come to this phase, which is named if the run stands still."""
         if self.watch is not None:
             self.watch.at(phase)
 
     def call(self) -> None:
-        """This rank has come to something that all ranks come to."""
+        """Note that this rank has come to something that all ranks come to."""
         if self.watch is not None:
             self.watch.call()
 
     def beat(self) -> None:
-        """This rank goes on with something that not every rank has as much of."""
+        """Note that this rank has done a piece of work of which ranks have different amounts."""
         if self.watch is not None:
             self.watch.beat()
 
     # ---- where every rank holds everything, unless an engine says otherwise
 
     def _rows(self, p: nn.Parameter) -> slice:
-        """The rows of dim 0 of which this rank will hold something."""
+        """Return the rows of dim 0 of which this rank will hold an element."""
         return slice(0, len(p))
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        """The parameter that takes the place of p, which has no values, given this rank's rows of it."""
+        """Return the parameter that replaces p, which has no values, given this rank's rows of it."""
         return nn.Parameter(rows.to(self.device), p.requires_grad)
 
     def part(self, linear: FrozenLinear) -> Weight:
-        """Some rows of the frozen weight, such that the parts of all ranks cover W once: for statistics.
+        """Return some rows of the frozen weight, for statistics: the rows of all ranks cover W once.
 
         No communication.
         """
-        whole = self.weight(linear)
-        rows = share(linear.shape[0], self.rank, self.world)
         if self.shards_parameters or self.world == 1:
-            return whole
+            return self.weight(linear)
+        rows = share(linear.shape[0], self.rank, self.world)
         parts = {name: part[rows] for name, part in linear.named_parts().items()}
         return Weight.of_rows(
             linear.shape, linear.codec, parts, first=rows.start, stop=rows.stop, device=self.device, sum=self.sum
@@ -279,23 +286,24 @@ class Engine(ABC):
     # ---- written once
 
     def finite(self) -> bool:
-        """Whether every gradient is. Collective; only between the last backward and step."""
+        """Return whether every gradient is finite, between the last backward of a step and `step`. Collective."""
         bad = torch.stack([self.gradient(p).isfinite().all().logical_not() for p in self.params]).any()
         return not self.sum(bad.double())
 
     def _fill(self, model: nn.Module, read: Read) -> None:
-        """Gives every parameter its values, one module at a time; a parameter of two modules is read once.
+        """Give every parameter its values, one module at a time; a parameter of two modules is read once.
 
         Collective.
         """
+        # in training all ranks make the same forwards; in evaluation one rank may have more of them
         model.register_forward_pre_hook(lambda *_: self.call() if model.training else self.beat())
-        filled: dict[nn.Parameter, nn.Parameter] = {}
+        filled: dict[nn.Parameter, nn.Parameter] = {}  # without values -> with them
         for name, module in model.named_modules():
             self.call()
-            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            new = {k: self._rows(p) for k, p in own.items() if p not in filled}
-            values = read(name, module, new) if new else {}
-            for k, p in own.items():
+            params = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            rows = {k: self._rows(p) for k, p in params.items() if p not in filled}
+            values = read(name, module, rows) if rows else {}
+            for k, p in params.items():
                 if p not in filled:
                     filled[p] = self._hold(p, values.pop(k).contiguous())
                 setattr(module, k, filled[p])
@@ -304,11 +312,11 @@ class Engine(ABC):
             self.release(RELEASE)  # at once: everything that was read for this module is free now
 
     def release(self, nbytes: int) -> None:
-        """Gives freed host memory back to the system, once so much has been worked on since the last time.
+        """Give freed host memory back to the system, once weights of RELEASE bytes were worked on since the last time.
 
-        glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this a rank that
-        loads 1.5 GB peaked at nearly twice its bound (benchmarks/memory.py). After every small weight it would double
-        the time of an exchange.
+        glibc keeps freed blocks of up to 32 MB, and weights of many sizes fragment its heap: without this call a rank
+        that loads 1.5 GB peaked at nearly twice its bound (benchmarks/memory.py). A call after every small weight would
+        double the time of an exchange.
         """
         self.worked_on += nbytes
         if self.worked_on >= RELEASE and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -317,10 +325,10 @@ class Engine(ABC):
 
     @contextmanager
     def edit(self, *params: nn.Parameter) -> Iterator[list[Slot]]:
-        """Whole values and moments of some parameters; what the block leaves in them is written everywhere on exit.
+        """Yield the whole values and moments of some parameters, and write on exit what the block has left in them.
 
-        All ranks must leave the same values. Shapes, dtypes and the identity of every Parameter stay. What was written
-        is read back from the optimizer's side here; whether the forward sees it, `whole` tells. Collective.
+        All ranks must leave the same values. Shapes, dtypes and the identity of every Parameter stay. The master and
+        the moments are read back and compared; the copy that the forward sees can be compared with `whole`. Collective.
         """
         slots = [self.slot(p) for p in params]
         shapes = [s.value.shape for s in slots]
@@ -329,16 +337,16 @@ class Engine(ABC):
             assert s.value.shape == shape and all(v.shape == shape for v in s.moments.values()), (s.value.shape, shape)
             self.put(p, s)
             if p.requires_grad:
-                mine = self.span(p)
-                span = slice(mine.start, mine.start + mine.value.numel())
-                assert torch.equal(mine.value, s.value.view(-1)[span]), "an edited master did not persist"
-                assert mine.moments.keys() == s.moments.keys(), (mine.moments.keys(), s.moments.keys())
-                assert all(torch.equal(v, s.moments[k].view(-1)[span]) for k, v in mine.moments.items()), (
+                held = self.span(p)
+                span = slice(held.start, held.start + held.value.numel())
+                assert torch.equal(held.value, s.value.view(-1)[span]), "an edited master did not persist"
+                assert held.moments.keys() == s.moments.keys(), (held.moments.keys(), s.moments.keys())
+                assert all(torch.equal(v, s.moments[k].view(-1)[span]) for k, v in held.moments.items()), (
                     "edited moments did not persist"
                 )
 
     def sum(self, t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Sum over ranks, those of a group or all, in place. Collective."""
+        """Sum t over ranks, those of a group or all, in place; return t. Collective."""
         self.call()
         if self.world > 1 and dist.get_world_size(group) > 1:
             self.traffic += t.nbytes
@@ -346,35 +354,43 @@ class Engine(ABC):
         return t
 
     def gather(self, what: object) -> list[object]:
-        """Small Python values of every rank, on every rank. Collective."""
+        """Return a small Python value of every rank, on every rank. Collective."""
         self.call()
         if self.world == 1:
             return [what]
-        everyone: list[object] = [None] * self.world
-        dist.all_gather_object(everyone, what)
-        return everyone
+        by_rank: list[object] = [None] * self.world
+        dist.all_gather_object(by_rank, what)
+        return by_rank
 
     def broadcast(self, compute: Callable[[], list[Tensor]], source: int = 0) -> list[Tensor]:
-        """Runs `compute` on one rank only and gives its tensors to all, on the engine's device. Collective.
+        """Run `compute` on one rank only and return its tensors on all ranks, on the engine's device. Collective.
 
-        If it raises there, every rank raises RankError with its message, so that nobody waits for a rank that is gone.
+        If it raises there, every other rank raises RankError with the message, so that none waits for a rank that is
+        gone.
         """
         self.call()
         tensors: list[Tensor] = []
         head: list[Any] = [None]
         failure: Exception | None = None
+
+        # The rank that computes makes a head: the shapes and dtypes of its tensors, or the message of its failure. It
+        # catches everything, for the others are about to wait for this head.
         if self.rank == source:
             try:
                 tensors = [t.to(self.device).contiguous() for t in compute()]
                 head = [[(tuple(t.shape), t.dtype) for t in tensors]]
-            except Exception as error:  # every rank gets it, then raises it
+            except Exception as error:
                 failure, head = error, [f"{type(error).__name__}: {error}"]
+
+        # The head travels first: after a failure every rank raises here, the one that failed with its own error.
         if self.world > 1:
             dist.broadcast_object_list(head, src=source)
         if failure is not None:
             raise failure
         if isinstance(head[0], str):
             raise RankError(f"rank {source}: {head[0]}")
+
+        # Then the tensors, into room that the head describes.
         if self.world > 1:
             if self.rank != source:
                 tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in head[0]]
@@ -384,33 +400,38 @@ class Engine(ABC):
         return tensors
 
     def same(self, what: str, *tensors: Tensor) -> None:
-        """Raises unless all ranks hold bitwise the same tensors: a silent divergence ends the run here. Collective."""
+        """Raise RuntimeError unless all ranks hold bitwise the same tensors. Collective."""
         if self.world == 1:
             return
         digest = hashlib.sha256()
         for t in tensors:
             digest.update(raw_bytes(t))
-        everyone = self.gather(digest.hexdigest())
-        if len(set(everyone)) > 1:
-            raise RuntimeError(f"{what} differ between ranks {[e[:8] for e in everyone]}: refusing to train on")  # type: ignore[index]
+        digests = [str(value) for value in self.gather(digest.hexdigest())]
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"{what} differ between ranks {[d[:8] for d in digests]}: refusing to train on")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Local work that can fail on one rank and not on another: if it fails anywhere, it fails everywhere.
+        """Do local work that can fail on one rank and not on another: if it fails anywhere, it fails everywhere.
 
         Collective.
         """
+        # Every rank comes to the gather below, whatever happened to its work.
         error: Exception | None = None
         try:
             yield
-        except Exception as e:  # every rank gets it, then raises it
+        except Exception as e:
             error = e
+
+        # The type of an error is part of its message only where a user could not have caused it.
         unexpected = (
             ""
             if error is None or isinstance(error, (ValueError, OSError, ImportError))
             else f"{type(error).__name__}: "
         )
         messages = self.gather(None if error is None else f"{unexpected}{error}")
+
+        # All ranks raise the failure of the first one that failed: that rank its own error, the others a RankError.
         first = next((rank for rank, message in enumerate(messages) if message is not None), None)
         if first == self.rank and error is not None:
             raise error
@@ -418,7 +439,7 @@ class Engine(ABC):
             raise RankError(f"rank {first}: {messages[first]}")
 
     def close(self) -> None:
-        """Leaves the process group, so that no process or thread stays behind."""
+        """Leave the process group, so that no process or thread stays behind."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

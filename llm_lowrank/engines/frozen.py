@@ -11,13 +11,13 @@ from llm_lowrank.numerics.functional import frozen_linear
 class FrozenLinear(nn.Module):
     """y = x decode(parts)^T + bias.   x (..., n), y (..., m)
 
-    Owns the parts as frozen parameters, so that an engine shards them like any other parameter. They are decoded in
-    forward and again in backward; a decoded W is never kept.
+    The layer owns the parts as frozen parameters, so that an engine shards them like any other parameter. They are
+    decoded in forward and again in backward; a decoded W is never kept.
 
-    A linear on the meta device gives parts without values, to be filled by an engine.
+    The parts of a linear on the meta device have no values; an engine fills them.
     """
 
-    rowwise = True  # whether what becomes of a row of x is the same wherever it stands and whatever stands beside it
+    rowwise = True  # whether a row of y depends on its row of x alone, wherever that stands
     # modules whose parameters the forward reads too; a tuple, so that they are not registered here
     borrows: tuple[nn.Module, ...] = ()
 
@@ -27,9 +27,8 @@ class FrozenLinear(nn.Module):
         self.codec = codec
         self.stored_rows = self.shape[0]
         self.part_names = tuple(codec.layout(self.shape[1]))
-        self._own(
-            empty_parts(codec, *self.shape, "meta") if linear.weight.is_meta else codec.encode(linear.weight.data)
-        )
+        w = linear.weight
+        self._own(empty_parts(codec, *self.shape, "meta") if w.is_meta else codec.encode(w.data))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data, requires_grad=False)
 
     def _own(self, parts: dict[str, Tensor]) -> None:
@@ -37,10 +36,9 @@ class FrozenLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     def pad_rows(self, multiple: int) -> None:
-        """Room for rows of zeros up to a multiple, before values: then each of so many ranks holds whole rows of a
-        coded W.
+        """Make room for rows of zeros up to a multiple, before there are values.
 
-        A dense W is left alone, as its rows may be cut.
+        Then each of so many ranks holds whole rows of a quantized W. A dense W stays as it is, for its rows may be cut.
         """
         if not self.codec.writable and self.shape[0] % multiple:
             self.stored_rows = -(-self.shape[0] // multiple) * multiple
@@ -63,10 +61,10 @@ class FrozenLinear(nn.Module):
 
 
 def persistent_size(model: nn.Module) -> int:
-    """Elements up to which ZeRO-3 may leave a parameter gathered between uses: everything trained, but no frozen W.
+    """Return the elements up to which ZeRO-3 may leave a parameter gathered between uses: what is trained, but no W.
 
-    What is trained can be larger than a W: LoSiA's rows of an output layer are larger than the projections of a small
-    head.
+    A trained parameter can be larger than a W: LoSiA's rows of an output layer are larger than the projections of a
+    small head.
     """
     trained = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     weights = [max(part.numel() for part in m.parts()) for m in model.modules() if isinstance(m, FrozenLinear)]

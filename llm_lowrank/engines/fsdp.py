@@ -86,6 +86,8 @@ def held(sizes: Sizes, world: int, sharding: Sharding | None, optimization: Opti
 
 
 class FSDP(TorchEngine):
+    """FSDP2, with every parameter a DTensor."""
+
     always_a_group = True  # a device mesh lies over a process group
     shards_parameters = True
 
@@ -103,7 +105,8 @@ class FSDP(TorchEngine):
         self.model = self._shard(model)
         self._fill(model, read)
         self._optimize(model, settings)
-        for module in self.groups:  # gradients are sums over ranks
+        # FSDP2 averages gradients over ranks; here they are sums
+        for module in self.groups:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         # The root stays gathered after a forward, for its backward. Without a backward to come it would stay so, and
@@ -139,7 +142,7 @@ class FSDP(TorchEngine):
         return torch.device("cpu") if self.sharding.cpu_offload else self.device
 
     def _rows(self, p: nn.Parameter) -> slice:
-        """torch's chunks are even shares, too."""
+        # torch's chunks of a DTensor are even shares, too
         return share(p.shape[0], self.mesh.get_local_rank(self.mesh.ndim - 1), self.mesh.size(-1))
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
@@ -164,8 +167,9 @@ class FSDP(TorchEngine):
         )
 
     def _span(self, p: nn.Parameter) -> tuple[int, slice]:
-        """Where this rank's span starts in the flattened p, and where it lies in the local tensor: replicas share the
-        work.
+        """Return where this rank's span starts in the flattened p, and where it lies in the local tensor.
+
+        Replicas hold the same rows; each takes an even span of them.
         """
         span = share(_local(p).numel(), self.replica, self.replicas)
         width = p.numel() // max(1, p.shape[0])
@@ -181,6 +185,7 @@ class FSDP(TorchEngine):
         return _local(p.grad).reshape(-1)[self._span(p)[1]].to(self.device)
 
     def _gather_whole(self, t: Tensor) -> Tensor:
+        """Return a copy of all rows. Collective."""
         self.traffic += t.numel() * t.element_size() * (self.mesh.size(-1) > 1)
         moved = t.to(self.device)  # from the host, when offloaded
         assert isinstance(moved, DTensor), "the parameters of this layer are still gathered"
@@ -209,27 +214,28 @@ class FSDP(TorchEngine):
 
 
 def _local(t: Tensor) -> Tensor:
-    """This rank's rows, outside of autograd; written to, they change the parameter."""
+    """Return this rank's rows, outside of autograd; what is written to them changes the parameter."""
     assert isinstance(t, DTensor), "the parameters of this layer are still gathered"
     return t.to_local().detach()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """What transformers says must not be split over devices."""
-    found = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
-    if not found:
+    """Return the modules that transformers says must not be split over devices; ValueError if it names none."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    if not layers:
         raise ValueError(
             f"cannot tell the decoder layers of {type(model).__name__}, which transformers should name; use engine: "
             "deepspeed"
         )
-    return found
+    return layers
 
 
 def _refuse_shared(model: nn.Module, layers: list[nn.Module]) -> None:
-    """A parameter that layers share must belong to the root group, so that one module outside of the layers owns it.
+    """Raise ValueError if layers share a parameter that belongs to one of them.
 
-    FSDP2 swaps a parameter for its gathered values in the modules of one group only: in another group it would stay a
-    shard.
+    It must belong to the root group, so that a module outside of the layers owns it. FSDP2 swaps a parameter for its
+    gathered values in the modules of one group only; in another group it would stay a shard.
     """
     users: dict[nn.Parameter, set[int]] = defaultdict(set)
     for i, layer in enumerate(layers):
@@ -244,6 +250,5 @@ def _refuse_shared(model: nn.Module, layers: list[nn.Module]) -> None:
         if len(users[p]) > 1:
             raise ValueError(
                 f"{name} is registered in several decoder layers, which FSDP2 cannot share; let one module outside of "
-                "the layers own "
-                "it, and let the layers read it from there"
+                "the layers own it, and let the layers read it from there"
             )

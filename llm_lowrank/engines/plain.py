@@ -29,6 +29,8 @@ def held(sizes: Sizes, world: int, settings: None, optimization: Optimization) -
 
 
 class Plain(TorchEngine):
+    """One process, or DDP."""
+
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
         self.loss_scale = float(self.world)
         self._fill(model, read)
@@ -49,7 +51,7 @@ class Plain(TorchEngine):
         return p.grad.reshape(-1)[self._span(p)]
 
     def _span(self, p: nn.Parameter) -> slice:
-        # Every rank holds all of p; for statistics each takes an even span, so that the spans cover p once.
+        # every rank holds all of p; for statistics each takes an even span, so that the spans cover p once
         return share(p.numel(), self.rank, self.world)
 
     def whole(self, p: nn.Parameter) -> Tensor:
@@ -78,9 +80,9 @@ class Plain(TorchEngine):
         return norm
 
     def close(self) -> None:
-        # DDP's reducer would hold the process group longest and, when it goes, join gloo's threads without letting go
-        # of the interpreter lock that they may be waiting for: now and then a rank hung at its end. Without it the
-        # group goes first.
+        # DDP's reducer would hold the process group longest. When it is freed, it joins gloo's threads and keeps the
+        # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without the reducer the
+        # group is freed first.
         ddp = getattr(self, "ddp", None)
         if ddp is not None:
             ddp.reducer = ddp.logger = None

@@ -63,6 +63,8 @@ SHARED_MEMORY_COLLECTIVE = "deepspeed_shm_comm"
 
 
 class Zero(Engine):
+    """DeepSpeed ZeRO, of the stage that the configuration names."""
+
     always_a_group = True  # DeepSpeed wants a process group for one process too
 
     def __init__(self, config: Config | str | Path, timeout: float = TIMEOUT) -> None:
@@ -72,8 +74,8 @@ class Zero(Engine):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         # DeepSpeed calls two collectives by their old names
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-        # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU; a build that was killed
-        # leaves a lock on which every later start waits forever. gloo does the same work without a compiler.
+        # DeepSpeed would compile a shared-memory collective in C++ at its first start on a CPU, and a build that was
+        # killed leaves a lock on which every later start waits forever. gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False
         super().__init__(timeout)
 
@@ -87,43 +89,55 @@ class Zero(Engine):
         self.linked = False  # see _link
         with self.together():
             config = resolve(self.config, settings, self.world, persistent_size(model))
+
+        # before there are values: a slice of a quantized W must hold whole rows
         if self.shards_parameters:
             self.init = _Slices(config_dict_or_path=config, dtype=torch.float32)
             for module in model.modules():
                 if isinstance(module, FrozenLinear):
                     module.pad_rows(self.world)
         self._fill(model, read)
+
+        # ZeRO-3 gathers the parameters of the module that runs; what it reads of other modules must be declared
         if self.shards_parameters:
             for module in model.modules():
                 for lender in module.borrows if isinstance(module, FrozenLinear) else ():
                     for p in lender.parameters():
                         deepspeed.zero.register_external_parameter(module, p)
-        made, self.params = optimizer(model, settings), trainables(model)
-        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=self.params, optimizer=made, config=config)
+
+        self.params = trainables(model)
+        self.ds, *_ = deepspeed.initialize(
+            model=model, model_parameters=self.params, optimizer=optimizer(model, settings), config=config
+        )
         self.zero = self.ds.optimizer  # the ZeRO optimizer; .optimizer inside it is ours over flat partitions
         return self.ds
 
     def _rows(self, p: nn.Parameter) -> slice:
         if not self.shards_parameters:
             return super()._rows(p)
-        span, width = share(p.numel(), self.rank, self.world), max(1, p.numel() // max(1, len(p)))
-        return slice(span.start // width, -(-span.stop // width)) if span.start < span.stop else slice(0, 0)
+        # a slice is a span of the flattened p, which may start and stop within a row: every row that it touches counts
+        span = share(p.numel(), self.rank, self.world)
+        if span.start == span.stop:
+            return slice(0, 0)
+        width = max(1, p.numel() // max(1, len(p)))  # elements of a row
+        return slice(span.start // width, -(-span.stop // width))
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         if not self.shards_parameters:
             return super()._hold(p, rows)
-        # DeepSpeed slices whole parameters. Only my rows of this one get values; the rest is never read, nor, on a CPU,
-        # even mapped.
+        # DeepSpeed makes a slice from a whole parameter, so there must be one for a moment. Only this rank's rows of it
+        # get values. The others are never read, and on a CPU their pages are never even mapped.
         whole = torch.empty(p.shape, dtype=p.dtype, device=self.init.local_device)
         whole[self._rows(p)] = rows.to(whole.device)
-        held = nn.Parameter(whole, p.requires_grad)
-        self.init._convert_to_zero_parameters([held])
-        return held
+        # this cuts the slice out and frees the whole
+        sliced = nn.Parameter(whole, p.requires_grad)
+        self.init._convert_to_zero_parameters([sliced])
+        return sliced
 
     # ---- where a parameter lives
 
     def _span(self, p: nn.Parameter) -> slice:
-        """The span of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
+        """Return the span of the flattened p that this rank's ZeRO-3 slice holds, padding left out."""
         return share(p.ds_numel, self.rank, self.world)
 
     def _moment_names(self, p: nn.Parameter) -> list[str]:
@@ -160,7 +174,7 @@ class Zero(Engine):
         )
 
     def _renew(self, p: nn.Parameter) -> None:
-        """A persisted parameter keeps a gathered copy that the forward uses: gather it again from the slices."""
+        """Gather a persisted parameter again from the slices: its gathered copy is what the forward uses."""
         if p.ds_status == ZeroParamStatus.AVAILABLE:
             p.partition(has_been_updated=False)
             p.all_gather()
@@ -212,20 +226,20 @@ class Zero(Engine):
                 for k, v in slot.moments.items():
                     safe_set_full_optimizer_state(p, v, k)
             return
-        p.ds_tensor.data.copy_(self._mine(p, slot.value))
+        p.ds_tensor.data.copy_(self._slice(p, slot.value))
         if p.requires_grad:
-            safe_set_local_fp32_param(p, self._mine(p, slot.value))
+            safe_set_local_fp32_param(p, self._slice(p, slot.value))
             for k, v in slot.moments.items():
-                safe_set_local_optimizer_state(p, self._mine(p, v), k)
+                safe_set_local_optimizer_state(p, self._slice(p, v), k)
         if p.ds_status == ZeroParamStatus.AVAILABLE:
             p.data.copy_(slot.value)
 
-    def _mine(self, p: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's slice of a whole value, padded with zeros to the size of the slice."""
+    def _slice(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return this rank's slice of a whole value, padded with zeros to the size of the slice."""
         span = self._span(p)
-        mine = whole.new_zeros(p.ds_tensor.numel())
-        mine[: span.stop - span.start] = whole.view(-1)[span]
-        return mine
+        padded = whole.new_zeros(p.ds_tensor.numel())
+        padded[: span.stop - span.start] = whole.view(-1)[span]
+        return padded
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the shares of the loss are to be summed. scale_wrt_gas would divide once more.
@@ -245,8 +259,9 @@ class Zero(Engine):
         return float(self.ds.get_global_grad_norm())
 
     def _link(self) -> None:
-        """DeepSpeed finds a parameter's moments in the flat state once, after the first group's step, when the other
-        groups have none.
+        """Let DeepSpeed look once more for the moments of every parameter in its flat state.
+
+        It looks once, after the step of the first group, when the other groups have no moments yet.
         """
         if self.stage < 3 and not self.linked:
             self.zero._hp_optimizer_states_linked = False
@@ -260,5 +275,6 @@ class Zero(Engine):
         self._link()
 
     def close(self) -> None:
-        self.ds.destroy() if hasattr(self, "ds") else None
+        if hasattr(self, "ds"):
+            self.ds.destroy()
         super().close()
