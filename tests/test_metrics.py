@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tqdm import tqdm
 
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.run.meter import Meter, log_step
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.recipe import Recipe, RecipeError, validate
 
@@ -50,6 +57,28 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == {"train/loss", "train/learning_rate", "exchange/pairs"}
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 2.0)]
+
+
+class Counting(LoRA):
+    """A method with numbers of its own."""
+
+    def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
+        return {"adapters": len(adapters), "on_rank": engine.rank}
+
+
+@pytest.mark.parametrize("kind, expected", [(Counting, {"adapters": 3, "on_rank": 0}), (LoRA, None)])
+def test_numbers_of_the_method_are_written_beside_those_of_the_step(tmp_path, kind, expected):
+    run = SimpleNamespace(
+        recipe=Recipe(method=kind()), engine=Plain(), adapters=[None] * 3, skipped=0, exchange_steps=()
+    )
+    meter = Meter()
+    meter.add(torch.tensor(2.0), SimpleNamespace(real=7))
+    meter.step(True)
+    with Metrics(tmp_path, "none", main=True) as metrics, tqdm(disable=True) as bar:
+        log_step(run, metrics, meter, 4, rate=1e-3, norm=0.5, bar=bar)
+    train, *of_method = records(tmp_path)
+    assert (train["kind"], train["step"], train["loss"]) == ("train", 4, 2.0)
+    assert of_method == ([] if expected is None else [{"kind": "method", "step": 4, **expected}])
 
 
 def test_other_ranks_write_nothing(tmp_path):

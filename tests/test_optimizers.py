@@ -112,6 +112,21 @@ def trainee(engine: str, resumed: checkpoint.Checkpoint | None = None) -> Traine
     return Trainee(METHOD, engine, optimization=SETTINGS, resume_from=resumed)
 
 
+def save(t: Trainee, folder: str, step: int, skipped: int) -> None:
+    checkpoint.save(
+        t.engine,
+        t.model,
+        adapters=t.adapters,
+        output=Path(folder),
+        step=step,
+        skipped=skipped,
+        recipe={},
+        base="base",
+        data={},
+        keep=2,
+    ).finish()
+
+
 def walk(t: Trainee, steps: range) -> dict[str, list[dict[str, Tensor]]]:
     """Values and moments after every step, and after the exchange."""
     seen: dict[str, list[dict[str, Tensor]]] = {"values": [], "moments": []}
@@ -138,7 +153,7 @@ def stopped(engine: str, folder: str) -> None:
     with patch.dict(OPTIMIZERS, GOOD):
         t = trainee(engine)
         walk(t, range(STOP))
-        checkpoint.save(t.engine, t.model, t.adapters, Path(folder), STOP, 0, {}, "base", {}, 2).finish()
+        save(t, folder, STOP, skipped=0)
 
 
 def resumed(engine: str, folder: str) -> dict[str, list[dict[str, Tensor]]]:
@@ -199,7 +214,7 @@ def test_an_entry_is_all_that_an_optimizer_needs(tmp_path, engine, world):
 
 def nothing_yet(engine: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     t = Trainee(METHOD, engine)
-    checkpoint.save(t.engine, t.model, t.adapters, Path(folder), 1, 1, {}, "base", {}, 2).finish()
+    save(t, folder, 1, skipped=1)
     t.step(1)
     return t.values(), t.moments()
 

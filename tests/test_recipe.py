@@ -12,6 +12,7 @@ from llm_lowrank.data import Data
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import command_line
 from llm_lowrank.run.recipe import (
     HEADINGS,
@@ -23,6 +24,7 @@ from llm_lowrank.run.recipe import (
     optimization,
     parse,
     save,
+    schedule_of,
     validate,
 )
 from llm_lowrank.run.synonyms import SYNONYMS
@@ -195,6 +197,37 @@ def test_a_saved_recipe_parses_back(tmp_path):
         assert parse(["--config_path", str(tmp_path / "out" / "recipe.yaml")]) == original
 
 
+def rates(*argv: str, total: int) -> Schedule:
+    return schedule_of(parse(argv), total)
+
+
+@pytest.mark.parametrize(
+    "total, warmup", [(1, 0), (2, 1), (3, 1), (9, 4), (10, 5), (11, 5), (12, 5), (80, 5), (100_000, 5)]
+)
+def test_a_default_warm_up_fits_every_run(total, warmup):
+    assert rates(total=total) == Schedule(Recipe.learning_rate, total, warmup, "cosine", 0.0)
+    validate(parse([f"--max_steps={total}"]))
+
+
+def test_the_schedule_gets_the_recipes_numbers():
+    argv = ["--lr_scheduler_type=warmup_stable_decay", "--learning_rate=0.5", "--min_lr_rate=0.25"]
+    assert rates(*argv, "--warmup_steps=7", total=60) == Schedule(0.5, 60, 7, "warmup_stable_decay", 0.25)
+    assert rates(*argv, "--warmup_ratio=0.1", total=30) == Schedule(0.5, 30, 3, "warmup_stable_decay", 0.25)
+    assert rates("--warmup_steps=0", total=60).warmup == rates("--warmup_ratio=0", total=60).warmup == 0
+    assert rates("--warmup_steps=4", total=4).warmup == 4
+    assert rates("--warmup_ratio=0.03", total=1000).warmup == 30
+    assert rates("--warmup_ratio=0.03", total=10).warmup == 0
+
+
+def test_a_warm_up_that_is_longer_than_the_data_is_refused_when_the_data_is_known():
+    validate(parse(["--warmup_steps=100"]))  # of the data nothing is known yet
+    with pytest.raises(
+        RecipeError, match=r"^warmup_steps \(100\) is more than the 73 steps of the run; lower it or tr"
+    ):
+        rates("--warmup_steps=100", total=73)
+    assert rates("--warmup_steps=73", total=73).warmup == 73
+
+
 def test_the_optimizer_gets_the_recipes_numbers():
     argv = (
         "--learning_rate 0.5 --adam_beta1 0.1 --adam_beta2 0.2 --adam_epsilon 0.3 --weight_decay 0.4 --max_grad_norm 0"
@@ -301,6 +334,20 @@ def test_a_setting_of_another_method_is_refused(file, argv):
         ("--adam_beta2 1", "adam_beta2 must be at least 0 and below 1"),
         ("--max_steps 0", "max_steps must be at least 1, or -1"),
         ("--max_steps 4 --warmup_steps 5", "warmup_steps (5) is more than max_steps (4)"),
+        ("--warmup_steps -1", "warmup_steps must be at least 0, not -1"),
+        (
+            "--warmup_steps 5 --warmup_ratio 0.1",
+            "warmup_steps (5) and warmup_ratio (0.1) both say how long the warm-up",
+        ),
+        ("--warmup_ratio 1", "warmup_ratio must be at least 0 and below 1, not 1.0"),
+        ("--warmup_ratio -0.1", "warmup_ratio must be at least 0 and below 1, not -0.1"),
+        ("--min_lr_rate 1.5", "min_lr_rate must be at least 0 and at most 1, not 1.5"),
+        (
+            "--min_lr_rate 0.1 --lr_scheduler_type constant",
+            "min_lr_rate (0.1) has no use with lr_scheduler_type: constant",
+        ),
+        ("--lr_scheduler_type wsd", "'wsd' is not one of cosine, linear, constant, warmup_stable_decay"),
+        ("--optim adam", "optim: 'adam' is not one of adamw, lion"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1"),
         ("--output_dir=", "output_dir must name a folder"),
         ("--model_name_or_path /nowhere", "model_name_or_path: /nowhere does not exist"),
