@@ -183,7 +183,8 @@ class Recipe:
 def parse(argv: Sequence[str]) -> Recipe:
     """The recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
     if {"-h", "--help"} & set(argv):
-        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] [--method.rank 32] ..."
+        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] "
+        usage += "[--method.rank 32] ..."
         print(help_text(Recipe, Recipe(), usage, HEADINGS))
         sys.exit(0)
     return read(Recipe, list(argv), Recipe(), IDENTITY, REFUSALS, output="output_dir")
@@ -419,44 +420,44 @@ def output_dir_conflict(recipe: Recipe) -> str | None:
         return None
     if recipe.resume_from_checkpoint == "auto":
         if (output / "adapter").exists() and not any(output.glob("checkpoints/step-*[0-9]")):
-            return f"output_dir: {output} holds a finished run and no checkpoint to go on from; write over it with --overwrite_output_dir"
+            return (
+                f"output_dir: {output} holds a finished run and no checkpoint to go on from; write over it with "
+                "--overwrite_output_dir"
+            )
         return None
     if output.resolve() in Path(recipe.resume_from_checkpoint).expanduser().resolve().parents:
         return None
     return (
         f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, "
-        "or go on with "
-        "--resume_from_checkpoint auto"
+        "or go on with --resume_from_checkpoint auto"
     )
 
 
 # What may be otherwise when a run goes on: where and how it computes, not what. on_nan: a run that stopped goes on with
 # the other one.
-FREE = set(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "save_merged",
-        "merge_base",
-        "dry_run",
-        "engine",
-        "deepspeed",
-        "fsdp",
-        "gradient_checkpointing",
-        "attn_implementation",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "logging_steps",
-        "eval_steps",
-        "report_to",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "on_nan",
-        "ddp_timeout",
-    ]
-)
+FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "save_merged",
+    "merge_base",
+    "dry_run",
+    "engine",
+    "deepspeed",
+    "fsdp",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "report_to",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "on_nan",
+    "ddp_timeout",
+}
 
 
 def check_same_run(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
