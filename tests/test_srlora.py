@@ -61,7 +61,7 @@ every_story, one_of_a_kind = over(STORIES), over(A_FEW)
 
 
 def started(method: PiSSA, engine: str, dtype: str = "fp32", **settings: object) -> Trainee:
-    return Trainee(method, engine, dtype, zero=ZERO.get(engine), **settings)
+    return Trainee(method, engine.partition("-")[0], dtype, zero=ZERO.get(engine), **settings)
 
 
 # --- a story ----------------------------------------------------------------------------------------------------------
