@@ -67,8 +67,9 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import Schedule
+from llm_lowrank.run.build import build_model
 from llm_lowrank.run.held_out import batch_loss
-from llm_lowrank.run.recipe import Recipe, build_model
+from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.train import train
 
 ROOT = Path(__file__).parents[1]

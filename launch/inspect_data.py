@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> int:
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
     from llm_lowrank.data import Stream
+    from llm_lowrank.run.build import read_data
     from llm_lowrank.run.dry_run import model_folder
-    from llm_lowrank.run.recipe import parse, read_data
+    from llm_lowrank.run.recipe import parse
 
     try:
         recipe = parse(rest)

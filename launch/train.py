@@ -21,7 +21,8 @@ GRACE = 3.0  # seconds in which rank 0 prints the reason before the launcher end
 def main(argv: list[str]) -> int:
     from llm_lowrank.engines.base import LostContact, RankError
     from llm_lowrank.engines.watch import LOST
-    from llm_lowrank.run.recipe import parse, validate
+    from llm_lowrank.run.checks import validate
+    from llm_lowrank.run.recipe import parse
 
     try:
         recipe = parse(argv)

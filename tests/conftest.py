@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import soak
 
+soak.FORK.set_forkserver_preload(["tests.preloaded"])
+
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:

@@ -10,7 +10,6 @@ started anew.
 from __future__ import annotations
 
 import atexit
-import multiprocessing as mp
 import os
 import pickle
 import tempfile
@@ -20,8 +19,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from benchmarks.soak import FORK
+
 TIMEOUT = 60.0
-START = 60.0  # more for the first body of a pool, whose workers import everything
+START = 60.0  # more for the first body of a pool, before which everything may have to be imported
 
 
 def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
@@ -64,12 +65,11 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Any) -> None:
 class Pool:
     def __init__(self, world: int) -> None:
         self.world = world
-        context = mp.get_context("spawn")
         rendezvous = tempfile.mktemp(prefix="ranks-")
         self.pipes, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world, rendezvous, theirs), daemon=True)
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=_worker, args=(rank, world, rendezvous, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

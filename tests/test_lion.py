@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.run.recipe import optimization, parse
+from llm_lowrank.run.build import optimization
+from llm_lowrank.run.recipe import parse
 from tests import ranks
 from tests.tiny import Trainee
 

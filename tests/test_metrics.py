@@ -16,9 +16,10 @@ from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.run.checks import validate
 from llm_lowrank.run.meter import Meter, log_step
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.recipe import Recipe, RecipeError, validate
+from llm_lowrank.run.recipe import Recipe, RecipeError
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def test_another_rank_does_not_hit_the_cache_of_this_one(tmp_path):
 
 def start_other_rank(folder: str) -> None:
     real = spectrum.top_triplets
-    spectrum.top_triplets = lambda *args: (_ for _ in ()).throw(AssertionError("the SVD ran again"))
+    spectrum.top_triplets = lambda *_, **__: (_ for _ in ()).throw(AssertionError("the SVD ran again"))
     try:
         start(PiSSA(rank=5, target_modules=MODULES, svd_cache=folder), "plain")
     finally:

@@ -14,19 +14,9 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import command_line
-from llm_lowrank.run.recipe import (
-    HEADINGS,
-    IDENTITY,
-    Recipe,
-    RecipeError,
-    attention,
-    deepspeed_config,
-    optimization,
-    parse,
-    save,
-    schedule_of,
-    validate,
-)
+from llm_lowrank.run.build import attention, deepspeed_config, optimization, schedule_of
+from llm_lowrank.run.checks import validate
+from llm_lowrank.run.recipe import HEADINGS, IDENTITY, Recipe, RecipeError, parse, save
 from llm_lowrank.run.synonyms import SYNONYMS
 
 ROOT = Path(__file__).parents[1]
@@ -414,7 +404,7 @@ def test_auto_attention_is_flash_attention_where_nothing_is_missing(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr("llm_lowrank.run.recipe.is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr("llm_lowrank.run.build.is_flash_attn_2_available", lambda: installed)
     argv = ["--output_dir", str(tmp_path), "--dtype", dtype]
     kernel, why = attention(parse(argv))
     assert kernel == ("sdpa" if lacking else FLASH) and all(text in why for text in lacking)

@@ -25,7 +25,9 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import PRESETS
 from llm_lowrank.data.sources import REASONING_GYM, check_settings
 from llm_lowrank.run import dry_run
-from llm_lowrank.run.recipe import FREE, Recipe, parse, schedule_of, validate
+from llm_lowrank.run.build import schedule_of
+from llm_lowrank.run.checks import FREE, validate
+from llm_lowrank.run.recipe import Recipe, parse
 from llm_lowrank.run.train import train
 
 ROOT = Path(__file__).parents[1]

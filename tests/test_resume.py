@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.soak import live
-from llm_lowrank.run.recipe import Recipe, output_dir_conflict
+from llm_lowrank.run.checks import output_dir_conflict
+from llm_lowrank.run.recipe import Recipe
 from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
 
 STEPS = 60

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llm_lowrank.run.recipe import RecipeError, parse, validate
+from llm_lowrank.run.checks import validate
+from llm_lowrank.run.recipe import RecipeError, parse
 from llm_lowrank.run.train import train
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer, write_jsonl

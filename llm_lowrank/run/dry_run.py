@@ -16,17 +16,9 @@ from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.engines.memory import Amount
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.recipe import (
-    Recipe,
-    attention,
-    build_model,
-    dump,
-    engine_settings,
-    optimization,
-    output_dir_conflict,
-    read_data,
-    schedule_of,
-)
+from llm_lowrank.run.build import attention, build_model, engine_settings, optimization, read_data, schedule_of
+from llm_lowrank.run.checks import output_dir_conflict
+from llm_lowrank.run.recipe import Recipe, dump
 
 GIB = 2**30
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.data import Stream, StreamBatches, pad_id
+from llm_lowrank.run.build import attention
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
-from llm_lowrank.run.recipe import Recipe, attention
+from llm_lowrank.run.recipe import Recipe
 
 HOPELESS = 10  # skipped steps in a row, after which it is not bad luck
 

@@ -61,6 +61,12 @@ class Meter:
         }
 
 
+def progress_bar(run: Run) -> tqdm:
+    """The bar over the steps of a run, on rank 0; it begins behind the steps that a checkpoint has."""
+    done = run.resume_step or 0
+    return tqdm(total=run.total_steps, initial=done, desc="train", unit="step", disable=not run.engine.main)
+
+
 def log_step(run: Run, metrics: Metrics, meter: Meter, step: int, *, rate: float, norm: float, bar: tqdm) -> None:
     """Write the record of the steps since the last one, and show it on the progress bar. Collective."""
     record = meter.report(run.engine) | {"learning_rate": rate, "grad_norm": norm}

@@ -19,7 +19,9 @@ from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.recipe import Recipe, build_model, check_same_run, deepspeed_config, read_data, schedule_of
+from llm_lowrank.run.build import build_model, deepspeed_config, read_data, schedule_of
+from llm_lowrank.run.checks import check_same_run
+from llm_lowrank.run.recipe import Recipe
 
 
 @dataclass
@@ -51,6 +53,11 @@ class Run:
             "total_steps": self.total_steps,
             "data": self.corpus.fingerprint,
         }
+
+    @property
+    def resume_step(self) -> int | None:
+        """Completed steps of the checkpoint that the run resumes from; None at a first start."""
+        return None if self.resume_from is None else self.resume_from.step
 
     def say(self, line: str) -> None:
         """Print a line beside the progress bar, on rank 0."""

@@ -11,7 +11,7 @@ import torch
 from llm_lowrank.engines.base import Engine
 
 
-class Preempted(Exception):  # noqa: N818 - not an error: the run did what it was asked to do
+class Preempted(Exception):
     """A signal asked the run to stop; what it had done is in a checkpoint."""
 
 

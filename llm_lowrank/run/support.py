@@ -24,8 +24,10 @@ from llm_lowrank.engines import ENGINES
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.engines.zero_config import resolve
 from llm_lowrank.numerics.optimizers import Optimization
+from llm_lowrank.run.build import ROOT, codec, engine_settings, optimization
+from llm_lowrank.run.checks import validate
 from llm_lowrank.run.dry_run import sizes_of
-from llm_lowrank.run.recipe import ROOT, Recipe, codec, engine_settings, optimization, validate
+from llm_lowrank.run.recipe import Recipe
 
 Settings = dict[str, Any]
 # Settings of a recipe under which an engine, or a codec, is tried beside its defaults: name of the variant -> settings.

@@ -17,13 +17,14 @@ from llm_lowrank.models import checkpoint, export, loading
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
-from llm_lowrank.run.gaps import merged_gaps
+from llm_lowrank.run.build import optimization
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
+from llm_lowrank.run.merging import merge_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
-from llm_lowrank.run.meter import Meter, log_step
+from llm_lowrank.run.meter import Meter, log_step, progress_bar
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run, find_checkpoint, make_engine, prepare
-from llm_lowrank.run.recipe import Recipe, optimization
+from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
 
@@ -44,9 +45,7 @@ def train(recipe: Recipe) -> None:
         raise
     engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and engine.main:
-        output = recipe.output
-        backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
-        tqdm.write(f"merged:  {export.merge(source, output / 'adapter', output / 'merged', backbone=backbone)}")
+        tqdm.write(f"merged:  {merge_adapter(recipe, source)}")
 
 
 def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
@@ -58,9 +57,8 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     signals.check(engine)
     run.say(opening(run))
     model, loaded = load(run, signals)
-    resumed_at = None if run.resume_from is None else run.resume_from.step
-    with Metrics(recipe.output, recipe.report_to, engine.main, resumed_at, draccus.encode(recipe)) as metrics:
-        metrics.write("load", resumed_at or 0, **loaded.figures())
+    with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
+        metrics.write("load", run.resume_step or 0, **loaded.figures())
         before = None
         if run.resume_from is None:
             engine.at("the evaluation before training")
@@ -114,11 +112,10 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
 def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) -> None:
     """Make every step that is left, with what follows a step: exchange, report, evaluation, checkpoint. Collective."""
     recipe, engine, total = run.recipe, run.engine, run.total_steps
-    done = 0 if run.resume_from is None else run.resume_from.step
     saving, meter = Saving(run, metrics), Meter()
     skipped_in_a_row = 0
-    with tqdm(total=total, initial=done, desc="train", unit="step", disable=not engine.main) as bar:
-        for step in range(done + 1, total + 1):
+    with progress_bar(run) as bar:
+        for step in range((run.resume_step or 0) + 1, total + 1):
             engine.at(f"step {step}")
             rates, norm, good = optimizer_step(run, model, step, meter)
             skipped_in_a_row = 0 if good else skipped_in_a_row + 1
@@ -142,12 +139,10 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
             stop, writing = signals.anywhere(engine, saving=saving.busy)
             if not writing:
                 saving.finish()
-            due = recipe.save_steps and (
-                step % recipe.save_steps == 0 or step == total
-            )  # at the end too: an export can fail
-            if stop or due:
+            last = step == total  # saved too, as the export can fail
+            if stop or (recipe.save_steps and (last or step % recipe.save_steps == 0)):
                 saving.begin(step)
-            if stop and step < total:
+            if stop and not last:
                 saving.finish()
                 raise Preempted(
                     f"stopped by a signal after step {step} of {total}; resume with --resume_from_checkpoint auto"
@@ -156,9 +151,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
 
 
 def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple[list[float], float, bool]:
-    """Make step `step` (from 1). Returns the rates, the gradient norm, and whether the gradients were finite.
-
-    Collective.
+    """Make step `step` (from 1). Returns the rates, the gradient norm, and whether the gradients were finite. Collective.
 
     The method sees the gradients after the last backward and before the update; of gradients that are not finite it
     sees nothing, and the engine changes no value and no moment.

@@ -1,4 +1,4 @@
-"""How far either merge of a quantized run would be from the model that was trained, so that a user can choose."""
+"""The merged model of a run, and how far either merge of a quantized run is from the model that was trained."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from torch import nn
 
 from llm_lowrank.data import Batches, pad_id
 from llm_lowrank.models import export
+from llm_lowrank.models.source import Source
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
+from llm_lowrank.run.recipe import Recipe
 
 
 def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
@@ -39,3 +41,10 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
             chosen = " (merge_base)" if base == run.recipe.merge_base else ""
             lines.append(f"merged into the {base} weights: {gap}{chosen}")
     return "\n".join(lines)
+
+
+def merge_adapter(recipe: Recipe, source: Source) -> export.Merged:
+    """Write output_dir/merged: the exported adapter added to the weights that merge_base names. Call on rank 0."""
+    output = recipe.output
+    backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
+    return export.merge(source, output / "adapter", output / "merged", backbone=backbone)

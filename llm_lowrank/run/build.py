@@ -1,0 +1,127 @@
+"""From a recipe to what a run is built of: optimizer settings, schedule, codec, model, data, the engine's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import attach
+from llm_lowrank.codecs import Codec, make
+from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
+from llm_lowrank.models.loading import skeleton
+from llm_lowrank.numerics.optimizers import Optimization
+from llm_lowrank.numerics.schedule import Schedule
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]  # holds ds_configs/ in a checkout
+WARMUP = 5  # steps, where the recipe names none and the run is long enough
+
+
+def optimization(recipe: Recipe) -> Optimization:
+    """What the engine needs to know."""
+    return Optimization(
+        learning_rate=recipe.learning_rate,
+        optim=recipe.optim,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        accumulation=recipe.gradient_accumulation_steps,
+        micro_batch=recipe.per_device_train_batch_size,
+    )
+
+
+def schedule_of(recipe: Recipe, total: int) -> Schedule:
+    """Return the learning rates of a run of `total` steps. RecipeError where the recipe contradicts that length."""
+    if errors := schedule_errors(recipe, total, f"the {total} steps of the run"):
+        raise RecipeError("\n".join(errors))
+    warmup = min(WARMUP, total // 2) if recipe.warmup_steps is None else recipe.warmup_steps
+    if recipe.warmup_ratio is not None:
+        warmup = round(recipe.warmup_ratio * total)
+    return Schedule(recipe.learning_rate, total, warmup, recipe.lr_scheduler_type, recipe.min_lr_rate)
+
+
+def schedule_errors(recipe: Recipe, total: int, length: str) -> list[str]:
+    """Settings of the learning rate that contradict each other or the run's length; a total of -1 is not known yet."""
+    errors = []
+    if recipe.warmup_steps is not None and recipe.warmup_ratio is not None:
+        errors.append(
+            f"warmup_steps ({recipe.warmup_steps}) and warmup_ratio ({recipe.warmup_ratio:g}) both say how long the "
+            "warm-up is; remove one"
+        )
+    if recipe.warmup_steps is not None and 1 <= total < recipe.warmup_steps:
+        errors.append(f"warmup_steps ({recipe.warmup_steps}) is more than {length}; lower it or train longer")
+    if recipe.min_lr_rate and recipe.lr_scheduler_type == "constant":
+        errors.append(f"min_lr_rate ({recipe.min_lr_rate:g}) has no use with lr_scheduler_type: constant; remove one")
+    return errors
+
+
+def codec(recipe: Recipe) -> Codec:
+    """How the frozen weights are stored."""
+    return make(recipe.codec, getattr(torch, recipe.dtype), recipe.codec_double_quant)
+
+
+def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
+    """The model of a checkpoint's config with its adapters, without any weights."""
+    model = skeleton(folder, getattr(torch, recipe.dtype), attention(recipe)[0])
+    return model, attach(model, recipe.method, codec(recipe), recipe.seed)
+
+
+def attention(recipe: Recipe) -> tuple[str, str]:
+    """The attention that this run will use on this machine, and why."""
+    if recipe.attn_implementation != "auto":
+        return recipe.attn_implementation, "as attn_implementation says"
+    if lacking := missing_for_flash(recipe):
+        return "sdpa", f"for flash_attention_2 needs {' and '.join(lacking)}"
+    return "flash_attention_2", "for flash-attn is installed"
+
+
+def missing_for_flash(recipe: Recipe) -> list[str]:
+    """What is missing for flash_attention_2 here."""
+    lacking = [] if recipe.dtype == "bfloat16" else ["dtype: bfloat16"]
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        lacking.append("a CUDA device of capability 8.0 or more")
+    elif not is_flash_attn_2_available():
+        lacking.append("flash-attn")
+    return lacking
+
+
+def read_data(
+    recipe: Recipe, folder: str | Path, rank: int, world: int
+) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
+    """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it."""
+    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
+    corpus = load_corpus(recipe.data, tokenizer, recipe.seed)
+    batches = training_batches(
+        corpus,
+        recipe.data,
+        per_device=recipe.per_device_train_batch_size,
+        accumulation=recipe.gradient_accumulation_steps,
+        rank=rank,
+        world=world,
+        seed=recipe.seed,
+        pad_id=pad_id(tokenizer),
+        epochs=recipe.num_train_epochs,
+    )
+    return tokenizer, corpus, batches
+
+
+def deepspeed_config(recipe: Recipe) -> Path:
+    """The JSON that `deepspeed:` names: relative to the working directory, else to the repository."""
+    given = Path(recipe.deepspeed).expanduser()
+    for path in (given, ROOT / given):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ds_configs/*.json"))) or "none"
+    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
+
+
+def engine_settings(recipe: Recipe) -> Any:
+    """Return what the recipe says to its engine: the setting of the engine's name, None if there is none."""
+    return deepspeed_config(recipe) if recipe.engine == "deepspeed" else getattr(recipe, recipe.engine, None)

@@ -1,0 +1,180 @@
+"""What is wrong with a recipe, found before a model is loaded: all complaints at once, each with what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import draccus
+
+from llm_lowrank.codecs import CODECS
+from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.numerics.optimizers import OPTIMIZERS
+from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import Recipe
+
+Check = tuple[str, Callable[[Any], bool]]
+POSITIVE: Check = ("must be at least 1", lambda x: x >= 1)
+NATURAL: Check = ("must be at least 0", lambda x: x >= 0)
+ABOVE_ZERO: Check = ("must be above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE: Check = ("must be at least 0", lambda x: 0 <= x < math.inf)
+DECAY: Check = ("must be at least 0 and below 1", lambda x: 0 <= x < 1)
+RANGES: dict[str, Check] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE
+    ),
+    **dict.fromkeys(("logging_steps", "save_total_limit"), POSITIVE),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
+    **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio"), DECAY),
+    "min_lr_rate": ("must be at least 0 and at most 1", lambda x: 0 <= x <= 1),
+    "max_steps": ("must be at least 1, or -1 for as many as num_train_epochs take", lambda x: x >= 1 or x == -1),
+    "model_name_or_path": ("must name a model", bool),
+    "output_dir": ("must name a folder", bool),
+}
+
+
+def validate(recipe: Recipe) -> None:
+    """Check what can be known before a model is loaded; raise one RecipeError with all complaints."""
+    errors = [
+        f"{key} {text}, not {getattr(recipe, key)}"
+        for key, (text, good) in RANGES.items()
+        if getattr(recipe, key) is not None and not good(getattr(recipe, key))
+    ]
+    errors += _optimizer_errors(recipe)
+    errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
+    if recipe.codec_double_quant and recipe.codec != "nf4":
+        errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
+    if recipe.merge_base == "dequantized" and recipe.codec == "dense":
+        errors.append("merge_base: dequantized is for codec: nf4 or int8; a dense backbone is trained on as it is")
+    if recipe.merge_base == "dequantized" and not recipe.save_merged:
+        errors.append(
+            "merge_base: dequantized says what to merge into, and save_merged: false that nothing is merged; remove one"
+        )
+    if missing := CODECS[recipe.codec].missing():
+        errors.append(f"codec: {recipe.codec} needs {' '.join(missing)}; pip install {' '.join(missing)}")
+    if recipe.attn_implementation == "flash_attention_2" and (lacking := missing_for_flash(recipe)):
+        install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
+        errors.append(
+            f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa"
+        )
+    if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
+        errors.append(
+            f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one "
+            "of them"
+        )
+    if recipe.data.streaming and recipe.max_steps < 1:
+        errors.append("data.streaming: how long the data is cannot be known; set max_steps")
+    if recipe.engine != "fsdp" and recipe.fsdp != Sharding():
+        errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
+    if recipe.engine == "deepspeed":
+        errors += _deepspeed_errors(recipe)
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        extra = {"tensorboard": "track"}.get(recipe.report_to, recipe.report_to)
+        errors.append(
+            f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none'
+        )
+    errors += _path_errors(recipe)
+    if errors:
+        raise RecipeError("\n".join(errors))
+
+
+def _optimizer_errors(recipe: Recipe) -> list[str]:
+    """Settings that this optimizer does not take, where they are not at their defaults."""
+    known = OPTIMIZERS[recipe.optim].settings
+    errors = []
+    for key in sorted({key for kind in OPTIMIZERS.values() for key in kind.settings if key not in known}):
+        if getattr(recipe, key) != getattr(Recipe, key):
+            takers = " and ".join(kind.title for kind in OPTIMIZERS.values() if key in kind.settings)
+            errors.append(f"{key} is of {takers}, optim: {recipe.optim} has none; remove it")
+    return errors
+
+
+def _deepspeed_errors(recipe: Recipe) -> list[str]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return ["engine: deepspeed is not installed; pip install deepspeed or --engine plain"]
+    try:
+        json.loads(deepspeed_config(recipe).read_text(encoding="utf-8"))
+    except RecipeError as error:
+        return [str(error)]
+    except ValueError as error:
+        return [f"deepspeed: {recipe.deepspeed} is not JSON: {error}"]
+    return []
+
+
+def _path_errors(recipe: Recipe) -> list[str]:
+    errors = []
+    taken = output_dir_conflict(recipe)
+    if taken and not recipe.dry_run:  # a dry run only reports it
+        errors.append(taken)
+    asked = recipe.resume_from_checkpoint
+    if asked not in ("none", "auto") and not Path(asked).expanduser().is_dir():
+        errors.append(f"resume_from_checkpoint: {asked} is no checkpoint: there is no such folder")
+    model = recipe.model_name_or_path
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        errors.append(f"model_name_or_path: {model} does not exist")
+    return errors
+
+
+def output_dir_conflict(recipe: Recipe) -> str | None:
+    """The reason why output_dir cannot be written to, or None."""
+    output = recipe.output
+    if output.exists() and not output.is_dir():
+        return f"output_dir: {output} is a file"
+    if not output.is_dir() or not any(output.iterdir()) or recipe.overwrite_output_dir:
+        return None
+    if recipe.resume_from_checkpoint == "auto":
+        if (output / "adapter").exists() and not any(output.glob("checkpoints/step-*[0-9]")):
+            return (
+                f"output_dir: {output} holds a finished run and no checkpoint to resume from; write over it with "
+                "--overwrite_output_dir"
+            )
+        return None
+    if output.resolve() in Path(recipe.resume_from_checkpoint).expanduser().resolve().parents:
+        return None
+    return (
+        f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, "
+        "or resume with --resume_from_checkpoint auto"
+    )
+
+
+# Settings that may differ when a run resumes: where and how it computes, not what it learns. on_nan is among them, as a
+# run that stopped at a gradient that is not finite resumes with the other policy.
+FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "save_merged",
+    "merge_base",
+    "dry_run",
+    "engine",
+    "deepspeed",
+    "fsdp",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "report_to",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "on_nan",
+    "ddp_timeout",
+}
+
+
+def check_same_run(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
+    """Raise RecipeError unless the checkpoint was written by a run that this one may resume."""
+    now = draccus.encode(recipe)
+    other = sorted(key for key in now.keys() | saved.keys() if key not in FREE and now.get(key) != saved.get(key))
+    if other:
+        lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in other]
+        raise RecipeError(f"resume_from_checkpoint: {path} was written by another run:\n  " + "\n  ".join(lines))
