@@ -171,6 +171,17 @@ def test_all_linear_of_a_model_without_one_is_refused():
         find_targets(model, ["all-linear"])
 
 
+def test_all_complaints_about_the_settings_of_a_method_come_at_once():
+    with pytest.raises(ValueError) as caught:
+        SRLoRA(target_modules=[], rank=0, dropout=1.0, gamma=2.0)
+    assert str(caught.value).splitlines() == [
+        "method.target_modules is empty; name modules or write [all-linear]",
+        "method.rank must be at least 1, not 0",
+        "method.dropout must be in [0, 1), not 1.0",
+        "method.gamma must be in (0, 1], not 2.0",
+    ]
+
+
 # ---- attach
 
 

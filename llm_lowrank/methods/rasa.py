@@ -156,10 +156,11 @@ class RaSALayer(Adapter):
         seed: int,
     ) -> None:
         super().__init__(name, linear, codec, seed)
-        (m, n), own = self.shape, rank - pooled
+        (m, n), unpooled = self.shape, rank - pooled
         self.rank, self.pooled, self.alpha, self.d_init, self.dropout = rank, pooled, alpha, d_init, dropout
-        if own:
-            self.A, self.B, self.d = self.factor(own, n), self.factor(m, own), self.factor(own)
+        if unpooled:
+            self.A, self.B = self.factor(unpooled, n), self.factor(m, unpooled)
+            self.d = self.factor(unpooled)
 
     def join(self, pool: Pool, first: bool) -> None:
         """Use this pool from now on. `first`: the layer is the first of the model that uses it."""
@@ -170,15 +171,18 @@ class RaSALayer(Adapter):
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: A is uniform and B zero, so that the function starts as it was."""
         assert pairs is None, "RaSA takes no pairs out of W"
-        (m, n), own, size = self.shape, self.rank - self.pooled, 0 if self.pool is None else len(self.e)
-        sides = 2 if own and self.pooled else 1  # the own pairs and the pool share alpha
+        (m, n), unpooled, size = self.shape, self.rank - self.pooled, 0 if self.pool is None else len(self.e)
+        sides = 2 if unpooled and self.pooled else 1  # the own pairs and the pool share alpha
         values = {}
         with torch.device("cpu"):
-            if own:
-                values["A"], values["B"] = uniform_rows(own, n, generator(self.seed, self.name)), torch.zeros(m, own)
-                values["d"] = torch.full((own,), self.alpha / (self.rank if self.d_init == "lora" else sides * own))
+            if unpooled:
+                values["A"] = uniform_rows(unpooled, n, generator(self.seed, self.name))
+                values["B"] = torch.zeros(m, unpooled)
+                total = self.rank if self.d_init == "lora" else sides * unpooled
+                values["d"] = torch.full((unpooled,), self.alpha / total)
             if size:
-                values["e"] = torch.full((size,), self.alpha / (self.rank if self.d_init == "lora" else sides * size))
+                total = self.rank if self.d_init == "lora" else sides * size
+                values["e"] = torch.full((size,), self.alpha / total)
         return values
 
     @property
@@ -187,9 +191,10 @@ class RaSALayer(Adapter):
 
     def products(self) -> list[Product]:
         """The products of the layer's own pairs and of the pool; either may be absent."""
-        own = [Product(self.A, self.B, self.d)] if self.rank > self.pooled else []
-        pool = self.pool
-        return own if pool is None else [*own, Product(pool.read("A", self.first), pool.read("B", self.first), self.e)]
+        products = [Product(self.A, self.B, self.d)] if self.rank > self.pooled else []
+        if (pool := self.pool) is not None:
+            products.append(Product(pool.read("A", self.first), pool.read("B", self.first), self.e))
+        return products
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None

@@ -168,12 +168,12 @@ class SRLoRA(PiSSA):
         """
         layers = as_pair_adapters(adapters)
         replaced, fresh = torch.stack([a.memory["replaced"] for a in layers]).sum(0).tolist()
-        found = {"replaced_fresh": fresh, "replaced_fresh_share": fresh / replaced if replaced else 0.0}
+        numbers = {"replaced_fresh": fresh, "replaced_fresh_share": fresh / replaced if replaced else 0.0}
         scores = self.scores(layers, engine)
         scores = scores[scores.sum(1) > 0]
         if len(scores):
-            found["score_variation"] = float((scores.std(1, correction=0) / scores.mean(1)).mean())
-        return found
+            numbers["score_variation"] = float((scores.std(1, correction=0) / scores.mean(1)).mean())
+        return numbers
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
         """Return the indices of the `count` least important pairs of every module: (modules, count).
