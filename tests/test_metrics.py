@@ -17,9 +17,10 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.run.checks import validate
+from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.meter import Meter, log_step
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.recipe import Recipe, RecipeError
+from llm_lowrank.run.recipe import Recipe
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

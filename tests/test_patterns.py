@@ -22,7 +22,8 @@ from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.export import merge, save_adapter
 from llm_lowrank.models.source import Source
-from llm_lowrank.run.recipe import RecipeError, dump, parse
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import dump, parse
 from tests.tiny import Trainee, batch, llama
 
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]

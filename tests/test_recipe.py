@@ -16,7 +16,8 @@ from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import command_line
 from llm_lowrank.run.build import attention, deepspeed_config, optimization, schedule_of
 from llm_lowrank.run.checks import validate
-from llm_lowrank.run.recipe import HEADINGS, IDENTITY, Recipe, RecipeError, parse, save
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import HEADINGS, IDENTITY, Recipe, parse, save
 from llm_lowrank.run.synonyms import SYNONYMS
 
 ROOT = Path(__file__).parents[1]

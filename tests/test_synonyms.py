@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_lowrank.run.command_line import settings
-from llm_lowrank.run.recipe import Recipe, RecipeError, parse
+from llm_lowrank.run.command_line import RecipeError, settings
+from llm_lowrank.run.recipe import Recipe, parse
 from llm_lowrank.run.synonyms import NOT_HERE, REFUSALS, SYNONYMS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text(encoding="utf-8")

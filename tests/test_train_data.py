@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_lowrank.run.checks import validate
-from llm_lowrank.run.recipe import RecipeError, parse
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer, write_jsonl

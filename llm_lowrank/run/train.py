@@ -151,7 +151,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
 
 
 def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple[list[float], float, bool]:
-    """Make step `step` (from 1). Returns the rates, the gradient norm, and whether the gradients were finite. Collective.
+    """Make step `step`, from 1; return the rates, the gradient norm, and whether gradients were finite. Collective.
 
     The method sees the gradients after the last backward and before the update; of gradients that are not finite it
     sees nothing, and the engine changes no value and no moment.
