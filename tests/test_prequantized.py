@@ -4,9 +4,12 @@ import sys
 import pytest
 import torch
 from bitsandbytes import functional
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llm_lowrank.models.export import merge
+from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from tests.tiny import batch, llama
 
@@ -247,3 +250,249 @@ def test_file_that_was_cut_short_is_noticed(tmp_path):
         opened.tensor("x.weight")
     with pytest.raises(ValueError, match="damaged or incomplete"):
         Source.open(folder)
+
+
+# ---- weights in 8 bits
+
+
+M, N = 131, 72  # rows and columns of no whole number of blocks
+
+
+def plain_dequantized(codes, scales, block):
+    """W[i, j] = code[i, j] * scale[i // a, j // b], element by element."""
+    w = torch.empty(codes.shape)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            w[i, j] = codes[i, j].float() * scales[i // block[0], j // block[1]].float()
+    return w
+
+
+def write_scaled(folder, quantization, tensors, dtype="float32", key="quantization_config"):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"dtype": dtype, key: quantization}))
+    save_file({name: value.clone() for name, value in tensors.items()}, folder / SINGLE)
+    return folder
+
+
+def compressed(strategy, kind="float", stored="float-quantized", **more):
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, **more}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored,
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": ["lm_head"],
+    }
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+SCALED = {  # config, name of the scales, shape of the scales, block, dtype of the codes
+    "fp8 by blocks": (
+        {**FP8, "weight_block_size": [32, 16]},
+        "weight_scale_inv",
+        (5, 5),
+        (32, 16),
+        torch.float8_e4m3fn,
+    ),
+    "fp8 in one block": (
+        {**FP8, "weight_block_size": [128, 128]},
+        "weight_scale_inv",
+        (2, 1),
+        (128, 128),
+        torch.float8_e4m3fn,
+    ),
+    "fp8, one scale": (FP8, "weight_scale_inv", (), (M, N), torch.float8_e4m3fn),
+    "compressed, one scale": (compressed("tensor"), "weight_scale", (1,), (M, N), torch.float8_e4m3fn),
+    "compressed by rows": (compressed("channel"), "weight_scale", (M, 1), (1, N), torch.float8_e4m3fn),
+    "compressed by blocks": (
+        compressed("block", block_structure=[64, 64]),
+        "weight_scale",
+        (3, 2),
+        (64, 64),
+        torch.float8_e4m3fn,
+    ),
+    "compressed int8": (compressed("channel", "int", "int-quantized"), "weight_scale", (M, 1), (1, N), torch.int8),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", SCALED)
+def test_weights_in_8_bits_are_decoded(tmp_path, kind, dtype):
+    config, name, shape, block, stored_as = SCALED[kind]
+    torch.manual_seed(0)
+    codes = (torch.randn(M, N) * 30).to(stored_as)
+    scales = torch.rand(shape) + 0.01
+    tensors = {"a.weight": codes, f"a.{name}": scales, "a.input_scale": torch.ones(1), "b.weight": torch.randn(3, 4)}
+    opened = Source.open(write_scaled(tmp_path / "q", config, tensors, dtype))
+    wanted = plain_dequantized(codes, scales.reshape(-(-M // block[0]), -(-N // block[1])), block).to(
+        getattr(torch, dtype)
+    )
+    assert opened.prequantized and opened.names() == ["a.weight", "b.weight"] and not opened.is_nf4("a.weight")
+    assert opened.layout("a.weight") == (wanted.dtype, [M, N])
+    assert torch.equal(opened.tensor("a.weight"), wanted) and opened.tensor("a.weight").dtype == wanted.dtype
+    for start, stop in ((0, M), (0, 1), (31, 33), (60, 130), (M - 1, M), (7, 7)):
+        assert torch.equal(opened.rows("a.weight", start, stop), wanted[start:stop])
+    assert torch.equal(opened.tensor("b.weight"), tensors["b.weight"])
+
+
+def test_the_fingerprint_of_weights_in_8_bits_depends_on_the_codes(tmp_path):
+    prints = set()
+    for number in (1.0, 2.0):
+        tensors = {"a.weight": torch.full((4, 4), number).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(())}
+        prints.add(Source.open(write_scaled(tmp_path / str(number), FP8, tensors)).fingerprint)
+    assert len(prints) == 2
+
+
+CODES = torch.ones(8, 4).to(torch.float8_e4m3fn)
+BLOCKS = {**FP8, "weight_block_size": [4, 4]}
+
+
+@pytest.mark.parametrize(
+    "config, tensors, says",
+    [
+        (
+            BLOCKS,
+            {"a.weight": CODES, "a.weight_scale_inv": torch.ones(3, 1)},
+            rf"scales float32 \[3, 1\], not \[2, 1\].*{AGAIN}",
+        ),
+        (BLOCKS, {"a.weight_scale_inv": torch.ones(2, 1)}, f"a.weight is missing.*{AGAIN}"),
+        (
+            BLOCKS,
+            {"a.weight": torch.ones(8, 4), "a.weight_scale_inv": torch.ones(2, 1)},
+            "stored as float32.*not as a matrix of float8_e4m3fn",
+        ),
+        (BLOCKS, {"a.weight": torch.ones(8, 4)}, "no tensor named weight_scale_inv; if all weights are plain"),
+        (
+            BLOCKS,
+            {"a.weight": CODES, "a.weight_scale_inv": torch.ones(2, 1), "b.weight": CODES.clone()},
+            "b.weight is stored as float8_e4m3fn",
+        ),
+        ({**FP8, "weight_block_size": [4]}, {"a.weight": CODES}, r"weight_block_size \[4\] is not read"),
+        (
+            compressed("group", group_size=4),
+            {"a.weight": CODES},
+            rf"float of 8 bits, symmetric, with scales by group.*{START_OVER}",
+        ),
+        (
+            compressed("channel", "int", "int-quantized", symmetric=False),
+            {"a.weight": CODES},
+            "int of 8 bits, asymmetric",
+        ),
+        (compressed("channel", num_bits=4), {"a.weight": CODES}, "float of 4 bits"),
+        (compressed("channel", stored="pack-quantized"), {"a.weight": CODES}, "of format pack-quantized"),
+        ({**compressed("channel"), "sparsity_config": {"format": "dense"}}, {"a.weight": CODES}, "sparse"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, {"a.weight": CODES}, "no config_groups"),
+        ({"quant_method": "mxfp4"}, {"a.weight": CODES}, rf"\(mxfp4\).*{START_OVER}"),
+    ],
+)
+def test_weights_in_8_bits_that_cannot_be_read_are_refused(tmp_path, config, tensors, says):
+    with pytest.raises(ValueError, match=says):
+        Source.open(write_scaled(tmp_path / "q", config, tensors))
+
+
+# ---- weights that are no weights, and a config that does not say so in words that are read
+
+
+W = torch.randn(8, 4)
+UNANNOUNCED = {
+    "int8 with scales": (
+        {"a.weight": W.to(torch.int8), "a.weight_scale": torch.ones(8, 1)},
+        "a.weight is stored as int8",
+    ),
+    "fp8 alone": ({"a.weight": W.to(torch.float8_e4m3fn)}, "a.weight is stored as float8_e4m3fn"),
+    "uint8": ({"a.weight": W.to(torch.uint8)}, "a.weight is stored as uint8"),
+    "integers stored as floats": (
+        {"a.weight": W.round(), "a.weight_scale": torch.ones(8, 1)},
+        "a.weight_scale looks like",
+    ),
+    "block scales": ({"a.weight": W, "a.weight_scale_inv": torch.ones(1, 1)}, "a.weight_scale_inv looks like"),
+    "GPTQ": ({"a.qweight": W.to(torch.int32), "a.qzeros": W.to(torch.int32), "a.scales": W}, "a.qweight looks like"),
+    "AWQ": ({"a.weight": W, "a.scales": W}, "a.scales looks like"),
+    "HQQ": ({"a.W_q": W.to(torch.uint8), "a.scale": W, "a.zero": W}, "a.W_q looks like"),
+    "bitsandbytes int8": ({"a.weight": W, "a.SCB": torch.ones(8)}, "a.SCB looks like"),
+    "bitsandbytes nf4": ({"a.weight": W, "a.weight.absmax": torch.ones(1)}, "a.weight.absmax looks like"),
+    "packed": ({"a.weight_packed": W.to(torch.int32)}, "a.weight_packed looks like"),
+    "zero points": ({"a.weight": W, "a.zero_point": torch.ones(1)}, "a.zero_point looks like"),
+    "quanto": ({"a.weight._data": W.to(torch.int8), "a.weight": W}, "a.weight._data looks like"),
+}
+
+
+@pytest.mark.parametrize("kind", UNANNOUNCED)
+def test_codes_without_an_announcement_are_refused_by_name(tmp_path, kind):
+    tensors, says = UNANNOUNCED[kind]
+    with pytest.raises(ValueError, match=f"{says}.*{START_OVER}"):
+        Source.open(write_scaled(tmp_path / "q", None, tensors))
+
+
+def test_what_only_resembles_a_scale_is_a_tensor_like_others(tmp_path):
+    tensors = {
+        "norm.weight": torch.ones(4),
+        "norm.scale": torch.ones(4),
+        "attn.logit_scale": torch.ones(()),
+        "layer_scale": torch.ones(4),
+        "attn.bias": torch.ones(1, 1, 3, 3, dtype=torch.uint8),  # GPT-2's causal mask
+        "position_ids": torch.arange(4),
+        "k_proj.weight": W,
+        "attn.k_scale": torch.ones(1),
+        "k_proj.output_scale": torch.ones(1),
+    }
+    assert sorted(Source.open(write_scaled(tmp_path / "q", None, tensors)).names()) == sorted(tensors)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"compression_config": {"quant_method": "nonsense"}}, r"\(nonsense\)"),
+        ({"compression_config": {"format": "pack-quantized"}}, r"\(unknown method\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"\(awq\)"),
+        ({"quantization": "int4"}, "quantization: 'int4', which is not read"),
+        ({"quant_method": "gptq"}, "quant_method: 'gptq', which is not read"),
+    ],
+)
+def test_every_word_for_quantization_is_heard(tmp_path, config, says):
+    folder = write_scaled(tmp_path / "q", None, {"a.weight": W})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{says}.*{START_OVER}"):
+        Source.open(folder)
+
+
+def test_a_file_of_another_tool_announces_too(tmp_path):
+    folder = write_scaled(tmp_path / "q", None, {"a.weight": W})
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"has a hf_quant_config.json.*{START_OVER}"):
+        Source.open(folder)
+
+
+def test_compression_config_is_read_as_quantization_config(tmp_path):
+    tensors = {"a.weight": CODES, "a.weight_scale": torch.full((8, 1), 2.0)}
+    opened = Source.open(write_scaled(tmp_path / "q", compressed("channel"), tensors, key="compression_config"))
+    assert torch.equal(opened.tensor("a.weight"), torch.full((8, 4), 2.0))
+
+
+def test_a_config_without_the_announcement_keeps_all_else():
+    config = {"dtype": "bfloat16", "quantization_config": {"a": 1}, "text_config": {"quant_method": "x", "n": 2}}
+    assert without_announcement(config) == {"dtype": "bfloat16", "text_config": {"n": 2}}
+
+
+def test_a_merge_over_weights_in_8_bits_is_a_plain_checkpoint(tmp_path):
+    """The decoded weights + the adapter, in the config's dtype; plain transformers reads the folder."""
+    model = llama()
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            m, n = value.shape
+            state[name] = (value * 100).to(torch.float8_e4m3fn)
+            state[f"{name}_scale_inv"] = torch.rand(-(-m // 16), -(-n // 16)) / 100
+            value.copy_(plain_dequantized(state[name], state[f"{name}_scale_inv"], (16, 16)))
+        elif name != "lm_head.weight":
+            state[name] = value
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = write_scaled(tmp_path / "base", {**FP8, "weight_block_size": [16, 16]}, state)
+    written = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**model.config.to_dict(), **written}))
+    merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.allclose(merged(batch(1)).logits, adapted(batch(1)).logits, atol=1e-4)

@@ -32,6 +32,7 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import file_sha256, stored_names, stream_safetensors, sync, write_json, write_safetensors
 from llm_lowrank.models.loading import blocks, encode_rows
+from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.numerics.pairs import Pairs
 
@@ -570,7 +571,7 @@ def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> N
             shutil.copyfile(file, output / file.name)
     if dtype is not None or source.prequantized:
         config = json.loads((source.path / "config.json").read_text())
-        config.pop("quantization_config", None)  # decoded weights are stored plainly
+        config = without_announcement(config)  # decoded weights are stored plainly
         if dtype is not None:
             config.pop("torch_dtype", None)  # the name before transformers 5
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes stored in 4 bits, read without quantizing them again.
+"""Quantized checkpoints: how a config announces them, and the 4 bits of bitsandbytes, read without quantizing again.
 
     W[i, j] = map[code[i, j]] * absmax[i, j // 64]
     absmax[b] = nested_map[byte[b]] * nested_absmax[b // 256] + offset     if absmax is quantized too; b counts by rows
@@ -21,31 +21,24 @@ As n is a multiple of 64, no block crosses a row, and any rows can be decoded fr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_lowrank.codecs.base import to_bytes
 from llm_lowrank.codecs.nf4 import BLOCK, Nf4, kernels, levels
+from llm_lowrank.models import scaled
+from llm_lowrank.models.part import START_OVER, Part, whole
+from llm_lowrank.models.scaled import READ, ScaledWeight
 
-START_OVER = "start from the unquantized checkpoint"
 KIND = ".quant_state.bitsandbytes__"
 STATE = f"{KIND}nf4"
 BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
-
-
-class Part(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> list[int]: ...
-    def rows(self, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,64 @@ class Nested:
     def decode(self, stored: Tensor, first: int) -> Tensor:
         """Decode the scales first, first + 1, ... from their bytes."""
         block = torch.arange(first, first + len(stored)) // self.blocksize
-        return _whole(self.map)[stored.int()] * _whole(self.absmax)[block] + self.offset
+        return whole(self.map)[stored.int()] * whole(self.absmax)[block] + self.offset
+
+
+# Keys of a config, at any depth, that announce weights in codes.
+ANNOUNCED = re.compile(r"quantization_config|compression_config|quantization|quant_config|quantize_config|quant_method")
+# Files that other tools write beside config.json for the same purpose.
+FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+
+
+def announcement(path: Path) -> Mapping[str, Any] | None:
+    """What a checkpoint's config says about quantization, None if it says nothing.
+
+    ValueError if it says so in a way that is not read.
+    """
+    found = _announced(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if found is None:
+        for file in FILES:
+            if (path / file).is_file():
+                raise ValueError(
+                    f"{path} has a {file}, so its weights are quantized, and config.json does not say how; {START_OVER}"
+                )
+        return None
+    key, quantization = found
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"{path}: config.json has {key}: {quantization!r}, which is not read; {START_OVER}")
+    return quantization
+
+
+def _announced(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    for key, value in config.items():
+        if ANNOUNCED.fullmatch(key) and value:
+            return key, value
+    inner = (_announced(value) for value in config.values() if isinstance(value, Mapping))
+    return next((found for found in inner if found is not None), None)
+
+
+def without_announcement(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config for a checkpoint whose weights are written plainly."""
+    return {
+        key: without_announcement(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not ANNOUNCED.fullmatch(key)
+    }
+
+
+def decode_all(
+    path: Path, quantization: Mapping[str, Any], stored: Mapping[str, Part], dtype: torch.dtype
+) -> tuple[dict[str, Nf4Weight | ScaledWeight], set[str]]:
+    """Return the quantized weights among the stored tensors, and the names of the tensors that only describe them.
+
+    dtype: what weights in 8 bits are decoded to. ValueError for a kind of quantization that is not read.
+    """
+    if quantization.get("quant_method") in ("fp8", "compressed-tensors"):
+        in_bytes, beside = scaled.collect(path, quantization, stored, dtype)
+        return {**in_bytes}, beside
+    check_config(path, quantization)
+    in_4_bits, beside = collect(path, stored)
+    return {**in_4_bits}, beside
 
 
 def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
@@ -100,9 +150,7 @@ def check_config(path: Path, quantization: Mapping[str, Any]) -> None:
             return
     elif method == "bitsandbytes":
         method = "bitsandbytes int8"
-    raise ValueError(
-        f"{path} stores quantized weights ({method}), of which only bitsandbytes nf4 is read; {START_OVER}"
-    )
+    raise ValueError(f"{path} stores quantized weights ({method}); {READ}; {START_OVER}")
 
 
 def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight], set[str]]:
@@ -133,7 +181,7 @@ def collect(path: Path, stored: Mapping[str, Part]) -> tuple[dict[str, Nf4Weight
 def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
     try:
         words, absmax, quant_map = (stored[name + end] for end in ("", ".absmax", ".quant_map"))
-        state = json.loads(bytes(_whole(stored[name + STATE]).numpy()))
+        state = json.loads(bytes(whole(stored[name + STATE]).numpy()))
         dtype, shape, blocksize = getattr(torch, state["dtype"]), state["shape"], state["blocksize"]
         nested = None
         if f"{name}.nested_absmax" in stored:
@@ -147,7 +195,7 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
         raise ValueError(f"{where} has shape {shape}, not rows of whole blocks of {BLOCK}; {START_OVER}")
     nf4 = levels(torch.device("cpu"))
     # the same tolerance as in bitsandbytes
-    if quant_map.shape != [16] or not torch.allclose(_whole(quant_map), nf4, rtol=0, atol=1e-6):
+    if quant_map.shape != [16] or not torch.allclose(whole(quant_map), nf4, rtol=0, atol=1e-6):
         raise ValueError(f"{where} has a quant_map that is not that of nf4; {START_OVER}")
     blocks = shape[0] * shape[1] // BLOCK
     stored_as = words.dtype.itemsize * words.shape[0], absmax.dtype, absmax.shape
@@ -158,7 +206,3 @@ def _weight(where: str, name: str, stored: Mapping[str, Part]) -> Nf4Weight:
             f"{where} has codes or scales that do not fit its shape {shape}; download the checkpoint again"
         )
     return Nf4Weight(dtype, shape, words, absmax, nested)
-
-
-def _whole(part: Part) -> Tensor:
-    return part.rows(0, part.shape[0])

@@ -23,7 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names
-from llm_lowrank.models.prequantized import Nf4Weight, check_config, collect
+from llm_lowrank.models.part import refuse_codes
+from llm_lowrank.models.prequantized import Nf4Weight, announcement, decode_all
+from llm_lowrank.models.scaled import ScaledWeight
 
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"
@@ -41,6 +43,8 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.kind not in DTYPES:
+            raise ValueError(f"{self.path} holds numbers of type {self.kind}, which is not read")
         return DTYPES[self.kind]
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -66,6 +70,9 @@ class Stored:
             return first + file.read(min(count, size))
 
 
+At = Stored | Nf4Weight | ScaledWeight
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint of a model, opened."""
@@ -74,7 +81,7 @@ class Source:
     path: Path  # a folder with config.json and safetensors files
     files: dict[str, str]  # tensor name -> file name inside the folder
     # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
-    tensors: dict[str, Stored | Nf4Weight]
+    tensors: dict[str, At]
 
     @classmethod
     def open(cls, model_name_or_path: str | Path) -> "Source":
@@ -99,14 +106,15 @@ class Source:
         for name in sorted(self.names()):
             at = self._at(name)
             digest.update(f"{name} {at.dtype} {at.shape}".encode())
-            if isinstance(at, Stored):
-                digest.update(at.ends())
+            in_file = at.codes if isinstance(at, ScaledWeight) else at
+            if isinstance(in_file, Stored):
+                digest.update(in_file.ends())
         return digest.hexdigest()
 
     @property
     def prequantized(self) -> bool:
-        """Whether some weights are stored in 4 bits; `tensor` and `rows` decode them."""
-        return any(isinstance(tensor, Nf4Weight) for tensor in self.tensors.values())
+        """Whether some weights are stored in 4 or 8 bits; `tensor` and `rows` decode them."""
+        return not all(isinstance(tensor, Stored) for tensor in self.tensors.values())
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -114,7 +122,7 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """Read a tensor in the stored dtype, memory-mapped (do not write to it); a quantized one is decoded."""
         at = self._at(name)
-        if isinstance(at, Nf4Weight):
+        if not isinstance(at, Stored):
             return at.rows(0, at.shape[0])
         with safe_open(at.path, framework="pt") as handle:
             return handle.get_tensor(name)
@@ -147,7 +155,7 @@ class Source:
         for file in sorted(set(self.files.values())):
             yield file, [name for name, home in self.files.items() if home == file]
 
-    def _at(self, name: str) -> Stored | Nf4Weight:
+    def _at(self, name: str) -> At:
         if name not in self.tensors:
             raise ValueError(f"{self.path} holds no tensor named {name}")
         return self.tensors[name]
@@ -222,18 +230,29 @@ def _tensor_files(path: Path) -> dict[str, str]:
     return dict(stored)
 
 
-def _tensors(path: Path, files: dict[str, str]) -> dict[str, Stored | Nf4Weight]:
-    """Tensor name -> the place of its bytes; the parts of an nf4 weight are joined.
+def _tensors(path: Path, files: dict[str, str]) -> dict[str, At]:
+    """Tensor name -> the place of its bytes; the parts of a quantized weight are joined.
 
-    Raise ValueError for other quantized weights.
+    Raise ValueError for quantized weights that cannot be read.
     """
-    stored = {name: at for file in sorted(set(files.values())) for name, at in _header(path / file).items()}
-    quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
-    if not quantization:
-        return {**stored}
-    check_config(path, quantization)
-    weights, beside = collect(path, stored)
-    return {name: weights.get(name, at) for name, at in stored.items() if name not in beside}
+    tensors: dict[str, At] = {}
+    for file in sorted(set(files.values())):
+        tensors |= _header(path / file)
+    quantization = announcement(path)
+    if quantization is not None:
+        weights, beside = decode_all(path, quantization, tensors, _dtype(path))
+        tensors = {name: weights.get(name, at) for name, at in tensors.items() if name not in beside}
+    refuse_codes(path, tensors)
+    return tensors
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """The dtype of the plain weights that a config names; bfloat16 if it names none."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for place in (config, config.get("text_config") or {}):
+        if (name := place.get("dtype") or place.get("torch_dtype")) and isinstance(name, str):
+            return getattr(torch, name.removeprefix("torch."), torch.bfloat16)
+    return torch.bfloat16
 
 
 def _header(path: Path) -> dict[str, Stored]:
