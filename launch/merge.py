@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from llm_lowrank.models.export import BACKBONE, CONFIG, Backbone, merge
+from llm_lowrank.models.backbone import BACKBONE, Backbone
+from llm_lowrank.models.foreign import CONFIG
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 
 

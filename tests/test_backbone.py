@@ -14,7 +14,10 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models.export import BACKBONE, Backbone, Lora, Merging, gaps, merge, save_adapter
+from llm_lowrank.models.backbone import BACKBONE, Backbone
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.foreign import Lora
+from llm_lowrank.models.merging import Merging, gaps, merge
 from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import Trainee, batch, llama

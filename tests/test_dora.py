@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from llm_lowrank.adapters.adapter import PairSettings
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.dora import DirectionAdapter, DoRA
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import Trainee, batch, llama

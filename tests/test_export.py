@@ -21,8 +21,10 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models import export
-from llm_lowrank.models.export import CONFIG, WEIGHTS, Lora, Update, add_rounded, delta, merge, save_adapter
+from llm_lowrank.models import merging
+from llm_lowrank.models.export import delta, save_adapter
+from llm_lowrank.models.foreign import CONFIG, WEIGHTS, Lora, Update
+from llm_lowrank.models.merging import add_rounded, merge
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.numerics.pairs import Pairs
 from tests.tiny import batch, llama
@@ -397,7 +399,7 @@ def test_output_is_there_whole_or_not_at_all(tmp_path, base, monkeypatch):
     adapter = write_adapter(tmp_path / "adapter", peft_config())
     (tmp_path / "merged").mkdir()  # an empty folder may be there
     with monkeypatch.context() as patched:
-        patched.setattr(export, "_copy_the_rest", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        patched.setattr(merging, "_copy_the_rest", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
         with pytest.raises(OSError, match="no space"):
             merge(Source.open(base), adapter, tmp_path / "merged")
     assert not list((tmp_path / "merged").iterdir()) and not list(tmp_path.glob("merged.tmp*"))

@@ -25,7 +25,8 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
 from tests import ranks

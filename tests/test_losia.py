@@ -20,7 +20,8 @@ from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.methods.losia import LoSiA, Subnet, localize, top
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Block
 from tests import ranks

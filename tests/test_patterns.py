@@ -20,7 +20,8 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import dump, parse

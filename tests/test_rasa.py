@@ -20,7 +20,8 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.rasa import Pool, RaSA, RaSALayer
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from tests import ranks
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama

@@ -25,7 +25,8 @@ from llm_lowrank.codecs import Dense, Int8, Nf4
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.relora import ReLoRA
-from llm_lowrank.models.export import merge, save_adapter
+from llm_lowrank.models.export import save_adapter
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
 from llm_lowrank.numerics.schedule import Schedule

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llm_lowrank.data import tokenizer_of
 from llm_lowrank.files import file_sha256
-from llm_lowrank.models.export import ALL, CONFIG, TEMPLATE, WEIGHTS
+from llm_lowrank.models.foreign import ALL, CONFIG, TEMPLATE, WEIGHTS
 from llm_lowrank.models.source import Source
 
 Use = Literal["merged", "adapter", "base"]

@@ -1,15 +1,30 @@
-"""The merged model of a run, and how far either merge of a quantized run is from the model that was trained."""
+"""The adapter and the merged model of a run, and how far a merge is from the model that was trained."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from llm_lowrank.data import Batches, pad_id
-from llm_lowrank.models import export
+from llm_lowrank.files import write_text
+from llm_lowrank.models.backbone import BACKBONE, Backbone
+from llm_lowrank.models.export import SavedAdapter, save_adapter
+from llm_lowrank.models.foreign import TEMPLATE, Lora
+from llm_lowrank.models.merging import Merged, Merging, gaps, merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe
+
+
+def export_adapter(run: Run) -> SavedAdapter | None:
+    """Write output_dir/adapter on rank 0 and return a report there; return None elsewhere. Collective."""
+    recipe, folder = run.recipe, run.recipe.output / "adapter"
+    saved = save_adapter(
+        run.engine, run.adapters, method=recipe.method, path=folder, base_model_name_or_path=run.source.name
+    )
+    if recipe.data.chat_template and run.engine.main:
+        write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))
+    return saved
 
 
 def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
@@ -22,20 +37,20 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
     examples = run.corpus.some(run.recipe.per_device_eval_batch_size)
     (micro,) = Batches(examples, len(examples), pad_id=pad_id(run.tokenizer)).step(0)
     inputs = micro.inputs(run.engine.device)
-    merges: dict[str, export.Merging | None] = dict.fromkeys(("original", "dequantized"))
+    merges: dict[str, Merging | None] = dict.fromkeys(("original", "dequantized"))
     with run.engine.together():
         if run.engine.main:
             output = run.recipe.output
-            export.Backbone.save(output / export.BACKBONE, run.model)
-            lora = export.Lora.open(output / "adapter")
-            backbone = export.Backbone.open(output / export.BACKBONE)
+            Backbone.save(output / BACKBONE, run.model)
+            lora = Lora.open(output / "adapter")
+            backbone = Backbone.open(output / BACKBONE)
             merges = {
-                "original": export.Merging(run.source, lora),
-                "dequantized": export.Merging(run.source, lora, backbone=backbone),
+                "original": Merging(run.source, lora),
+                "dequantized": Merging(run.source, lora, backbone=backbone),
             }
     model.eval()
     lines = []
-    for base, gap in zip(merges, export.gaps(run.model, model, inputs, list(merges.values())), strict=True):
+    for base, gap in zip(merges, gaps(run.model, model, inputs, list(merges.values())), strict=True):
         if gap is not None:
             metrics.write("gap", run.total_steps, base=base, logits=gap.logits, agreement=gap.agreement)
             chosen = " (merge_base)" if base == run.recipe.merge_base else ""
@@ -43,8 +58,8 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def merge_adapter(recipe: Recipe, source: Source) -> export.Merged:
+def merge_adapter(recipe: Recipe, source: Source) -> Merged:
     """Write output_dir/merged: the exported adapter added to the weights that merge_base names. Call on rank 0."""
     output = recipe.output
-    backbone = export.Backbone.open(output / export.BACKBONE) if recipe.merge_base == "dequantized" else None
-    return export.merge(source, output / "adapter", output / "merged", backbone=backbone)
+    backbone = Backbone.open(output / BACKBONE) if recipe.merge_base == "dequantized" else None
+    return merge(source, output / "adapter", output / "merged", backbone=backbone)

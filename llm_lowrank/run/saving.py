@@ -7,7 +7,8 @@ import time
 
 import draccus
 
-from llm_lowrank.models import checkpoint, export
+from llm_lowrank.models import checkpoint
+from llm_lowrank.models.backbone import BACKBONE
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import save
@@ -72,5 +73,5 @@ def prepare_output(run: Run) -> None:
     for name in ("adapter", "merged", *([] if resuming else ["tensorboard", checkpoint.FOLDER])):
         if (output / name).exists():
             shutil.rmtree(output / name)
-    (output / export.BACKBONE).unlink(missing_ok=True)
+    (output / BACKBONE).unlink(missing_ok=True)
     save(run.recipe, output / "recipe.yaml")

@@ -12,14 +12,13 @@ from tqdm import tqdm
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.data import Stream
 from llm_lowrank.engines import Engine
-from llm_lowrank.files import write_text
-from llm_lowrank.models import checkpoint, export, loading
+from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.build import optimization
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
-from llm_lowrank.run.merging import merge_adapter, merged_gaps
+from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
 from llm_lowrank.run.meter import Meter, log_step, progress_bar
 from llm_lowrank.run.metrics import Metrics
@@ -179,7 +178,7 @@ def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple
 
 def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | None) -> None:
     """Evaluate the trained model, export its adapter, and measure what a merge would change. Collective."""
-    recipe, engine, output = run.recipe, run.engine, run.recipe.output
+    recipe, engine = run.recipe, run.engine
     if isinstance(run.corpus.train, Stream):
         run.say(describe_stream(run.corpus.train, dict(run.corpus.dropped)))
     engine.at("the evaluation after training")
@@ -190,11 +189,6 @@ def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | Non
         run.say(f"before training: {before}")
     run.say(f"after training:  {evaluation}")
     engine.at("the export")
-    saved = export.save_adapter(
-        engine, run.adapters, method=recipe.method, path=output / "adapter", base_model_name_or_path=run.source.name
-    )
-    if recipe.data.chat_template and engine.main:
-        write_text(output / "adapter" / export.TEMPLATE, str(run.tokenizer.chat_template))
-    run.say(f"adapter: {saved}")
+    run.say(f"adapter: {export_adapter(run)}")
     if recipe.codec != "dense":
         run.say(merged_gaps(run, model, metrics))

@@ -1,0 +1,238 @@
+"""The merged Hugging Face checkpoint of a base model and a LoRA, written with one tensor in memory at a time.
+
+    merged W = base + the adapter's update, added in float32 and rounded once
+
+The base is the stored W0 or, with a backbone, the quantized weight on which a run trained. `gaps` measures what either
+merge would change, without writing it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.files import stream_safetensors, sync, write_json
+from llm_lowrank.models.backbone import Backbone
+from llm_lowrank.models.foreign import TEMPLATE, Lora, Update
+from llm_lowrank.models.prequantized import without_announcement
+from llm_lowrank.models.source import INDEX, SINGLE, Source
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The report of a merged checkpoint."""
+
+    path: Path
+    lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
+
+    @property
+    def worst(self) -> str:
+        """The module whose update lost most."""
+        return max(self.lost, key=self.lost.__getitem__)
+
+    def __str__(self) -> str:
+        most = self.lost[self.worst]
+        advice = "; merge into float32, or use the adapter unmerged, to keep all of it" if most > 0.05 else ""
+        error = f"rounding error at most {most:.2%} of an update ({self.worst})"
+        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}"
+
+
+@dataclass
+class Merging:
+    """The tensors of a merged checkpoint, one at a time: base + adapter in float32, rounded once.
+
+    The base is the checkpoint's W0 or, with a backbone, the quantized weight on which the run trained.
+    """
+
+    source: Source
+    lora: Lora
+    dtype: torch.dtype | None = None  # of every floating-point tensor; None: each keeps its dtype
+    backbone: Backbone | None = None
+
+    def __post_init__(self) -> None:
+        self.updated = _find_weights(self.source, self.lora)
+        self.quantized = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
+        self.layout = {name: self.source.layout(name) for name in self.source.names()}
+        if self.dtype is not None:
+            self.layout = {
+                name: (self.dtype if stored.is_floating_point else stored, shape)
+                for name, (stored, shape) in self.layout.items()
+            }
+        self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
+
+    def tensor(self, name: str) -> Tensor:
+        """Compute one tensor of the merged checkpoint; for an adapted module also note what rounding took."""
+        weight, target = self.source.tensor(name), self.layout[name][0]
+        if self.backbone is not None and name in self.quantized and not self.source.is_nf4(name):
+            weight = self.backbone.base(self.quantized[name], weight)
+        if name not in self.updated:
+            return weight.to(target)
+        module = self.updated[name]
+        merged, self.lost[module] = add_rounded(weight, self.lora.update(module), target)
+        return merged
+
+
+def merge(
+    source: Source,
+    adapter_dir: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    backbone: Backbone | None = None,
+) -> Merged:
+    """Write base + adapter as a Hugging Face checkpoint, one tensor in memory at a time, and return a report.
+
+    `dtype` converts every floating-point tensor; by default each keeps its dtype. With a `backbone` the adapter is
+    merged into the quantized weights on which the run trained, instead of the checkpoint's weights. The folder is
+    written under another name and renamed when it is complete. Call on one rank. Raise ValueError if the output exists,
+    or if the adapter does not fit the base.
+    """
+    output = Path(output)
+    _check_output(output)
+    merging = Merging(source, Lora.open(adapter_dir), dtype, backbone)
+    progress = tqdm(total=len(merging.layout), desc="merging", unit="tensor", disable=None)
+
+    def produce(name: str) -> Tensor:
+        progress.update()
+        return merging.tensor(name)
+
+    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        for file, names in source.shards():
+            stream_safetensors(aside / file, {name: merging.layout[name] for name in names}, produce, {"format": "pt"})
+        if set(source.files.values()) != {SINGLE}:
+            size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
+            write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
+        _copy_the_rest(source, aside, dtype)
+        if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the template that the model was trained with
+            shutil.copyfile(template, aside / TEMPLATE)
+        sync(aside)
+        os.replace(aside, output)  # over an empty folder too
+        sync(output.parent)
+    finally:
+        progress.close()
+        shutil.rmtree(aside, ignore_errors=True)
+    return Merged(output, merging.lost)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The difference between the answers of a merged model and those of the trained model."""
+
+    logits: float  # |merged - trained| / |trained|
+    agreement: float  # share of positions with the same most likely token
+
+    def __str__(self) -> str:
+        return f"logits {self.logits:.1%} apart, the same most likely token at {self.agreement:.1%} of the positions"
+
+
+@torch.no_grad()
+def gaps(
+    model: torch.nn.Module, wrapped: torch.nn.Module, inputs: dict[str, Tensor], mergings: Sequence[Merging | None]
+) -> list[Gap | None]:
+    """Compare the answers of the trained model with those of each merged model, without writing it. Collective.
+
+    For each merging the model answers again with every frozen linear replaced by the weight that would be written; one
+    such weight is in memory at a time. Only rank 0 has mergings. The other ranks pass None in their places and get
+    None: they take part in the forward, and their answers are ignored.
+    """
+    attended = inputs["attention_mask"].bool()
+
+    def answers() -> Tensor:
+        return wrapped(**inputs, use_cache=False).logits[attended].float()
+
+    frozen = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    trained, by_merging = answers(), list[Gap | None]()
+    for merging in mergings:
+        # each layer's forward is replaced on the object, so that engines still gather at the module's call
+        try:
+            for name, layer in frozen:
+                if merging is not None:
+                    layer.forward = partial(_merged_forward, merging, name, layer)  # type: ignore[method-assign]
+            merged = answers()
+        finally:
+            for _, layer in frozen:
+                vars(layer).pop("forward", None)
+        distance = float((merged - trained).norm() / trained.norm())
+        agreement = float((merged.argmax(-1) == trained.argmax(-1)).float().mean())
+        by_merging.append(None if merging is None else Gap(distance, agreement))
+    return by_merging
+
+
+def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor) -> Tensor:
+    w = merging.tensor(f"{name}.weight").to(x.device, x.dtype)
+    return torch.nn.functional.linear(x, w, None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return the updated W, computed in float32 and rounded once, and the share of the update that rounding took.
+
+    lost = |realized - wanted| / |wanted|,  wanted = the update,  realized = round(W + wanted) - round(W)
+    """
+    wanted = update.change(weight.float())  # (m, n)
+    merged = (weight.float() + wanted).to(dtype)
+    realized = merged.float() - weight.to(dtype).float()
+    size = float(wanted.norm())
+    return merged, float((realized - wanted).norm()) / size if size else 0.0
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; give another output or remove it")
+
+
+def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
+    """Tensor name -> module, for every module of the adapter.
+
+    Raise ValueError if a module's weight is missing from the checkpoint, tied to another one or of another shape.
+    """
+    tied = json.loads((source.path / "config.json").read_text()).get("tie_word_embeddings", False)
+    stored = set(source.names())
+    for module in lora.modules:
+        name = f"{module}.weight"
+        if (tied or name not in stored) and module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"{lora.path} adapts {module}, which shares its weight with the other end of the model in "
+                f"{source.path} (tie_word_embeddings); merged, it would change both. Leave it out of target_modules or "
+                "use the adapter unmerged"
+            )
+        if name not in stored:
+            near = difflib.get_close_matches(name, stored, 2)
+            hint = f" (it has {', '.join(near)})" if near else ""
+            raise ValueError(
+                f"{lora.path} adapts {module}, but {source.path} has no tensor {name}{hint}; is it the right base "
+                "model?"
+            )
+        shape, wanted = tuple(source.layout(name)[1]), lora.update(module).pairs.shape
+        if shape != wanted:
+            raise ValueError(
+                f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right "
+                "base?"
+            )
+    return {f"{module}.weight": module for module in lora.modules}
+
+
+def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
+    """Copy config.json, tokenizer, chat template, generation config: every small file except the index."""
+    for file in sorted(source.path.iterdir()):
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, output / file.name)
+    if dtype is not None or source.prequantized:
+        config = json.loads((source.path / "config.json").read_text())
+        config = without_announcement(config)  # decoded weights are stored plainly
+        if dtype is not None:
+            config.pop("torch_dtype", None)  # the name before transformers 5
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(output / "config.json", config)
