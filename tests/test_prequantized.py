@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from llm_lowrank.models.export import merge
+from llm_lowrank.models.merging import merge
 from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from tests.tiny import batch, llama
