@@ -59,6 +59,7 @@ def with_peft(model: nn.Module, rank: int, **settings: object) -> nn.Module:
 def with_ours(model: nn.Module, method: Method) -> nn.Module:
     adapters = attach(model, method, Dense(model.dtype))
     for adapter in adapters:  # what `start` does once a model is loaded
+        adapter.started()
         if method.get_choice_name(type(method)) == "dora":
             for p in (adapter.magnitude, adapter.norms):
                 p.data.copy_(adapter.weight.norm(dim=1))

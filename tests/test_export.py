@@ -48,6 +48,7 @@ def trained(method: Method, seed: int = 1) -> tuple[LlamaForCausalLM, list]:
     adapters = attach(model, method, Dense(torch.float32))
     noise = torch.Generator().manual_seed(seed)
     for adapter in adapters:
+        adapter.started()
         for factor in adapter.factors():
             nn.init.normal_(factor, std=0.1, generator=noise)
     return model, adapters

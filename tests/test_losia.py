@@ -374,6 +374,7 @@ def test_with_a_constant_gradient_no_update_after_a_move_is_larger_than_the_rate
     engine._optimize(model, engine_settings())
     engine.ddp = None
     method.start(adapters, engine)
+    adapters[0].started()
     largest = 0.0
     for step in range(450):
         method.batch(adapters, step, [0])

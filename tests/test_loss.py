@@ -79,6 +79,7 @@ def adapted(method: Method, **changes: object) -> transformers.PreTrainedModel:
         if isinstance(method, DoRA):
             for p in (adapter.magnitude, adapter.norms):
                 p.data.copy_(adapter.weight.norm(dim=1))
+        adapter.started()
     method.batch(adapters, 0, list(range(6)))
     return model
 

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -120,6 +121,20 @@ class Adapter(FrozenLinear):
         self.spans: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
+        self._refusal: RemovableHandle | None = None  # of forwards, until the method is started
+
+    def await_start(self, method: str) -> None:
+        """Refuse every forward until `started` is called. `method`: the name of the method, for the message.
+
+        Without its start a method would train something else than what it is called, and nothing would fail.
+        """
+        self._refusal = self.register_forward_pre_hook(partial(_refuse_forward, method))
+
+    def started(self) -> None:
+        """Allow forwards: what the method does before its first step is done, or a checkpoint has restored it."""
+        if self._refusal is not None:
+            self._refusal.remove()
+            self._refusal = None
 
     def factor(self, *size: int, trained: bool = True) -> nn.Parameter:
         """Return a new float32 parameter on W's device, without values."""
@@ -144,6 +159,14 @@ class Adapter(FrozenLinear):
     def extras(self, whole: Whole) -> dict[str, Tensor]:
         """The layer's other tensors that a PEFT checkpoint stores beside A and B. Collective."""
         return {}
+
+
+def _refuse_forward(method: str, adapter: Adapter, *_: object) -> None:
+    raise RuntimeError(
+        f"{adapter.name}: {method} was attached and not started, so that this forward would not be that of {method}. Load "
+        "the weights with llm_lowrank.models.loading.load, which starts the method (with resume_from, "
+        "llm_lowrank.models.checkpoint.restore does), or set the values yourself and call started() on every adapter"
+    )
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,15 @@ class Method(draccus.ChoiceRegistry):
         """
         return None
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether the method does something before its first step or between steps, and not in the forward alone.
+
+        Adapters of such a method refuse a forward before they are started, see Adapter.await_start.
+        """
+        hooks = ("starting_pairs", "start", "schedule")
+        return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
+
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         """The most bytes that the method remembers at a time: (spread over the ranks, on every rank)."""
         return 0, 0
@@ -184,7 +193,8 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
     """Freeze the model, put an Adapter in the place of every targeted linear module, and return the adapters.
 
     The model may be on the meta device. With nf4 or int8 the linear modules that are not targeted are quantized too;
-    the output layer, embeddings and norms stay as they are.
+    the output layer, embeddings and norms stay as they are. The adapters of a method that `needs_start` refuse a
+    forward until models.loading.load has started the method.
     """
     model.requires_grad_(False)
     wanted = method.targets(model)
@@ -198,6 +208,8 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
         setattr(model.get_submodule(parent), leaf, layer)
         if isinstance(layer, Adapter):
             fill_(layer)
+            if method.needs_start:
+                layer.await_start(type(method).__name__)
             adapters.append(layer)
     method.link(model, adapters)
     return adapters

@@ -369,6 +369,7 @@ def restore(engine: Engine, model: nn.Module, adapters: Sequence[Adapter], check
                 adapter.reserve = reserve
         adapter.memory = _my_memory(engine, adapter, checkpoint)
         _check_weight(engine, adapter, checkpoint)
+        adapter.started()
     # random numbers, if every rank finds those of the same rank
     file = checkpoint.path / f"random-{engine.rank:05d}.safetensors"
     if engine.world == checkpoint.state["world"] and file.is_file():

@@ -155,6 +155,8 @@ def load(
     reader.check_sharded_bytes()
     if resume_from is None:
         method.start(adapters, engine)
+        for adapter in adapters:
+            adapter.started()
     loaded = reader.report()
     loaded.seconds = time.perf_counter() - began
     return wrapped, loaded
