@@ -49,7 +49,8 @@ from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.files import stream_safetensors
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models.loading import bind, load, skeleton
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.source import SINGLE, Source
 
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")

@@ -41,7 +41,8 @@ from llm_lowrank.engines.base import Engine, Optimization, adamw, trainables
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.engines.zero import Zero, resolve
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.models.loading import bind, load, skeleton
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.source import Source
 
 ARMS = ("ours", "peft")

@@ -28,14 +28,14 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
-    from llm_lowrank.data import Stream
+    from llm_lowrank.data import Stream, describe_unused
     from llm_lowrank.run.build import read_data
-    from llm_lowrank.run.dry_run import model_folder
+    from llm_lowrank.models.source import config_folder
     from llm_lowrank.run.recipe import parse
 
     try:
         recipe = parse(rest)
-        folder = model_folder(recipe.model_name_or_path)
+        folder = config_folder(recipe.model_name_or_path, recipe.model_revision)
         tokenizer, corpus, _ = read_data(recipe, folder, 0, 1)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,6 +52,10 @@ def main(arguments: list[str]) -> int:
     )
     for reason, count in corpus.dropped.items():
         print(f"  dropped {count}: {reason}")
+    if corpus.unused:
+        print(describe_unused(corpus.unused))
+    if corpus.date:
+        print(f"the chat template writes the date: {corpus.date} here; a run keeps the day on which it began")
     if isinstance(corpus.train, Stream):
         print("a stream: its lengths are not known")
         return 0

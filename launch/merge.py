@@ -40,13 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         adapter = find_adapter(args.checkpoint)
-        base = args.model_name_or_path or json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path")
-        if not base:
+        config = json.loads((adapter / CONFIG).read_text())
+        if not args.model_name_or_path and not config.get("base_model_name_or_path"):
             raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
         backbone = Backbone.open(args.checkpoint / BACKBONE) if args.merge_base == "dequantized" else None
         print(
             merge(
-                Source.open(base),
+                Source.open(args.model_name_or_path) if args.model_name_or_path else Source.under(config),
                 adapter,
                 args.output,
                 dtype=getattr(torch, args.dtype) if args.dtype else None,

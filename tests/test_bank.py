@@ -12,7 +12,8 @@ from llm_lowrank.data import Batches, Data, load_corpus, pad_id
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models.loading import bind, skeleton
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.loading import bind
 from llm_lowrank.models.loading import load as load_model
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.run.held_out import batch_loss

@@ -1,5 +1,6 @@
 """Data: what is trained, what is refused, and that the global batch does not depend on the hardware."""
 
+import hashlib
 import importlib.util
 import json
 from collections import Counter
@@ -207,7 +208,7 @@ def test_a_folder_has_splits(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", pairs(2))
     assert len(load_corpus(Data(str(tmp_path), held_out=0), byte_tokenizer(), 0).train) == 5
     assert len(load_corpus(Data(str(tmp_path), split="test", held_out=0), byte_tokenizer(), 0).train) == 2
-    with pytest.raises(ValueError, match=r"split 'validation'.*Unknown split"):
+    with pytest.raises(ValueError, match=r"has no split 'validation'; it has test, train"):
         load_corpus(Data(str(tmp_path), split="validation"), byte_tokenizer(), 0)
 
 
@@ -223,16 +224,36 @@ def test_messages_file(tmp_path):
         ]
 
 
-def test_hub_name_goes_to_the_datasets_library(monkeypatch):
-    asked = []
+def hub_cache(monkeypatch, root: Path, name: str, files: dict[str, str], revision: str = "main") -> Path:
+    """Put a dataset into a cache of the hub as a download leaves it, for a machine without a network."""
+    import huggingface_hub
 
-    def load_dataset(path, split):
-        asked.append((path, split))
-        return datasets.Dataset.from_list(pairs(4))
+    for module, setting, value in (
+        (huggingface_hub.constants, "HF_HUB_CACHE", str(root)),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        monkeypatch.setattr(module, setting, value)
+    folder = root / f"datasets--{name.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    for file, content in files.items():
+        path = folder / "snapshots" / commit / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return folder / "snapshots" / commit
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_hub_name_is_read_from_the_hub_s_cache_where_there_is_no_network(tmp_path, monkeypatch):
+    hub_cache(monkeypatch, tmp_path, "someone/pairs", {"train.jsonl": jsonl(pairs(9)), "test.jsonl": jsonl(pairs(3))})
     assert len(load_corpus(Data("someone/pairs", split="train[:4]", held_out=1), byte_tokenizer(), 0).train) == 3
-    assert asked == [("someone/pairs", "train[:4]")]
+    assert len(load_corpus(Data("someone/pairs", split="test", held_out=0), byte_tokenizer(), 0).train) == 3
+    with pytest.raises(ValueError, match=r"someone/other is no file or folder here, the hub cannot be reached .*HF_HOME"):
+        load_corpus(Data("someone/other", held_out=0), byte_tokenizer(), 0)
 
 
 def test_held_out_is_chosen_by_the_seed(tmp_path):
@@ -290,12 +311,12 @@ def test_missing_files_are_refused(name):
 
 
 def test_unreadable_files_are_refused(tmp_path):
-    (tmp_path / "text.csv").write_text("prompt,completion\n")
+    (tmp_path / "text.txt").write_text("prompt,completion\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion"\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "folder").mkdir()
     for name, message in {
-        "text.csv": "is not a .jsonl, .json, .parquet file",
+        "text.txt": "is not a .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow file",
         "broken.jsonl": "cannot read .*broken.jsonl",
         "empty.jsonl": "empty",
         "folder": "holds no .jsonl",
@@ -307,7 +328,7 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="both JSON and Parquet"):
         load_corpus(Data(str(tmp_path / "folder")), byte_tokenizer(), 0)
     datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "none.parquet")
-    with pytest.raises(ValueError, match=r"none.parquet.* no data"):
+    with pytest.raises(ValueError, match=r"none.parquet is empty: it has no row"):
         load_corpus(Data(str(tmp_path / "none.parquet")), byte_tokenizer(), 0)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load_corpus
 from llm_lowrank.data.encoding import FRAMES
-from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
+from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, hub_cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 
 HELLO = "שלום 👩‍👩‍👧 “quoted”\r\n\ttab"
 
@@ -106,10 +106,10 @@ def test_settings_of_conversations_are_refused_beside_plain_text_not_ignored(tmp
             loaded(path, streaming=streaming, **setting)
 
 
-def test_settings_that_another_one_would_ignore_are_refused(monkeypatch):
+def test_settings_that_another_one_would_ignore_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data.prompt_style: alpaca would ignore data.chat_template"):
         Data("a.jsonl", prompt_style="alpaca", chat_template="mine.jinja")
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([WILD["alpaca"]]))
+    hub_cache(monkeypatch, tmp_path, PRESETS["alpaca"].hub, {"train.jsonl": json.dumps(WILD["alpaca"])})
     with pytest.raises(ValueError, match=r"data.preset is for local copies and alpaca names its own"):
         loaded("alpaca", preset="metamathqa")
 
@@ -142,8 +142,8 @@ BAD = {
     "null content": (SHAREGPT[1], {"conversations": [{"from": "human", "value": None}]}, "message 0: value is missing"),
     "unknown role": (
         SHAREGPT[1],
-        {"conversations": [{"from": "tool", "value": "x"}]},
-        "message 0: the from 'tool' is none of system,",
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "message 0: the from 'narrator' is none of system,",
     ),
     "no role": (SHAREGPT[1], {"conversations": [{"value": "x"}]}, "message 0: the from None is none of"),
     "no messages": (SHAREGPT[1], {"conversations": []}, "conversations is not a list of"),
@@ -165,16 +165,17 @@ def test_a_bad_row_is_refused_by_its_number_or_counted(tmp_path, case):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_a_column_of_text_and_other_things_is_refused_by_its_row(tmp_path, kind):
-    """datasets would hand out the text "5" of such a column as the number 5."""
-    rows = [ALPACA[1], {"instruction": "x", "input": "", "output": ["a", "b"]}, ALPACA[1]]
+def test_a_column_of_text_and_other_things_keeps_its_texts_and_names_the_row_of_another_thing(tmp_path, kind):
+    """The types that `datasets` finds in a file made "5" the number 5 here, and "yes" lost its quotation marks."""
+    quoted = {"instruction": "Say yes in quotation marks.", "input": "", "output": '"yes"'}
+    rows = [ALPACA[1], {"instruction": "x", "input": "", "output": ["a", "b"]}, quoted]
     path = tmp_path / f"wild.{kind}"
     write_jsonl(path, rows) if kind == "jsonl" else path.write_text(json.dumps(rows))
-    with pytest.raises(
-        ValueError,
-        match=rf"the column output holds text and other things, wild.{kind}, row 1 .*it is list there; mend it",
-    ):
-        loaded(str(path), bad_rows="drop")
+    with pytest.raises(ValueError, match=rf"wild.{kind}, row 1 \(the first is 0\): output is list, not text"):
+        loaded(str(path))
+    tokenizer, corpus = loaded(str(path), bad_rows="drop")
+    assert corpus.dropped == {"output is list, not text": 1}
+    assert answers(tokenizer, corpus.train) == ["5<|end|>", '"yes"<|end|>']
 
 
 def test_many_bad_rows_are_counted_and_the_first_are_named(tmp_path):
@@ -327,15 +328,9 @@ def test_a_preset_reads_a_local_copy_and_the_hub_alike(tmp_path, monkeypatch, na
     tokenizer, corpus = loaded(copy, preset=name)
     question = WILD[name].get("query") or WILD[name].get("instruction") or "hi"
     assert question in texts(tokenizer, corpus.train)[0] and corpus.styles == ("chat",)
-    asked = []
-
-    def load_dataset(path, split):
-        asked.append((path, split))
-        return datasets.Dataset.from_list([WILD[name]])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    file = f"data/{PRESETS[name].split}-00000-of-00001.jsonl"
+    hub_cache(monkeypatch, tmp_path / "hub", PRESETS[name].hub, {file: json.dumps(WILD[name])})
     assert texts(tokenizer, loaded(name)[1].train) == texts(tokenizer, corpus.train)
-    assert asked == [(PRESETS[name].hub, PRESETS[name].split)]
     if name != "ultrachat":  # a base model gets the prompt of the paper
         _, base = loaded(name, None)
         assert base.styles == (PRESETS[name].style,)

@@ -18,7 +18,8 @@ from llm_lowrank.engines.base import Optimization
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.models import loading
-from llm_lowrank.models.loading import add_change, bind, blocks, load, skeleton
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.loading import add_change, bind, blocks, load
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks

@@ -271,7 +271,9 @@ def _attached(method: Method) -> nn.Module:
 def test_a_rank_that_does_not_fit_names_the_module_and_what_to_do(method, message):
     with pytest.raises(ValueError) as caught:
         attach(llama(), method, FP32)
-    assert str(caught.value) == f"model.layers.0.{message}; lower it or leave the module out of target_modules"
+    last = message.partition(":")[0].rpartition(".")[2]
+    told = f"model.layers.0.{message}; lower it, or leave the module out: --method.exclude_modules {last}"
+    assert str(caught.value) == told
 
 
 @pytest.mark.parametrize(

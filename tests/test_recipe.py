@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import command_line
-from llm_lowrank.run.build import attention, deepspeed_config, optimization, schedule_of
+from llm_lowrank.run.build import attention, attentions, deepspeed_config, optimization, schedule_of
 from llm_lowrank.run.checks import validate
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import HEADINGS, IDENTITY, Recipe, parse, save
@@ -407,9 +408,12 @@ def test_auto_attention_is_flash_attention_where_nothing_is_missing(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     monkeypatch.setattr("llm_lowrank.run.build.is_flash_attn_2_available", lambda: installed)
     argv = ["--output_dir", str(tmp_path), "--dtype", dtype]
-    kernel, why = attention(parse(argv))
+    recipe = parse(argv)
+    assert attentions(recipe) == [*([] if lacking else [FLASH]), "sdpa", "eager"]
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attentions(recipe)[0]))
+    kernel, why = attention(recipe, model)
     assert kernel == ("sdpa" if lacking else FLASH) and all(text in why for text in lacking)
-    assert attention(parse([*argv, "--attn_implementation", "eager"]))[0] == "eager"
+    assert attentions(parse([*argv, "--attn_implementation", "eager"])) == ["eager"]
     argv += ["--attn_implementation", FLASH]
     if not lacking:
         return validate(parse(argv))

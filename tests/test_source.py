@@ -273,6 +273,28 @@ def test_hub_name_keeps_its_name_and_reads_the_snapshot(tmp_path, monkeypatch):
     assert opened.name == "some/model" and opened.path == tmp_path
 
 
+def test_a_revision_is_downloaded_recorded_and_named(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(source, "snapshot_download", lambda name, **how: asked.append(how["revision"]) or str(tmp_path))
+    assert Source.open("some/model", "v2").revision == "v2"
+    assert Source.open("some/model").revision == ""
+    assert Source.under({"base_model_name_or_path": "some/model", "revision": "v3"}).revision == "v3"
+    assert source.config_folder("some/model", "v4") == tmp_path
+    assert asked == ["v2", None, "v3", "v4"]
+    # PEFT may write a revision beside a folder, where it says nothing; a user who names one expects something of it
+    assert Source.under({"base_model_name_or_path": str(tmp_path), "revision": "main"}).revision == ""
+    with pytest.raises(ValueError, match="model_revision: v2 is for models of the hub"):
+        Source.open(tmp_path, "v2")
+
+    def nowhere(*_, **__):
+        raise source.LocalEntryNotFoundError("no such revision")
+
+    monkeypatch.setattr(source, "snapshot_download", nowhere)
+    with pytest.raises(ValueError, match="some/model, revision v9, is neither.*no such revision"):
+        Source.open("some/model", "v9")
+
+
 def test_unknown_hub_name_is_a_readable_error(monkeypatch):
     def nowhere(*_, **__):
         raise source.LocalEntryNotFoundError("no network and no cached snapshot")

@@ -87,7 +87,7 @@ def test_a_corpus_of_a_stream(path):
 
 def test_streams_that_cannot_be(path, tmp_path):
     with pytest.raises(
-        ValueError, match=r"row \d+ of the stream as it is read: the answer is empty.*data.bad_rows: drop"
+        ValueError, match=r"line 34 of .*a.jsonl, row 33 \(the first is 0\): the answer is empty.*data.bad_rows: drop"
     ):
         list(islice(stream(path, bad_rows="refuse").examples(), 43))
     with pytest.raises(ValueError, match=r"data.held_out=60 is more than the distinct examples"):

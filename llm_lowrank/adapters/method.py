@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import draccus
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llm_lowrank.adapters.adapter import Adapter, fill_
 from llm_lowrank.codecs import Codec, Dense
@@ -35,6 +36,8 @@ class Method(draccus.ChoiceRegistry):
 
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Names of linear modules to adapt, matched as in PEFT, or [all-linear]: all but the output layer."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Names of linear modules to leave out of target_modules, matched in the same way."""
 
     def __post_init__(self) -> None:
         complaints = self.complaints()
@@ -70,7 +73,7 @@ class Method(draccus.ChoiceRegistry):
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear modules to adapt, in the model's order."""
-        return find_targets(model, self.target_modules)
+        return find_targets(model, self.target_modules, self.exclude_modules)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         """Return the adapter that takes the place of a linear module, on the meta device without values.
@@ -161,32 +164,48 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear]:
-    """Return the linear modules that `wanted` names, in the model's order.
+def find_targets(model: nn.Module, wanted: list[str], excluded: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Return the linear modules that `wanted` names and `excluded` does not, in the model's order.
 
-    Raise ValueError, with the names that exist, if a wanted name matches none.
+    Raise ValueError, with the names that exist, if a name matches none.
     """
     output = output_layer(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if wanted == [ALL_LINEAR]:
-        inner = {name: m for name, m in linears.items() if m is not output}
-        if not inner:
+        matched = {name for name, m in linears.items() if m is not output}
+        if not matched:
             raise ValueError(
                 "method.target_modules = [all-linear], but the model has no linear module besides its output layer"
+                + (": its weights are in transformers' Conv1D, which is not supported" if _has_conv1d(model) else "")
             )
-        return inner
+    else:
+        matched = _matching(model, linears, wanted, "target_modules")
+    matched -= _matching(model, linears, excluded, "exclude_modules")
+    if not matched:
+        raise ValueError("method.exclude_modules leaves no module of target_modules to adapt; name fewer")
+    return {name: m for name, m in linears.items() if name in matched}
+
+
+def _matching(model: nn.Module, linears: Mapping[str, nn.Linear], names: Sequence[str], setting: str) -> set[str]:
+    """The linear modules whose names are these or end with them. ValueError if one of the names matches none."""
     matched: set[str] = set()
-    for target in wanted:
-        hits = {name: m for name, m in linears.items() if name == target or name.endswith("." + target)}
+    for target in names:
+        hits = {name for name in linears if name == target or name.endswith("." + target)}
         if not hits:
+            others = {type(m).__name__ for name, m in model.named_modules() if f".{name}".endswith("." + target)}
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
             near = difflib.get_close_matches(target, kinds, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f": it is a {' and a '.join(sorted(others))}, which is not supported" if others else hint
             raise ValueError(
-                f"method.target_modules: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})"
+                f"method.{setting}: {target!r} matches no linear module{hint} (there are {', '.join(kinds)})"
             )
-        matched.update(hits)
-    return {name: m for name, m in linears.items() if name in matched}
+        matched |= hits
+    return matched
+
+
+def _has_conv1d(model: nn.Module) -> bool:
+    return any(isinstance(m, Conv1D) for m in model.modules())
 
 
 def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> list[Adapter]:

@@ -2,7 +2,9 @@
 asking a model and scoring its answers belongs to models/ and evaluation/.
 
 settings   the settings of the section `data`
+columns    names that change what is learned: which are used and which are refused
 formats    from a row to the turns of a conversation
+templates  conversations written with a chat template, and what the template leaves out
 encoding   from turns to tokens and which of them are trained, by a chat template or a prompt style
 sources    datasets from files, the hub and generators
 rows       from a row to an example, or to the reason why there is none
@@ -12,6 +14,7 @@ batches    the rows of a step: padded, grouped by length or packed
 """
 
 from llm_lowrank.data.batches import Batches, MicroBatch, StreamBatches, best_fit, collate, training_batches
+from llm_lowrank.data.columns import describe_unused
 from llm_lowrank.data.corpus import Corpus, ExampleTable, Question, load_corpus
 from llm_lowrank.data.encoding import (
     IGNORE,
@@ -44,6 +47,7 @@ __all__ = [
     "Turn",
     "best_fit",
     "collate",
+    "describe_unused",
     "encode_messages",
     "encode_prompt",
     "encode_turns",

@@ -1,7 +1,7 @@
 """From datasets to examples, which are encoded once a node, split and mixed. The result is the same on every rank, and
 nothing here communicates.
 
-    row --read_turns--> turns --encode_turns--> example --split--> Corpus(train, held_out, questions)
+    row --read_conversation--> turns --encode_turns--> example --split--> Corpus(train, held_out, questions)
 
 The tokens of files and hub datasets are kept in the cache under a key made of everything they depend on; a lock lets
 one process of a node write them while the others wait. The digest of the tokens goes into the run's checkpoints: a run
@@ -12,7 +12,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date as Date
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from llm_lowrank.data import encoding, formats, rows
+from llm_lowrank.data import columns, encoding, formats, reading, rows, templates
 from llm_lowrank.data.encoding import encode_prompt, style_of
-from llm_lowrank.data.rows import Example, encode_row, row_options
+from llm_lowrank.data.finding import writable
+from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import OpenDataset, check_formats, check_settings, open_dataset
 from llm_lowrank.data.streaming import Stream
@@ -41,9 +44,11 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("bool"),
         "problem": datasets.Value("string"),  # why the row cannot be used; empty: it can
         "key": datasets.Value("string"),  # of the question or group: rows of one key stay on one side of the split
+        "unused": datasets.List(datasets.Value("string")),  # columns and message keys that nothing reads
     }
 )
 NAMED = 5  # bad rows that an error names
+BATCH = 1000  # encoded rows that are written at a time
 
 
 class ExampleTable(Sequence[Example]):
@@ -91,6 +96,10 @@ class Corpus:
     truncated: int  # examples cut to max_length that still train something
     fingerprint: str  # digest of all tokens; empty when streaming
     styles: tuple[str, ...]  # prompt styles that the datasets were written with
+    unused: dict[str, int] = field(
+        default_factory=dict
+    )  # column or message key that nothing reads -> rows that have it
+    date: str = ""  # the day that the prompts say; empty: they say none
 
     def some(self, count: int) -> list[Example]:
         """Return at most `count` examples, held-out ones if there are any; the same on every rank."""
@@ -99,24 +108,24 @@ class Corpus:
         return list(islice(self.train.examples() if isinstance(self.train, Stream) else self.train, count))
 
 
-def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
+def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, date: str = "") -> Corpus:
     """Read, encode and split the datasets; the result is the same on every rank.
 
+    date: YYYY-MM-DD, what a chat template that writes the date takes for today; empty: the day it is.
     ValueError for data that cannot be read, that the settings do not fit, or that leaves nothing to train on.
     datasets.disable_progress_bars() hides the progress.
     """
     check_settings(settings)
+    date = date or Date.today().isoformat()
     if settings.streaming:
-        stream = Stream(settings, tokenizer, seed)
-        return Corpus(stream, stream.held_out, [], stream.dropped, 0, "", (stream.style,))
-    opened = [open_dataset(name, settings, seed) for name in settings.names]
-    for dataset in opened:
-        if not len(dataset.rows):
-            raise ValueError(f"{dataset.name} is empty: it has no row to train on")
+        stream = Stream(settings, tokenizer, seed, date)
+        date = stream.options["date"]
+        return Corpus(stream, stream.held_out, [], stream.dropped, 0, "", (stream.style,), stream.unused, date)
+    opened = [open_dataset(name, settings, seed, part) for part, name in enumerate(settings.names)]
     check_formats(settings, opened)
     styles = [style_of(tokenizer, settings.prompt_style, dataset.style) for dataset in opened]
     encoded = [
-        encode_dataset(dataset, settings, tokenizer, style) for dataset, style in zip(opened, styles, strict=True)
+        encode_dataset(dataset, settings, tokenizer, style, date) for dataset, style in zip(opened, styles, strict=True)
     ]
     problems = [table["problem"][:] for table, _ in encoded]
     dropped = _count_unusable(settings, opened, problems)
@@ -141,11 +150,15 @@ def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -
     return Corpus(
         train=ExampleTable(table.select(weighted)),
         held_out=ExampleTable(table.select(held_out)),
-        questions=_held_out_questions(opened, held_out, tokenizer=tokenizer, styles=styles, system=settings.system),
+        questions=_held_out_questions(
+            opened, held_out, tokenizer=tokenizer, styles=styles, system=settings.system, date=date
+        ),
         dropped={reason: count for reason, count in dropped.items() if count},
         truncated=int((usable & cut).sum()),
         fingerprint=hashlib.sha256("".join(digest for _, digest in encoded).encode()).hexdigest(),
         styles=tuple(dict.fromkeys(styles)),
+        unused=_count_unused(table),
+        date=next(filter(None, (date_of(tokenizer, style, date) for style in styles)), ""),
     )
 
 
@@ -153,12 +166,12 @@ def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 
 def encode_dataset(
-    dataset: OpenDataset, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str
+    dataset: OpenDataset, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str, date: str
 ) -> tuple[datasets.Dataset, str]:
     """Return the rows of a dataset as a table of FEATURES, and the digest of their tokens. The table comes from the
     cache if the same rows were encoded before in the same way.
     """
-    options = row_options(dataset, settings, tokenizer, style)
+    options = row_options(dataset, settings, tokenizer, style, date)
     if not dataset.content:
         table = _map_rows(dataset, options, None)
         return table, _digest(table)
@@ -166,13 +179,14 @@ def encode_dataset(
     depends = {name: value for name, value in options.items() if name != "tokenizer"}
     depends |= {"content": dataset.content, "tokenizer": _tokenizer_digest(tokenizer), "rules": _rules()}
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable(cache_dir() / "tokens")
     # the note is written last: where there is a note, the table is complete
     arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):
         if not note.is_file():
             table = _map_rows(dataset, options, arrow)
+            if dataset.rows.digest() != dataset.content:
+                raise ValueError(f"{dataset.name} was changed while it was read; start again when it is whole")
             sync(arrow)
             write_json(note, {"digest": _digest(table), "rows": len(table), "dataset": dataset.name})
         table, digest = datasets.Dataset.from_file(str(arrow)), json.loads(note.read_text())["digest"]
@@ -185,17 +199,16 @@ def encode_dataset(
 
 def _map_rows(dataset: OpenDataset, options: dict[str, Any], path: Path | None) -> datasets.Dataset:
     """Encode every row, into a file or, without a path, in memory."""
-    return dataset.rows.map(
-        encode_row,
-        fn_kwargs=options,
-        remove_columns=dataset.rows.column_names,
-        features=FEATURES,
-        load_from_cache_file=False,
-        cache_file_name=str(path) if path else None,
-        keep_in_memory=path is None,
-        new_fingerprint="tokens",
-        desc=f"tokenize {dataset.name}",
-    )
+    rows = datasets.utils.tqdm(dataset.rows, total=len(dataset.rows), desc=f"tokenize {dataset.name}")
+    encoded = (encode_row(row, **options) for row in rows)
+    schema = FEATURES.arrow_schema
+    memory = pa.BufferOutputStream()
+    with pa.OSFile(str(path), "wb") if path else memory as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(islice(encoded, BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    if path:
+        return datasets.Dataset.from_file(str(path))
+    return datasets.Dataset.from_buffer(memory.getvalue())
 
 
 def _digest(table: datasets.Dataset) -> str:
@@ -210,7 +223,7 @@ def _digest(table: datasets.Dataset) -> str:
 @cache
 def _rules() -> list[str]:
     """Return the version of transformers and the digests of the modules that make the tokens."""
-    files = (Path(module.__file__ or "") for module in (encoding, formats, rows))
+    files = (Path(module.__file__ or "") for module in (columns, encoding, formats, reading, rows, templates))
     return [transformers.__version__, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
@@ -225,18 +238,28 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _count_unusable(settings: Data, opened: Sequence[OpenDataset], problems: Sequence[Sequence[str]]) -> dict[str, int]:
     """Return reason -> number of unusable rows. ValueError with the first of them unless data.bad_rows is drop."""
     bad_rows = [
-        (dataset.name, number, text)
+        (dataset, number, text)
         for dataset, texts in zip(opened, problems, strict=True)
         for number, text in enumerate(texts)
         if text
     ]
     if bad_rows and settings.bad_rows == "refuse":
-        lines = [f"{name}, row {number} (the first is 0): {text}" for name, number, text in bad_rows[:NAMED]]
+        lines = []
+        for dataset in opened:
+            named = [(number, text) for of, number, text in bad_rows[:NAMED] if of is dataset]
+            places = dataset.rows.places(number for number, _ in named)
+            lines += [f"{place}: {text}" for place, (_, text) in zip(places, named, strict=True)]
         more = f"\nand {len(bad_rows) - NAMED} more rows" if len(bad_rows) > NAMED else ""
         raise ValueError(
             "\n".join(lines) + f"{more}\nmend or remove them, or leave them out and count them: data.bad_rows: drop"
         )
     return dict(Counter(text for _, _, text in bad_rows).most_common())
+
+
+def _count_unused(table: datasets.Dataset) -> dict[str, int]:
+    """Return the columns and message keys that nothing reads, with the number of rows that have each."""
+    chunks = table.with_format("arrow")[:]["unused"].chunks
+    return dict(Counter(name for chunk in chunks for name in chunk.flatten().to_pylist()).most_common())
 
 
 # --- splitting and mixing ---------------------------------------------------------------------------------------------
@@ -288,13 +311,19 @@ def _weigh(train: list[int], sizes: Sequence[int], weights: Sequence[float], see
 
 
 def questions_of(
-    dataset: OpenDataset, rows: Iterable[int], *, tokenizer: PreTrainedTokenizerBase, style: str, system: str
+    dataset: OpenDataset,
+    rows: Iterable[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    style: str,
+    system: str,
+    date: str = "",
 ) -> list[Question]:
-    """Return the rows with these numbers as questions. `dataset.answers` must be known."""
+    """Return the rows with these numbers as questions. `dataset.answers` must be known. date: as in load_corpus."""
     questions = []
     for row in rows:
         text, (answer, score) = dataset.rows[row]["prompt"], dataset.answers[row]
-        questions.append(Question(encode_prompt(tokenizer, text, style, system), text, score, answer))
+        questions.append(Question(encode_prompt(tokenizer, text, style, system, date), text, score, answer))
     return questions
 
 
@@ -305,6 +334,7 @@ def _held_out_questions(
     tokenizer: PreTrainedTokenizerBase,
     styles: Sequence[str],
     system: str,
+    date: str,
 ) -> list[Question]:
     """Return the held-out examples whose answers can be scored as questions. held_out: indices into all datasets, which
     lie one after another.
@@ -314,6 +344,6 @@ def _held_out_questions(
     for dataset, style in zip(opened, styles, strict=True):
         end = start + len(dataset.rows)
         numbers = [index - start for index in held_out if dataset.answers and start <= index < end]
-        questions += questions_of(dataset, numbers, tokenizer=tokenizer, style=style, system=system)
+        questions += questions_of(dataset, numbers, tokenizer=tokenizer, style=style, system=system, date=date)
         start = end
     return questions

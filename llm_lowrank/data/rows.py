@@ -1,16 +1,17 @@
 """From one row of a dataset to an example, or to the reason why there is none."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llm_lowrank.data.encoding import IGNORE, encode_turns
-from llm_lowrank.data.formats import Turn, read_turns
+from llm_lowrank.data.encoding import CHAT, IGNORE, encode_turns
+from llm_lowrank.data.formats import TEXT, Turn, read_conversation
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import OpenDataset
+from llm_lowrank.data.templates import check_system, reads_clock, unread_keys
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,39 @@ def encode_row(
     *,
     format: str,
     columns: dict[str, str],
+    ignore: Sequence[str],
     group: str,
     style: str,
     train_on: str,
     system: str,
     max_length: int,
+    date: str,
 ) -> dict[str, Any]:
     """Return the row as corpus.FEATURES. `problem` says why the row cannot be used; it is empty otherwise.
 
-    format, columns, group, style: as in OpenDataset. train_on, system, max_length: as in Data.
+    format, columns, group, style: as in OpenDataset. ignore, train_on, system, max_length: as in Data. date: as in
+    Template.
     """
     # a row that cannot be used keeps its place, so that row numbers in messages are those of the data
+    unused: list[str] = []
     try:
-        turns = read_turns(row, format, columns)
-        if system and turns[0].role == "user":
+        said = read_conversation(row, format, columns, ignore)
+        turns = said.turns
+        unused += [name for name in said.unused if name != group]
+        unused += unread_keys(tokenizer if style == CHAT else None, [turn.extras for turn in turns])
+        if system and turns[0].role not in ("system", TEXT):
             turns = [Turn("system", system), *turns]
-        ids, trained = encode_turns(tokenizer, turns, style, train_on)
+        ids, trained = encode_turns(
+            tokenizer, turns, style, train_on, tools=said.tools, options=said.options, date=date
+        )
         if not any(trained[1:]):
             raise ValueError(
                 "the example has no completion token to train on; check the chat template or remove the row"
             )
-    except (ValueError, TemplateError) as error:
+    except ValueError as error:
         why = " ".join(str(error).split())
-        return {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "problem": why, "key": ""}
+        empty = {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "key": ""}
+        return {**empty, "problem": why, "unused": unused}
     ids, trained, truncated = ids[:max_length], trained[:max_length], len(ids) > max_length
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
     # rows with the same key ask the same question, or come from the same group: they stay on one side of the split
@@ -63,18 +74,29 @@ def encode_row(
     )
     key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     tokens = {"input_ids": ids, "labels": labels, "length": len(ids), "trained": sum(trained[1:])}
-    return {**tokens, "truncated": truncated, "problem": "", "key": key}
+    return {**tokens, "truncated": truncated, "problem": "", "key": key, "unused": unused}
 
 
-def row_options(dataset: OpenDataset, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str) -> dict[str, Any]:
-    """Return the arguments of encode_row beside the row."""
+def row_options(
+    dataset: OpenDataset, settings: Data, tokenizer: PreTrainedTokenizerBase, style: str, date: str
+) -> dict[str, Any]:
+    """Return the arguments of encode_row beside the row. ValueError if the chat template does not write data.system."""
+    if settings.system and style == CHAT and dataset.format != TEXT:
+        check_system(tokenizer, settings.system)
     return {
         "tokenizer": tokenizer,
         "format": dataset.format,
         "columns": dataset.columns,
+        "ignore": settings.ignore,
         "group": dataset.group,
         "style": style,
         "train_on": settings.train_on,
         "system": settings.system,
         "max_length": settings.max_length,
+        "date": date_of(tokenizer, style, date),
     }
+
+
+def date_of(tokenizer: PreTrainedTokenizerBase, style: str, date: str) -> str:
+    """Return the day that prompts are written on, or an empty text where they do not depend on it."""
+    return date if style == CHAT and reads_clock(tokenizer) else ""

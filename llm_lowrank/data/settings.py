@@ -1,5 +1,6 @@
 """The settings under `data:` in a recipe. The string under a field is its text in --help."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,8 +10,8 @@ class Data:
     """What a run is trained on and how rows become batches. ValueError with all complaints about the values at once."""
 
     dataset: str = "reasoning-gym:chain_sum"
-    """A .jsonl, .json or .parquet file, a folder of them, a hub name, a preset or reasoning-gym:<task>.
-    Several are written a, b."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them or of save_to_disk, a URL (s3://, hf://),
+    a hub name, a preset or reasoning-gym:<task>. Several are written a, b."""
     weights: list[float] = field(default_factory=list)
     """For several datasets: how often an epoch takes the examples of each. 2 takes them twice, 0.5 takes half of them.
     Empty: 1 for each."""
@@ -19,10 +20,18 @@ class Data:
     the dataset from the hub."""
     split: str = "train"
     """Split of a hub name, a folder or a file."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    subset: str = ""
+    """Subset (configuration) of a hub name. For several datasets: one for each, written a, b; nothing for one without:
+    main,,all"""
+    revision: str = ""
+    """Branch, tag or commit of a hub name. For several datasets: one for each, written as data.subset."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens"] = "auto"
     """Format of a row. auto: the column names decide."""
     columns: dict[str, str] = field(default_factory=dict)
     """Name of a column in the format -> its name in the data: {prompt: question, completion: answer}."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns, and keys of messages, that are left aside although they could change what is learned: [images, tools].
+    A row that has one of them is refused otherwise, where nothing uses it."""
     prompt_style: Literal["auto", "chat", "plain", "alpaca", "metamath", "magicoder"] = "auto"
     """chat: the chat template. plain: prompt + answer. The others: as in their papers. auto: chat, and without a chat
     template the style of the preset or plain."""
@@ -66,6 +75,12 @@ class Data:
                 f"data.weights has {len(self.weights)} numbers and data.dataset {len(self.names)} names; give one for "
                 "each"
             )
+        errors += [
+            f"data.{name} has {len(values)} parts and data.dataset {len(self.names)} names; give one for each, or "
+            "nothing between two commas"
+            for name, values in {"subset": self.subsets, "revision": self.revisions}.items()
+            if len(values) != len(self.names)
+        ]
         if any(weight <= 0 for weight in self.weights):
             errors.append(f"data.weights={self.weights}: must be above 0; leave a dataset out of data.dataset instead")
         if self.packing and self.group_by_length:
@@ -85,5 +100,27 @@ class Data:
 
     @property
     def names(self) -> list[str]:
-        """The datasets of `dataset`, one name each."""
-        return [name.strip() for name in self.dataset.split(",")]
+        """The datasets of `dataset`, one name each. Commas of a path that exists do not part names."""
+        parts = self.dataset.split(",")
+        names: list[str] = []
+        while parts:
+            end = len(parts)
+            while end > 1 and not os.path.exists(os.path.expanduser(",".join(parts[:end]).strip())):
+                end -= 1
+            names.append(",".join(parts[:end]).strip())
+            parts = parts[end:]
+        return names
+
+    @property
+    def subsets(self) -> list[str]:
+        """The subset of each dataset; empty where there is none."""
+        return _one_each(self.subset, len(self.names))
+
+    @property
+    def revisions(self) -> list[str]:
+        """The revision of each dataset; empty where there is none."""
+        return _one_each(self.revision, len(self.names))
+
+
+def _one_each(text: str, count: int) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else [""] * count

@@ -1,26 +1,48 @@
-"""Where rows come from: files, the hub, reasoning-gym's generators."""
+"""Datasets with their rows and how these are read: from files, the hub, and reasoning-gym's generators."""
 
 import difflib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
+import pyarrow as pa
 
+from llm_lowrank.data import reading
+from llm_lowrank.data.finding import Found, find, writable
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
+from llm_lowrank.data.reading import TYPED, File, read, schema, survey
 from llm_lowrank.data.settings import Data
+from llm_lowrank.files import cache_dir, write_json
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 REASONING_GYM = "reasoning-gym:"
 MOVED = {  # datasets that older versions had -> what to do instead
     "stdlib-code": "is made by a script now; run `python recipes/data/stdlib_code.py output/stdlib-code.jsonl` and "
     "name that file, with --data.held_out_by module"
 }
+PEEK = 1000  # rows of a stream whose columns are looked at before it is read
+
+
+class Rows(Protocol):
+    """The rows of a dataset, which can be read again and again."""
+
+    column_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+    def places(self, numbers: Iterable[int]) -> list[str]:
+        """Return where rows stand, for a message."""
+
+    def digest(self) -> str:
+        """Return a digest of what the rows are read from; empty: every process makes the rows anew."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +50,39 @@ class OpenDataset:
     """One of the datasets that a run is trained on: its rows and how they are read."""
 
     name: str
-    rows: Any  # datasets.Dataset; IterableDataset when streaming
+    rows: Rows
     format: str
     columns: dict[str, str]
     style: str = "plain"  # of prompts where the tokenizer has no chat template
-    content: str = ""  # digest of what the rows were read from; empty: every process makes the rows anew
+    content: str = ""  # digest of what the rows are read from; empty: every process makes the rows anew
     group: str = ""  # column whose values may not be on both sides of the split; empty: the prompt takes this part
     answers: tuple[
         tuple[str, Callable[[str], float]], ...
     ] = ()  # of each row: the right answer; the score of an answer
 
 
-def open_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
-    """Open one of settings.names. ValueError if there is no such dataset or the settings do not fit it."""
+def open_dataset(name: str, settings: Data, seed: int, part: int = 0) -> OpenDataset:
+    """Open one of settings.names, which is number `part` of them. ValueError if there is no such dataset or the
+    settings do not fit it.
+    """
     if name.startswith(REASONING_GYM):
         return _generate_dataset(name, settings, seed)
     if name in MOVED:
         raise ValueError(f"data.dataset: {name} {MOVED[name]}")
     preset = PRESETS.get(name) or PRESETS.get(settings.preset) or Preset("", settings.format, "plain")
     split = preset.split if name in PRESETS and settings.split == Data.split else settings.split
-    rows = _load_rows(PRESETS[name].hub if name in PRESETS else name, split, settings.streaming)
-    column_names = _column_names(rows)
-    columns = {ours: theirs for ours, theirs in preset.columns.items() if theirs in column_names} | settings.columns
+    rows = _open_rows(name, split, settings, part)
+    columns = {ours: theirs for ours, theirs in preset.columns.items() if theirs in rows.column_names}
+    columns |= settings.columns
     wanted = preset.format if settings.format == "auto" else settings.format
-    format = format_of(name, wanted, columns, column_names)
-    for ours in FORMATS[format].texts:
-        _check_text(name, rows, columns.get(ours, ours))
-    if settings.held_out_by and settings.held_out_by not in column_names:
-        known = ", ".join(column_names) or "none"
+    format = format_of(name, wanted, columns, [name for name in rows.column_names if name not in settings.ignore])
+    for file in rows.files:
+        if file.kind in TYPED:
+            _check_types(file, format, columns)
+    if settings.held_out_by and settings.held_out_by not in rows.column_names:
+        known = ", ".join(rows.column_names) or "none"
         raise ValueError(f"data.held_out_by: {name} has no column {settings.held_out_by!r}; it has {known}")
-    content = "" if settings.streaming else _digest(name, rows)
+    content = "" if settings.streaming else rows.digest()
     return OpenDataset(name, rows, format, columns, style=preset.style, content=content, group=settings.held_out_by)
 
 
@@ -66,9 +91,10 @@ def check_settings(settings: Data) -> None:
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
     files = [not made for made in generated]
     plain = Data()
+    of_files = ("split", "subset", "revision", "format", "columns", "ignore", "preset", "streaming", "held_out_by", "ignore")
     for names, used, kind in (
         (("size", "task"), generated, f"{REASONING_GYM}<task>"),
-        (("split", "format", "columns", "preset", "streaming", "held_out_by"), files, "files and hub names"),
+        (of_files, files, "files and hub names"),
     ):
         for name in names:
             if not any(used) and getattr(settings, name) != getattr(plain, name):
@@ -77,12 +103,13 @@ def check_settings(settings: Data) -> None:
 
 def check_formats(settings: Data, opened: Sequence[OpenDataset]) -> None:
     """Check that the formats, which are known now, use each setting that was given. ValueError otherwise."""
-    if all(dataset.format == "text" for dataset in opened):
-        for name in ("system", "prompt_style", "train_on", "chat_template"):
-            if getattr(settings, name) != getattr(Data, name):
-                raise ValueError(
-                    f"data.{name} is for questions and answers and {settings.dataset} is plain text; remove it"
-                )
+    for format, kind in (("text", "plain text"), ("tokens", "tokens already")):
+        if all(dataset.format == format for dataset in opened):
+            for name in ("system", "prompt_style", "train_on", "chat_template"):
+                if getattr(settings, name) != getattr(Data, name):
+                    raise ValueError(
+                        f"data.{name} is for questions and answers and {settings.dataset} is {kind}; remove it"
+                    )
     if settings.preset != "none" and all(dataset.name in PRESETS for dataset in opened):
         raise ValueError(f"data.preset is for local copies and {settings.dataset} names its own; remove it")
 
@@ -96,111 +123,221 @@ def hint(word: str, known: Any) -> str:
 # --- files and the hub ------------------------------------------------------------------------------------------------
 
 
-def _load_rows(name: str, split: str, streaming: bool) -> Any:
-    """Return the rows of a file, a folder or a hub dataset. ValueError says why they cannot be read."""
-    path = Path(name).expanduser()
-    # A name that looks like a path is never looked for on the hub.
-    if path.is_file() and path.suffix in FILE_KINDS:
-        arguments: dict[str, Any] = {"path": FILE_KINDS[path.suffix], "data_files": str(path)}
-    elif path.is_dir():
-        kinds = {FILE_KINDS[file.suffix] for file in _files(path)}
-        if len(kinds) != 1:
-            content = "both JSON and Parquet files" if kinds else "no .jsonl, .json or .parquet file"
-            raise ValueError(f"data.dataset: the folder {name} holds {content}; give a folder with files of one kind")
-        arguments = {"path": str(path)}
-    elif path.is_file():
-        raise ValueError(f"data.dataset: {name} is not a {', '.join(FILE_KINDS)} file; convert it to one of them")
-    elif path.suffix in FILE_KINDS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"data.dataset: no such file or folder: {name}")
-    else:
-        arguments = {"path": name}
-    if streaming:
-        arguments["streaming"] = True
+@dataclass(frozen=True)
+class Piece:
+    """Files one after another, and which of their rows are read: start <= row < stop."""
+
+    files: tuple[File, ...]
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of files, in their order. Nothing of them is kept in memory."""
+
+    pieces: tuple[Piece, ...]
+    column_names: list[str]
+    count: int = -1  # -1: not counted, as they are read while a run trains
+
+    @property
+    def files(self) -> list[File]:
+        """Every file once."""
+        return list(dict.fromkeys(file for piece in self.pieces for file in piece.files))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.located())
+
+    def located(self) -> Iterator[tuple[Callable[[], str], Row]]:
+        """Yield each row with a function that says where it stands."""
+        for piece in self.pieces:
+            rows = (
+                (partial(file.place, number, line), row)
+                for file in piece.files
+                for number, (line, row) in enumerate(read(file))
+            )
+            yield from islice(rows, piece.start, piece.stop)
+
+    def places(self, numbers: Iterable[int]) -> list[str]:
+        wanted = set(numbers)
+        return [place() for number, (place, _) in enumerate(self.located()) if number in wanted] if wanted else []
+
+    def digest(self) -> str:
+        """Return the digest of the bytes of the files and of which rows are read."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            for file in piece.files:
+                digest.update(f"{file.kind} {file.separator} {_file_digest(file)}".encode())
+            digest.update(f"{piece.start} {piece.stop};".encode())
+        return digest.hexdigest()
+
+
+def _open_rows(name: str, split: str, settings: Data, part: int) -> FileRows:
+    """Return the rows of a split of a file, a folder, a URL or a hub dataset. ValueError if they cannot be read."""
+    hub = PRESETS[name].hub if name in PRESETS else ""
     try:
-        return datasets.load_dataset(**arguments, split=split)
-    except StopIteration as error:  # what datasets makes of a JSON file without rows
-        raise ValueError(f"{name} is empty: it has no row to train on") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = next(filter(None, map(_broken_line, _files(path))), "")
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        meant = hint(name, PRESETS) if not path.exists() else ""
-        raise ValueError(f"data.dataset: cannot read {name}, split {split!r}: {where or reason}{meant}") from error
+        found = find(
+            hub or name,
+            hub=bool(hub),
+            subset=settings.subsets[part],
+            revision=settings.revisions[part],
+            streaming=settings.streaming,
+        )
+        if settings.streaming:
+            return _stream(found, split)
+        return _counted(found, split)
+    except ValueError as error:
+        if str(error).startswith("data."):
+            raise
+        meant = hint(name, PRESETS) if not Path(name).expanduser().exists() else ""
+        raise ValueError(f"data.dataset: cannot read {name}, split {split!r}: {error}{meant}") from error
 
 
-def _check_text(name: str, rows: Any, column: str) -> None:
-    """Check that a column holds text only. ValueError names the first row that holds something else.
+def _stream(found: Found, split: str) -> FileRows:
+    if "[" in split:
+        raise ValueError(f"data.split: {split} is a part of a split, and data.streaming reads a split whole")
+    pieces = tuple(Piece(tuple(found.files(part))) for part in _names_of(found, split))
+    columns = dict.fromkeys(name for row in islice(FileRows(pieces, []), PEEK) for name in row)
+    if not columns:
+        raise ValueError(f"{found.folder.name} is empty: it has no row to train on")
+    return FileRows(pieces, list(columns))
 
-    `datasets` keeps a column of text and other things as JSON, where the text "5" becomes the number 5.
+
+def _counted(found: Found, split: str) -> FileRows:
+    """Return the rows of a split, after every file of it was read once to the end."""
+    files = {name: tuple(found.files(name)) for name in _names_of(found, split)}
+    surveys = {file.path: _survey(file) for part in files.values() for file in part}
+    columns = dict.fromkeys(name for names, _ in surveys.values() for name in names)
+    lengths = {name: sum(surveys[file.path][1] for file in part) for name, part in files.items()}
+    if "[" in split:
+        try:
+            chosen = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"data.split: {split} cannot be read: {error}; write for example train[:90%]") from error
+        ranges = [(part.splitname, *slice(part.from_, part.to).indices(lengths[part.splitname])[:2]) for part in chosen]
+    else:
+        ranges = [(name, 0, length) for name, length in lengths.items()]
+    count = sum(stop - start for _, start, stop in ranges)
+    if not count:
+        raise ValueError(f"{found.folder.name} is empty: it has no row to train on")
+    return FileRows(tuple(Piece(files[name], start, stop) for name, start, stop in ranges), list(columns), count)
+
+
+def _names_of(found: Found, split: str) -> list[str]:
+    """Return the splits that a description such as train[:10%]+test names; `all` is all of them."""
+    if split == "all" and "all" not in found.splits:
+        return list(found.splits)
+    return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
+
+
+def _file_digest(file: File) -> str:
+    with open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _survey(file: File) -> tuple[list[str], int]:
+    """Return the columns and the number of rows of a file, which are kept in the cache under the file's content."""
+    if file.kind in TYPED:
+        return survey(file)
+    depends = (_file_digest(file), Path(file.name).suffixes[-2:], file.separator, _rules())
+    key = hashlib.sha256(str(depends).encode()).hexdigest()[:32]
+    note = writable(cache_dir() / "columns") / f"{key}.json"
+    if note.is_file():
+        content = json.loads(note.read_text(encoding="utf-8"))
+        return content["columns"], content["rows"]
+    columns, rows = survey(file)
+    if rows:
+        write_json(note, {"columns": columns, "rows": rows})
+    return columns, rows
+
+
+@cache
+def _rules() -> str:
+    return hashlib.sha256(Path(reading.__file__).read_bytes()).hexdigest()
+
+
+def _check_types(file: File, format: str, columns: dict[str, str]) -> None:
+    """Check that the columns of a typed file that hold texts can hold nothing else.
+
+    ValueError names the column. A feature Json is stored as JSON, in which `datasets` writes the text "5" like the
+    number 5.
     """
-    if not isinstance((rows.features or {}).get(column), datasets.Json):
-        return
-    where = ""
-    for path in _files(Path(name).expanduser()):
-        with path.open(encoding="utf-8-sig") as file:
-            content = (
-                (json.loads(line) for line in file if line.strip()) if path.suffix == ".jsonl" else json.load(file)
+    types = schema(file)
+    features = datasets.Features.from_arrow_schema(types)
+    for ours in FORMATS[format].texts:
+        name = columns.get(ours, ours)
+        if name not in types.names:
+            continue
+        kind = types.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if isinstance(features[name], datasets.Json):
+            raise ValueError(_mixed(file.name, name))
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if not (text or pa.types.is_nested(kind) or pa.types.is_null(kind)):
+            raise ValueError(
+                f"{file.name}: the column {name} holds {kind}, not text; write it as text, or choose another column "
+                "with data.columns"
             )
-            other = next(
-                ((n, row[column]) for n, row in enumerate(content) if not isinstance(row.get(column), str | None)), None
-            )
-        if other and not where:
-            where = f", {path.name}, row {other[0]} (the first is 0): it is {type(other[1]).__name__} there"
-    raise ValueError(
-        f"{name}: the column {column} holds text and other things{where}; mend it, for texts would change on the way"
+    for ours in FORMATS[format].required:
+        name = columns.get(ours, ours)
+        if name in features and (key := _json_text(features[name])):
+            raise ValueError(_mixed(file.name, f"{name}, key {key},"))
+
+
+def _mixed(file: str, column: str) -> str:
+    return (
+        f'{file}: the column {column} is of the type Json, in which the text "5" and the number 5 are written alike; '
+        "write it as text, for example in a .jsonl file"
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the data files of a folder, or the file itself; none if `path` is neither."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and file.is_file())
-    return [path] if path.is_file() else []
-
-
-def _broken_line(path: Path) -> str:
-    """Return a message about the first line of a .jsonl file that is no JSON; empty if there is no such line, or if the
-    file is of another kind.
-    """
-    if path.suffix != ".jsonl":
-        return ""
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            try:
-                if line.strip():
-                    json.dumps(json.loads(line), ensure_ascii=False).encode()  # half a surrogate pair is no text
-            except ValueError as error:
-                ending = "" if line.endswith(b"\n") else ", the last one, which may have been cut off"
-                return f"{path.name}, row {number} (the first is 0){ending}: {error}; mend or remove it"
+def _json_text(feature: Any) -> str:
+    """Return the key under which messages have their text, if the type of the text is Json; empty otherwise."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _json_text(feature.feature)
+    if isinstance(feature, dict):
+        return next((key for key in ("content", "value") if isinstance(feature.get(key), datasets.Json)), "")
     return ""
 
 
-def _column_names(rows: Any) -> list[str]:
-    """Return the names of the columns; a stream that does not list them is asked for its first row."""
-    if rows.column_names is not None:
-        return list(rows.column_names)
-    return list(next(iter(rows), {}))
-
-
-def _digest(name: str, rows: Any) -> str:
-    """Return the digest of the bytes of local files, or of the fingerprint that `datasets` gives a hub dataset."""
-    digest = hashlib.sha256()
-    files = _files(Path(name).expanduser())
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(str(rows.split).encode() if files else rows._fingerprint.encode())
-    return digest.hexdigest()
-
-
 # --- made here --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MadeRows:
+    """Rows that were generated."""
+
+    name: str
+    rows: list[Row]
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        return self.rows[number]
+
+    def places(self, numbers: Iterable[int]) -> list[str]:
+        return [f"{self.name}, row {number} (the first is 0)" for number in numbers]
+
+    def digest(self) -> str:
+        return ""
 
 
 def _generate_dataset(name: str, settings: Data, seed: int) -> OpenDataset:
     entries, score = _generate(name, settings, seed)
     rows: list[Row] = [{"prompt": entry["question"], "completion": entry["answer"]} for entry in entries]
     answers = tuple((entry["answer"], partial(score, entry=entry)) for entry in entries)
-    return OpenDataset(name, datasets.Dataset.from_list(rows), "prompt_completion", {}, answers=answers)
+    return OpenDataset(name, MadeRows(name, rows), "prompt_completion", {}, answers=answers)
 
 
 def _generate(dataset: str, settings: Data, seed: int) -> tuple[list[dict[str, Any]], Callable[..., float]]:

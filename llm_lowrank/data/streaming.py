@@ -6,18 +6,20 @@ run reads the stream again up to the step at which it resumes.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data.encoding import style_of
 from llm_lowrank.data.rows import Example, encode_row, row_options
 from llm_lowrank.data.settings import Data
-from llm_lowrank.data.sources import check_formats, open_dataset
+from llm_lowrank.data.sources import FileRows, check_formats, open_dataset
 
 BUFFER = 10_000  # rows that are shuffled at a time
+Located = tuple[Callable[[], str], dict[str, Any]]  # where a row stands, and the row
 ENOUGH = 1000  # unusable rows one after another, at which the data and not a single row is at fault
 
 
@@ -28,19 +30,22 @@ class Stream:
     data.bad_rows is refuse.
     """
 
-    def __init__(self, settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def __init__(self, settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, date: str = "") -> None:
         self.settings, self.seed = settings, seed
         self.dataset = open_dataset(settings.names[0], settings, seed)
+        assert isinstance(self.dataset.rows, FileRows)  # load_corpus lets files and the hub alone through
+        self.rows = self.dataset.rows
         check_formats(settings, [self.dataset])
         self.style = style_of(tokenizer, settings.prompt_style, self.dataset.style)
-        self.options = row_options(self.dataset, settings, tokenizer, self.style)
+        self.options = row_options(self.dataset, settings, tokenizer, self.style, date)
+        self.unused: Counter[str] = Counter()  # column or message key that nothing reads -> rows read so far
         self.dropped: Counter[str] = Counter()  # reason -> rows, of what was read so far
         self.truncated = 0  # examples cut to max_length, of what was read so far
         # Rows with a key that is held out already are skipped, so that the held-out questions differ.
         self.held_out: list[Example] = []
         self.held_keys: set[str] = set()
         self.skipped = 0  # rows at the beginning that training never sees
-        for encoded in self._usable(self.dataset.rows, 0):
+        for encoded in self._usable(self.rows.located(), 0):
             if len(self.held_out) == settings.held_out:
                 break
             self.skipped = encoded["number"] + 1
@@ -55,9 +60,8 @@ class Stream:
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples for ever, in another order each epoch."""
-        rows = self.dataset.rows.skip(self.skipped).shuffle(seed=self.seed, buffer_size=BUFFER)
         for epoch in count():
-            rows.set_epoch(epoch)
+            rows = _shuffled(islice(self.rows.located(), self.skipped, None), self.seed, epoch)
             any_left = False
             for encoded in self._usable(rows, self.skipped):
                 if encoded["key"] in self.held_keys:
@@ -71,18 +75,19 @@ class Stream:
                     "out"
                 )
 
-    def _usable(self, rows: Any, first: int) -> Iterator[dict[str, Any]]:
+    def _usable(self, rows: Iterable[Located], first: int) -> Iterator[dict[str, Any]]:
         """Yield the rows that can be used as corpus.FEATURES with their `number`, which starts at `first`; count the
         others.
         """
         unusable_in_a_row = 0
-        for number, row in enumerate(rows, first):
+        for number, (place, row) in enumerate(rows, first):
             encoded = encode_row(row, **self.options)
+            self.unused.update(encoded["unused"])
             reason = encoded["problem"] or ("" if encoded["trained"] else "no completion token left within max_length")
             if encoded["problem"] and self.settings.bad_rows == "refuse":
                 raise ValueError(
-                    f"{self.dataset.name}, row {number} of the stream as it is read: {encoded['problem']}; mend or "
-                    "remove it, or leave such rows out and count them: data.bad_rows: drop"
+                    f"{place()}: {encoded['problem']}; mend or remove it, or leave such rows out and count them: "
+                    "data.bad_rows: drop"
                 )
             if not reason:
                 unusable_in_a_row = 0
@@ -99,3 +104,18 @@ class Stream:
 
 def _example(encoded: dict[str, Any]) -> Example:
     return Example(encoded["input_ids"], encoded["labels"])
+
+
+def _shuffled(rows: Iterable[Located], seed: int, epoch: int) -> Iterator[Located]:
+    """Yield the rows in an order that seed and epoch draw; no row comes more than BUFFER places too early."""
+    rng = np.random.default_rng([seed, epoch])
+    buffer: list[Located] = []
+    for row in rows:
+        if len(buffer) < BUFFER:
+            buffer.append(row)
+            continue
+        place = int(rng.integers(BUFFER))
+        yield buffer[place]
+        buffer[place] = row
+    rng.shuffle(buffer)  # type: ignore[arg-type] # a list is shuffled in place
+    yield from buffer

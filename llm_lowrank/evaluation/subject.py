@@ -44,7 +44,8 @@ class Subject:
         if use is not None:
             raise ValueError(f"--use {use} is for the output_dir of a run; {checkpoint} is none, leave it out")
         if (folder / CONFIG).is_file():
-            return cls(checkpoint, Source.open(base or _named_base(folder)), _check_files(folder.resolve()))
+            source = Source.open(base) if base else _base_of(folder)
+            return cls(checkpoint, source, _check_files(folder.resolve()))
         if base:
             raise ValueError(f"--model_name_or_path is the model under an adapter; {checkpoint} is none, leave it out")
         return cls(checkpoint, Source.open(checkpoint))
@@ -64,12 +65,15 @@ class Subject:
         output = folder if (folder / "recipe.yaml").is_file() else None
         if use == "merged":
             return cls(given, Source.open(folder / "merged"), None, output, use)
-        if base is None:
-            base = (
-                _named_base(folder / "adapter") if "adapter" in available else _settings(folder)["model_name_or_path"]
-            )
+        if base is not None:
+            source = Source.open(base)
+        elif "adapter" in available:
+            source = _base_of(folder / "adapter")
+        else:
+            settings = _settings(folder)
+            source = Source.open(settings["model_name_or_path"], settings.get("model_revision", ""))
         adapter = _check_files(folder / "adapter") if use == "adapter" else None
-        return cls(given, Source.open(base), adapter, output, use)
+        return cls(given, source, adapter, output, use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer with the chat template of the run, for the base model too.
@@ -134,12 +138,12 @@ def _settings(output: Path) -> dict[str, Any]:
     return recipe
 
 
-def _named_base(adapter: Path) -> str:
-    """Return the base model that an adapter names. ValueError if it names none."""
-    base = json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+def _base_of(adapter: Path) -> Source:
+    """Open the base model that an adapter names. ValueError if it names none."""
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
         raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
-    return base
+    return Source.under(config)
 
 
 def _check_files(adapter: Path) -> Path:

@@ -98,7 +98,7 @@ class LoRA(Method):
         if rank > min(m, n):
             raise ValueError(
                 f"{name}: {setting} {rank} is more than min(m, n) = {min(m, n)} of its {m} x {n} weight; "
-                "lower it or leave the module out of target_modules"
+                f"lower it, or leave the module out: --method.exclude_modules {name.rpartition('.')[2]}"
             )
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:

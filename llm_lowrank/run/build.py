@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapters.adapter import Adapter
-from llm_lowrank.adapters.method import attach
+from llm_lowrank.adapters.method import ALL_LINEAR, attach
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
-from llm_lowrank.models.loading import skeleton
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.command_line import RecipeError
@@ -68,18 +69,43 @@ def codec(recipe: Recipe) -> Codec:
 
 
 def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, list[Adapter]]:
-    """The model of a checkpoint's config with its adapters, without any weights."""
-    model = skeleton(folder, getattr(torch, recipe.dtype), attention(recipe)[0])
-    return model, attach(model, recipe.method, codec(recipe), recipe.seed)
+    """The model of a checkpoint's config with its adapters, without any weights.
+
+    ValueError where the model hides most of its weights from adapters or codec, and allow_partial does not allow it.
+    """
+    model = skeleton(folder, getattr(torch, recipe.dtype), *attentions(recipe))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if not recipe.allow_partial:
+        check_coverage(
+            model, coverage(model), all_linear=recipe.method.target_modules == [ALL_LINEAR], codec=recipe.codec
+        )
+    adapters = attach(model, recipe.method, codec(recipe), recipe.seed)
+    if recipe.save_merged and (shared := [a.name for a in adapters if f"{a.name}.weight" in tied]):
+        raise ValueError(
+            f"method.target_modules names {shared[0]}, which shares its weight with the embedding "
+            "(tie_word_embeddings). It is trained alone and exported as an adapter, but a merged checkpoint of this "
+            f"config has no place for it: set save_merged: false, or leave {shared[0]} out"
+        )
+    return model, adapters
 
 
-def attention(recipe: Recipe) -> tuple[str, str]:
-    """The attention that this run will use on this machine, and why."""
+def attentions(recipe: Recipe) -> list[str]:
+    """The implementations of attention to try on this machine, the first choice first."""
     if recipe.attn_implementation != "auto":
-        return recipe.attn_implementation, "as attn_implementation says"
+        return [recipe.attn_implementation]
+    return [*([] if missing_for_flash(recipe) else ["flash_attention_2"]), "sdpa", "eager"]
+
+
+def attention(recipe: Recipe, model: PreTrainedModel) -> tuple[str, str]:
+    """The attention of a model, and why it is this one."""
+    used, choices = model.config._attn_implementation, attentions(recipe)
+    if len(choices) == 1:
+        return used, "as attn_implementation says"
+    if used != choices[0]:
+        return used, f"for transformers has no {' or '.join(choices[: choices.index(used)])} for {type(model).__name__}"
     if lacking := missing_for_flash(recipe):
-        return "sdpa", f"for flash_attention_2 needs {' and '.join(lacking)}"
-    return "flash_attention_2", "for flash-attn is installed"
+        return used, f"for flash_attention_2 needs {' and '.join(lacking)}"
+    return used, "for flash-attn is installed"
 
 
 def missing_for_flash(recipe: Recipe) -> list[str]:
@@ -93,11 +119,14 @@ def missing_for_flash(recipe: Recipe) -> list[str]:
 
 
 def read_data(
-    recipe: Recipe, folder: str | Path, rank: int, world: int
+    recipe: Recipe, folder: str | Path, rank: int, world: int, date: str = ""
 ) -> tuple[PreTrainedTokenizerBase, Corpus, Batches | StreamBatches]:
-    """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it."""
+    """What a run is trained on: the tokenizer of a checkpoint, the data, and this rank's batches of it.
+
+    date: as in load_corpus.
+    """
     tokenizer = tokenizer_of(folder, recipe.data.chat_template)
-    corpus = load_corpus(recipe.data, tokenizer, recipe.seed)
+    corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date)
     batches = training_batches(
         corpus,
         recipe.data,

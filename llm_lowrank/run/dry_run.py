@@ -15,7 +15,8 @@ from llm_lowrank.engines import ENGINES, Sizes
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
 from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.engines.memory import Amount
-from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.models.coverage import coverage
+from llm_lowrank.models.source import config_folder
 from llm_lowrank.run.build import attention, build_model, engine_settings, optimization, read_data, schedule_of
 from llm_lowrank.run.checks import output_dir_conflict
 from llm_lowrank.run.recipe import Recipe, dump
@@ -25,24 +26,18 @@ GIB = 2**30
 
 def describe(recipe: Recipe, world: int) -> str:
     """Return the resolved recipe, the parameters, the exchanges and the memory per rank of a run on `world` ranks."""
-    folder = model_folder(recipe.model_name_or_path)
+    folder = config_folder(recipe.model_name_or_path, recipe.model_revision)
     model, adapters = build_model(recipe, folder)
     sizes = sizes_of(model, recipe.method)
     notes = [message] if (message := output_dir_conflict(recipe)) else []
-    kernel = "attention on this machine: " + ", ".join(attention(recipe))
-    plan = [kernel, parameters(model), schedule(recipe, folder, world, adapters), memory(recipe, sizes, world)]
+    kernel = "attention on this machine: " + ", ".join(attention(recipe, model))
+    plan = [
+        kernel,
+        f"{parameters(model)}\n{coverage(model).describe(recipe.codec)}",
+        schedule(recipe, folder, world, adapters),
+        memory(recipe, sizes, world),
+    ]
     return "\n\n".join([dump(recipe).rstrip(), *plan, *notes])
-
-
-def model_folder(name: str) -> str:
-    """Return where config and tokenizer are: a folder, or a hub name of which nothing but these is downloaded.
-
-    A GGUF file is converted first.
-    """
-    path = Path(name).expanduser()
-    if name == DEMO or path.suffix == ".gguf":
-        return str(Source.open(name).path)
-    return str(path) if path.is_dir() else name
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ def _shape(module: nn.Module) -> str:
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
 
-def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -> str:
+def schedule(recipe: Recipe, folder: Path, world: int, adapters: list[Adapter]) -> str:
     """Return the length of the run and the steps after which pairs are exchanged, as text."""
     per_device, accumulated = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     batch = (
@@ -132,7 +127,7 @@ def schedule(recipe: Recipe, folder: str, world: int, adapters: list[Adapter]) -
     return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} exchanges: {when}\nlearning rate: {rates}"
 
 
-def total_steps(recipe: Recipe, folder: str, world: int) -> int:
+def total_steps(recipe: Recipe, folder: Path, world: int) -> int:
     """Return max_steps, or how many num_train_epochs of the data take: then the data is loaded and tokenized."""
     if recipe.max_steps > 0:
         return recipe.max_steps

@@ -20,7 +20,13 @@ def export_adapter(run: Run) -> SavedAdapter | None:
     """Write output_dir/adapter on rank 0 and return a report there; return None elsewhere. Collective."""
     recipe, folder = run.recipe, run.recipe.output / "adapter"
     saved = save_adapter(
-        run.engine, run.adapters, method=recipe.method, path=folder, base_model_name_or_path=run.source.name
+        run.engine,
+        run.adapters,
+        method=recipe.method,
+        path=folder,
+        base_model_name_or_path=run.source.name,
+        revision=run.source.revision,
+        outer_name=run.source.outer_name,
     )
     if recipe.data.chat_template and run.engine.main:
         write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))

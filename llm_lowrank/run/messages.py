@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
-from llm_lowrank.data import Stream, StreamBatches, pad_id
+from llm_lowrank.data import Stream, StreamBatches, describe_unused, pad_id
+from llm_lowrank.models.architectures import names_of_experts
+from llm_lowrank.models.coverage import coverage
 from llm_lowrank.run.build import attention
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
@@ -25,15 +27,25 @@ def opening(run: Run) -> str:
         f"{run.total_steps} steps of {run.batches.global_batch} {describe_batch(run)} ({len(run.corpus.held_out)} held "
         "out)",
         f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
-        "attention: " + ", ".join(attention(recipe)),
+        coverage(run.model).describe(recipe.codec),
+        "attention: " + ", ".join(attention(recipe, run.model)),
         f"learning rate: {run.schedule}",
     ]
     lines += run.notes
+    if mistaken := names_of_experts(run.model, [adapter.name for adapter in run.adapters]):
+        lines.append(
+            f"adapter/ will hold {', '.join(mistaken)}, which PEFT may take for the experts of the mixture; use "
+            f"merged/, or leave them out: --method.exclude_modules {','.join(mistaken)}"
+        )
     if run.unused:
         first = ", ".join(run.unused[:3]) + (", ..." if len(run.unused) > 3 else "")
         lines.append(f"not used of the checkpoint: {len(run.unused)} tensors, {first}")
     if run.corpus.dropped or run.corpus.truncated:
         lines.append(f"data: {run.corpus.truncated} examples truncated, dropped {run.corpus.dropped or 'none'}")
+    if run.corpus.unused:
+        lines.append(describe_unused(run.corpus.unused))
+    if run.corpus.date:
+        lines.append(f"the chat template writes the date: {run.corpus.date}, also when the run resumes")
     if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
         lines.append(_exchanges(run, run.adapters[0]))
     return "\n".join(lines)
@@ -106,4 +118,5 @@ def describe_skipped_step(run: Run, step: int, norm: float, *, in_a_row: int) ->
 
 def describe_stream(stream: Stream, dropped: dict[str, int]) -> str:
     """What reading the stream left out, as far as it was read."""
-    return f"of the stream, as far as it was read: {stream.truncated} examples truncated, dropped {dropped or 'none'}"
+    unused = f"; {describe_unused(stream.unused)}" if stream.unused else ""
+    return f"of the stream, as far as it was read: {stream.truncated} examples truncated, dropped {dropped or 'none'}{unused}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from datetime import date as Date
 from pathlib import Path
 
 import datasets
@@ -17,7 +19,7 @@ from llm_lowrank.engines import Engine
 from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
-from llm_lowrank.models.source import Source
+from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, deepspeed_config, read_data, schedule_of
 from llm_lowrank.run.checks import check_same_run
@@ -39,6 +41,7 @@ class Run:
     total_steps: int
     schedule: Schedule  # of the learning rate
     exchange_steps: tuple[int, ...]  # completed steps after which pairs are exchanged
+    tensors: InModel  # the checkpoint under the model's names
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     resume_from: Checkpoint | None = None
     loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
@@ -48,10 +51,12 @@ class Run:
     @property
     def facts(self) -> dict[str, int | str]:
         """Facts about the data. A run that resumes must find the same ones."""
+        date: dict[str, int | str] = {"date": self.corpus.date} if self.corpus.date else {}
         return {
             "global_batch": self.batches.global_batch,
             "total_steps": self.total_steps,
             "data": self.corpus.fingerprint,
+            **date,
         }
 
     @property
@@ -71,18 +76,47 @@ def make_engine(recipe: Recipe) -> Engine:
     return engines.make(recipe.engine, settings.get(recipe.engine), recipe.ddp_timeout)
 
 
-def prepare(recipe: Recipe, engine: Engine) -> Run:
-    """Read the data and check everything that a mistake in the recipe could break; no weights yet. No communication."""
+def agree_on_date(recipe: Recipe, engine: Engine) -> str:
+    """Return the day that chat templates write: today on rank 0, or that of the checkpoint that the run resumes from.
+
+    Collective.
+    """
+    with engine.together():
+        date = _date(recipe) if engine.main else ""
+    return str(engine.gather(date)[0])
+
+
+def _date(recipe: Recipe) -> str:
+    wanted, folders = recipe.resume_from_checkpoint, []
+    if wanted == "auto":
+        folders = checkpoint.complete_checkpoints(recipe.output)
+    elif wanted != "none":
+        folders = [Path(wanted).expanduser()]
+    for folder in folders:
+        try:
+            state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+            return str(state["data"]["date"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged checkpoint is reported when it is opened; without a date, nothing depends on it
+    return Date.today().isoformat()
+
+
+def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
+    """Read the data and check everything that a mistake in the recipe could break; no weights yet. No communication.
+
+    date: as in load_corpus.
+    """
     if not engine.main:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    source = Source.open(recipe.model_name_or_path)
-    tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world)
+    source = Source.open(recipe.model_name_or_path, recipe.model_revision)
+    tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world, date)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     model, adapters = build_model(recipe, source.path)
     schedule = schedule_of(recipe, total)
     exchange_steps = recipe.method.schedule(total, adapters)
-    unused = loading.bind(model, adapters, source)
+    tensors = source.in_model(model)
+    unused = loading.bind(model, adapters, tensors)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -100,6 +134,7 @@ def prepare(recipe: Recipe, engine: Engine) -> Run:
         total_steps=total,
         schedule=schedule,
         exchange_steps=exchange_steps,
+        tensors=tensors,
         unused=unused,
     )
 

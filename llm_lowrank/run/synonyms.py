@@ -21,6 +21,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         # model, precision and quantization
         "model_name_or_path": "model base_model model_name model_path model_id base_model_name_or_path "
         "pretrained_model_name_or_path",
+        "model_revision": "revision revision_of_model base_model_revision",
         "dtype": "bnb_4bit_compute_dtype",
         "dtype bfloat16": "bf16 bfloat16 pure_bf16 torch_dtype precision",
         "dtype bfloat16 (float16 training is not offered)": "fp16 float16 half",
@@ -115,8 +116,6 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
 NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is not offered
     {
         # model
-        "give the folder of the downloaded revision as model_name_or_path": "revision model_revision "
-        "revision_of_model base_model_revision",
         "the tokenizer comes from model_name_or_path; data.chat_template replaces its chat template": "tokenizer "
         "tokenizer_name tokenizer_name_or_path tokenizer_config use_fast_tokenizer",
         "code that comes with a checkpoint is never run; the architecture must be one of transformers": ""
@@ -127,7 +126,8 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "codes and scales are stored as bytes, and every engine shards them": "bnb_4bit_quant_storage",
         "the frozen weights can be stored dense, in nf4 or in int8; see codec": "fp8 load_in_fp8 gptq",
         "PyTorch's default applies; take dtype bfloat16 for speed": "tf32",
-        "mixtures of experts are not supported": "target_parameters lora_target_parameters moe_aux_loss_coef",
+        "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
+        "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
         "a run cannot start from an adapter; merge it with launch/merge.py and train from the merged checkpoint": ""
         "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter",
@@ -137,7 +137,7 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "add_special_tokens new_special_tokens special_tokens resize_vocab trainable_token_indices "
         "peft_trainable_token_indices",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
-        "exclude_modules layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
+        "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
         "A and B have one learning rate": "loraplus_lr_ratio loraplus_lr_embedding",
         "the starts are method.type lora and pissa": "loftq_config eva_config corda_config",
         "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",

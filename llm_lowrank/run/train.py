@@ -22,7 +22,7 @@ from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
 from llm_lowrank.run.meter import Meter, log_step, progress_bar
 from llm_lowrank.run.metrics import Metrics
-from llm_lowrank.run.prepare import Run, find_checkpoint, make_engine, prepare
+from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_engine, prepare
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
@@ -50,8 +50,9 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     """Do everything but the merging; return where the model came from. Collective."""
     engine.at("reading the data")
+    date = agree_on_date(recipe, engine)
     with engine.together():
-        run = prepare(recipe, engine)
+        run = prepare(recipe, engine, date)
     find_checkpoint(run)
     signals.check(engine)
     run.say(opening(run))
@@ -83,7 +84,7 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
         run.model,
         adapters=run.adapters,
         method=recipe.method,
-        tensors=run.source,
+        tensors=run.tensors,
         settings=optimization(recipe),
         resume_from=run.resume_from,
     )
