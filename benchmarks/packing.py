@@ -57,7 +57,7 @@ def main() -> None:
         nn.init.zeros_(adapter.B)
 
     def batches(per_device: int, pack: int = 0, grouped: bool = False) -> Batches:
-        return Batches(corpus.train, per_device, pad_id=pad_id(tokenizer), pack=pack, grouped=grouped)
+        return Batches(corpus.train, per_device, pad_id=pad_id(tokenizer, len(tokenizer)), pack=pack, grouped=grouped)
 
     packed = batches(1, LENGTH)
     rows = max(1, round(EXAMPLES * packed.rows / len(corpus.train)))

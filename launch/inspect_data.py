@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
     from llm_lowrank.data import Stream, describe_unused
-    from llm_lowrank.run.build import read_data
     from llm_lowrank.models.source import config_folder
+    from llm_lowrank.run.build import read_data
     from llm_lowrank.run.recipe import parse
 
     try:

@@ -42,7 +42,7 @@ def one_switch(into: str) -> dict:
     corpus = load_corpus(
         Data("reasoning-gym:chain_sum", size=80, held_out=4, task={"max_terms": 2, "max_digits": 2}), tokenizer, seed=0
     )
-    batches = Batches(corpus.train, 4, pad_id=pad_id(tokenizer))
+    batches = Batches(corpus.train, 4, pad_id=pad_id(tokenizer, 10**6))
     load_model(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization(1e-3))
 
     def maps() -> list[torch.Tensor]:

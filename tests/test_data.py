@@ -151,10 +151,10 @@ def test_messages_without_a_template_are_refused():
 
 def test_pad_token_is_never_the_reason_to_mask():
     tokenizer = byte_tokenizer(CHATML)
-    assert tokenizer.pad_token_id is None and pad_id(tokenizer) == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id is None and pad_id(tokenizer, 10**6) == tokenizer.eos_token_id
     ids, trained = encode_pair(tokenizer, "a", "b")
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
-    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, pad_id=pad_id(tokenizer)).step(0)[0]
+    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, pad_id=pad_id(tokenizer, 10**6)).step(0)[0]
     row = batch.samples.index(0)
     assert tokenizer.eos_token_id in batch.labels[row].tolist()
     assert batch.attention_mask.sum(1).tolist() == [len(ids) if sample == 0 else 4 for sample in batch.samples]
@@ -163,7 +163,7 @@ def test_pad_token_is_never_the_reason_to_mask():
 def test_pad_id_without_any_special_token():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    assert pad_id(tokenizer) == 0
+    assert pad_id(tokenizer, 10**6) == 0
     with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
         encode_pair(tokenizer, "a", "b")
 

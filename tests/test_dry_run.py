@@ -126,7 +126,7 @@ def test_an_output_folder_in_use_is_said(recipe, tmp_path):
         ({"method": LoRA(rank=21)}, "k_proj: rank 21 is more than min.m, n. = 20"),
         ({"method": SRLoRA(rank=4, target_rank=80), "max_steps": 400}, "target_rank 80 is more than"),
         ({"method": SRLoRA(rank=2, target_rank=18), "max_steps": 3}, "do not fit into 3 steps"),
-        ({"model_name_or_path": "/nowhere"}, "model_name_or_path: cannot read the config of /nowhere"),
+        ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist; give a checkpoint folder"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(recipe, change, message):

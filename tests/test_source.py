@@ -291,7 +291,7 @@ def test_a_revision_is_downloaded_recorded_and_named(tmp_path, monkeypatch):
         raise source.LocalEntryNotFoundError("no such revision")
 
     monkeypatch.setattr(source, "snapshot_download", nowhere)
-    with pytest.raises(ValueError, match="some/model, revision v9, is neither.*no such revision"):
+    with pytest.raises(ValueError, match=r"some/model, revision v9, is neither.*no such revision"):
         Source.open("some/model", "v9")
 
 

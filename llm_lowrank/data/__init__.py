@@ -7,6 +7,7 @@ formats    from a row to the turns of a conversation
 templates  conversations written with a chat template, and what the template leaves out
 encoding   from turns to tokens and which of them are trained, by a chat template or a prompt style
 sources    datasets from files, the hub and generators
+limits     what a model can take: tokens of its embedding, positions that it has learned
 rows       from a row to an example, or to the reason why there is none
 corpus     all datasets encoded, cached, split and mixed
 streaming  examples of a dataset that is read while a run trains on it
@@ -27,6 +28,7 @@ from llm_lowrank.data.encoding import (
     with_template,
 )
 from llm_lowrank.data.formats import FORMATS, PRESETS, Turn
+from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.streaming import Stream
@@ -40,6 +42,7 @@ __all__ = [
     "Data",
     "Example",
     "ExampleTable",
+    "Limits",
     "MicroBatch",
     "Question",
     "Stream",

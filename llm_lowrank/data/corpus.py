@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_lowrank.data import columns, encoding, formats, reading, rows, templates
 from llm_lowrank.data.encoding import encode_prompt, style_of
 from llm_lowrank.data.finding import writable
+from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import OpenDataset, check_formats, check_settings, open_dataset
@@ -108,17 +109,20 @@ class Corpus:
         return list(islice(self.train.examples() if isinstance(self.train, Stream) else self.train, count))
 
 
-def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, date: str = "") -> Corpus:
+def load_corpus(
+    settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, date: str = "", limits: Limits | None = None
+) -> Corpus:
     """Read, encode and split the datasets; the result is the same on every rank.
 
     date: YYYY-MM-DD, what a chat template that writes the date takes for today; empty: the day it is.
+    limits: of the model that reads the examples; rows that do not fit them cannot be used.
     ValueError for data that cannot be read, that the settings do not fit, or that leaves nothing to train on.
     datasets.disable_progress_bars() hides the progress.
     """
     check_settings(settings)
     date = date or Date.today().isoformat()
     if settings.streaming:
-        stream = Stream(settings, tokenizer, seed, date)
+        stream = Stream(settings, tokenizer, seed, date, limits)
         date = stream.options["date"]
         return Corpus(stream, stream.held_out, [], stream.dropped, 0, "", (stream.style,), stream.unused, date)
     opened = [open_dataset(name, settings, seed, part) for part, name in enumerate(settings.names)]
@@ -127,7 +131,7 @@ def load_corpus(settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, d
     encoded = [
         encode_dataset(dataset, settings, tokenizer, style, date) for dataset, style in zip(opened, styles, strict=True)
     ]
-    problems = [table["problem"][:] for table, _ in encoded]
+    problems = [limits.problems(table, tokenizer) if limits else table["problem"][:] for table, _ in encoded]
     dropped = _count_unusable(settings, opened, problems)
 
     # one table of all datasets; usable are rows that read without a problem and train something within max_length

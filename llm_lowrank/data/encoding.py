@@ -88,10 +88,13 @@ def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTo
     return tokenizer
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that pads an example. Masks and labels never depend on this token, so eos will do."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Return the token that pads an example. Masks and labels never depend on this token, so eos will do.
+
+    vocabulary: rows of the model's embedding, which has to have one for the token.
+    """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(candidate for candidate in candidates if candidate is not None)
+    return next(candidate for candidate in candidates if candidate is not None and candidate < vocabulary)
 
 
 def encode_turns(

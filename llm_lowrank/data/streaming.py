@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data.encoding import style_of
+from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example, encode_row, row_options
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import FileRows, check_formats, open_dataset
@@ -30,8 +31,15 @@ class Stream:
     data.bad_rows is refuse.
     """
 
-    def __init__(self, settings: Data, tokenizer: PreTrainedTokenizerBase, seed: int, date: str = "") -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(
+        self,
+        settings: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        date: str = "",
+        limits: Limits | None = None,
+    ) -> None:
+        self.settings, self.seed, self.tokenizer, self.limits = settings, seed, tokenizer, limits
         self.dataset = open_dataset(settings.names[0], settings, seed)
         assert isinstance(self.dataset.rows, FileRows)  # load_corpus lets files and the hub alone through
         self.rows = self.dataset.rows
@@ -83,6 +91,8 @@ class Stream:
         for number, (place, row) in enumerate(rows, first):
             encoded = encode_row(row, **self.options)
             self.unused.update(encoded["unused"])
+            if self.limits is not None and not encoded["problem"]:
+                encoded["problem"] = self.limits.problem(encoded["input_ids"], self.tokenizer)
             reason = encoded["problem"] or ("" if encoded["trained"] else "no completion token left within max_length")
             if encoded["problem"] and self.settings.bad_rows == "refuse":
                 raise ValueError(

@@ -17,6 +17,7 @@ from llm_lowrank.data.corpus import questions_of
 from llm_lowrank.data.sources import REASONING_GYM, open_dataset
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.task import Metrics, TaskResult
+from llm_lowrank.models.architectures import limits_of
 from llm_lowrank.models.generate import accuracy
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.run.held_out import answer_room, held_out_loss
@@ -48,7 +49,8 @@ class HeldOut:
     def run(self, model: PreTrainedModel) -> TaskResult:
         engine = Plain()
         layer, _ = loss_layer(engine, model, model)
-        loss = held_out_loss(engine, model, self.examples, self.batch_size, pad_id(self.tokenizer), layer)
+        filler = pad_id(self.tokenizer, limits_of(model).vocabulary)
+        loss = held_out_loss(engine, model, self.examples, self.batch_size, filler, layer)
         metrics: Metrics = {"loss": loss, "n": len(self.examples)}
         if not self.questions:
             return TaskResult({self.name: metrics})

@@ -14,6 +14,7 @@ where it lies in the whole model, which is what plain transformers loads and whe
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from transformers.core_model_loading import (
 )
 
 from llm_lowrank.adapters.adapter import Shared
+from llm_lowrank.data import Limits
 from llm_lowrank.engines.frozen import FrozenLinear
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -111,6 +113,18 @@ def skeleton(folder: str | Path, dtype: torch.dtype, *attention: str) -> PreTrai
 def _empty(kind: type[PreTrainedModel], config: PretrainedConfig, **options: object) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         return kind._from_config(config, **options)
+
+
+def limits_of(model: PreTrainedModel) -> Limits:
+    """The tokens and the positions that a model can take.
+
+    Positions are limited where they are looked up: in an embedding (GPT-2, OPT) or a table of sines (GPT-J).
+    """
+    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    tables += [name for name, buffer in model.named_buffers() if buffer.ndim == 2]
+    learned = any(re.search(r"(^|[._])(wpe|embed_positions|position_embeddings?)$", name) for name in tables)
+    positions = getattr(model.config, "max_position_embeddings", None) if learned else None
+    return Limits(model.get_input_embeddings().num_embeddings, positions)
 
 
 # --- the names --------------------------------------------------------------------------------------------------------
@@ -224,6 +238,12 @@ def find(model: PreTrainedModel, stored: Iterable[str], around: Outer) -> Names:
     groups = ([[at]] if isinstance(at, str) else at.pieces for at in found.values())
     used = {name for pieces in groups for piece in pieces for name in piece}
     return Names(found, sorted(set(names) - used))
+
+
+def tied_modules(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
+    """The modules whose weight is another one's on disk: an adapted output layer of a model with tied embeddings."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return [module for module in modules if f"{module}.weight" in tied]
 
 
 def names_of_experts(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from llm_lowrank.data import Question, pad_id
+from llm_lowrank.models.architectures import limits_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def answer(
     sharded over the ranks, where no rank may stop before the others: the call is then collective, and every rank must
     have the same number of questions.
     """
-    filler = pad_id(tokenizer)
+    limits = limits_of(model)
+    filler = pad_id(tokenizer, limits.vocabulary)
     # sample from all tokens; transformers' default keeps the 50 most likely ones
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -56,6 +58,12 @@ def answer(
             batch = order[start : start + batch_size]
             prompts = [questions[index].prompt_ids for index in batch]
             longest = max(len(prompt) for prompt in prompts)
+            room = max_new_tokens if limits.positions is None else min(max_new_tokens, limits.positions - longest)
+            if room < 1:
+                raise ValueError(
+                    f"a prompt has {longest} tokens, and the model has learned {limits.positions} positions: there is "
+                    "no room for an answer; give shorter prompts"
+                )
             # on the left, so that all answers start at one position
             missing = [longest - len(prompt) for prompt in prompts]
             input_ids = [[filler] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
@@ -63,7 +71,7 @@ def answer(
             output = model.generate(
                 input_ids=torch.tensor(input_ids, device=model.device),  # (batch, longest)
                 attention_mask=torch.tensor(attention_mask, device=model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 **(drawing if temperature else greedy),
                 stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, longest, stops)] if stops else []),
                 use_cache=True,  # the model's own setting is often off for training

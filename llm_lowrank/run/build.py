@@ -13,7 +13,7 @@ from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import ALL_LINEAR, attach
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
-from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.architectures import limits_of, skeleton, tied_modules
 from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
@@ -74,13 +74,12 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
     ValueError where the model hides most of its weights from adapters or codec, and allow_partial does not allow it.
     """
     model = skeleton(folder, getattr(torch, recipe.dtype), *attentions(recipe))
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if not recipe.allow_partial:
         check_coverage(
             model, coverage(model), all_linear=recipe.method.target_modules == [ALL_LINEAR], codec=recipe.codec
         )
     adapters = attach(model, recipe.method, codec(recipe), recipe.seed)
-    if recipe.save_merged and (shared := [a.name for a in adapters if f"{a.name}.weight" in tied]):
+    if recipe.save_merged and (shared := tied_modules(model, [adapter.name for adapter in adapters])):
         raise ValueError(
             f"method.target_modules names {shared[0]}, which shares its weight with the embedding "
             "(tie_word_embeddings). It is trained alone and exported as an adapter, but a merged checkpoint of this "
@@ -126,7 +125,8 @@ def read_data(
     date: as in load_corpus.
     """
     tokenizer = tokenizer_of(folder, recipe.data.chat_template)
-    corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date)
+    limits = limits_of(skeleton(folder, torch.float32, "eager"))
+    corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date, limits)
     batches = training_batches(
         corpus,
         recipe.data,
@@ -135,7 +135,7 @@ def read_data(
         rank=rank,
         world=world,
         seed=recipe.seed,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, limits.vocabulary),
         epochs=recipe.num_train_epochs,
     )
     return tokenizer, corpus, batches

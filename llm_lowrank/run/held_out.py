@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_lowrank.data import Batches, Example, MicroBatch, pad_id
+from llm_lowrank.data import Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.models.generate import accuracy
 from llm_lowrank.models.loss import sum_loss
@@ -75,7 +75,7 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
     examples, engine, batch_size = run.corpus.held_out, run.engine, run.recipe.per_device_eval_batch_size
     if not len(examples):
         return Evaluation(None)
-    loss = held_out_loss(engine, model, examples, batch_size, pad_id(run.tokenizer), run.loss_layer)
+    loss = held_out_loss(engine, model, examples, batch_size, run.batches.pad_id, run.loss_layer)
     evaluation = Evaluation(loss)
     if run.corpus.questions:
         report = accuracy(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from llm_lowrank.data import Batches, pad_id
+from llm_lowrank.data import Batches
 from llm_lowrank.files import write_text
+from llm_lowrank.models.architectures import tied_modules
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.export import SavedAdapter, save_adapter
 from llm_lowrank.models.foreign import TEMPLATE, Lora
@@ -40,8 +41,13 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
 
     model: the wrapped one. Returns a line for each merge.
     """
+    if shared := tied_modules(run.model, [adapter.name for adapter in run.adapters]):
+        with run.engine.together():
+            if run.engine.main:
+                Backbone.save(run.recipe.output / BACKBONE, run.model)
+        return f"no merged model to compare with: {', '.join(shared)} shares its weight with the embedding"
     examples = run.corpus.some(run.recipe.per_device_eval_batch_size)
-    (micro,) = Batches(examples, len(examples), pad_id=pad_id(run.tokenizer)).step(0)
+    (micro,) = Batches(examples, len(examples), pad_id=run.batches.pad_id).step(0)
     inputs = micro.inputs(run.engine.device)
     merges: dict[str, Merging | None] = dict.fromkeys(("original", "dequantized"))
     with run.engine.together():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
-from llm_lowrank.data import Stream, StreamBatches, describe_unused, pad_id
+from llm_lowrank.data import Stream, StreamBatches, describe_unused
 from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.run.build import attention
@@ -19,7 +19,9 @@ def opening(run: Run) -> str:
     """What is about to be trained, on what data, and where the pairs of an exchange will go."""
     engine, recipe = run.engine, run.recipe
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    padding = run.tokenizer.convert_ids_to_tokens(pad_id(run.tokenizer))
+    padding = run.tokenizer.convert_ids_to_tokens(run.batches.pad_id)
+    if run.tokenizer.pad_token_id is not None and run.batches.pad_id != run.tokenizer.pad_token_id:
+        padding += f" (the embedding has no row for {run.tokenizer.pad_token})"
     lines = [
         f"{type(recipe.method).__name__} on {len(run.adapters)} modules of {run.source.path}: "
         f"{trained:,} trainable parameters",
@@ -32,6 +34,7 @@ def opening(run: Run) -> str:
         f"learning rate: {run.schedule}",
     ]
     lines += run.notes
+    lines += _beyond_positions(run)
     if mistaken := names_of_experts(run.model, [adapter.name for adapter in run.adapters]):
         lines.append(
             f"adapter/ will hold {', '.join(mistaken)}, which PEFT may take for the experts of the mixture; use "
@@ -49,6 +52,18 @@ def opening(run: Run) -> str:
     if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
         lines.append(_exchanges(run, run.adapters[0]))
     return "\n".join(lines)
+
+
+def _beyond_positions(run: Run) -> list[str]:
+    """A line about examples that are longer than those on which the model was pretrained."""
+    most = getattr(run.model.config, "max_position_embeddings", None)
+    if not most or isinstance(run.corpus.train, Stream) or run.corpus.train.lengths.max() <= most:
+        return []
+    longest = run.corpus.train.lengths.max()
+    return [
+        f"the longest example has {longest} tokens, the model's max_position_embeddings is {most}: its positions "
+        f"extrapolate; data.max_length {most} would cut such examples"
+    ]
 
 
 def _exchanges(run: Run, adapter: PairAdapter) -> str:
