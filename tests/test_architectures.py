@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
+from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.models.export import save_adapter
@@ -103,7 +106,7 @@ def widened(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-LORA = LoRA(rank=2)
+LORA, DORA = LoRA(rank=2), DoRA(rank=2)
 
 
 def recipe_of(folder: Path, method: Method = LORA, **changes: object) -> Recipe:
@@ -128,7 +131,7 @@ def trained(folder: Path, recipe: Recipe) -> tuple[Plain, PreTrainedModel, list,
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         plain.backward(loss)
-        assert plain.step(1e-2) > 0
+        assert plain.step(*recipe.method.rates(adapters, step, 2, lambda _: 1e-2)) > 0
     return plain, model.eval(), adapters, source
 
 
@@ -351,6 +354,21 @@ def test_a_tied_output_layer_is_trained_alone(tmp_path):
 def test_an_output_may_be_changed_in_place(tmp_path, codec, changes):
     plain_model("falcon", **changes).save_pretrained(tmp_path)
     _, model, _, _ = trained(tmp_path, recipe_of(tmp_path, codec=codec))
+    assert answers(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "method", [RaSA(rank=2, k=1), LoSiA(factor=0.5, output_factor=0), DORA], ids=["rasa", "losia", "dora"]
+)
+def test_an_output_may_be_changed_in_place_under_every_layer(tmp_path, method):
+    plain_model("falcon").save_pretrained(tmp_path)
+    if method is DORA:
+        with pytest.raises(
+            ValueError, match="dense_4h_to_h: FalconForCausalLM adds to the output of this layer in place"
+        ):
+            build_model(recipe_of(tmp_path, method), tmp_path)
+        method = replace(method, exclude_modules=["dense_4h_to_h"])
+    _, model, _, _ = trained(tmp_path, recipe_of(tmp_path, method))
     assert answers(model).isfinite().all()
 
 

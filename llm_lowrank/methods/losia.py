@@ -38,7 +38,7 @@ from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.numerics import importance
-from llm_lowrank.numerics.functional import Decode, base_linear, compute_dtype, flat_rows
+from llm_lowrank.numerics.functional import Decode, base_linear, compute_dtype, flat_rows, unflattened
 from llm_lowrank.numerics.pairs import Block, Pairs
 
 Importance = Literal["mix", "first", "second"]
@@ -158,7 +158,7 @@ class _SubnetLinear(torch.autograd.Function):
                 _add_columns_(y, X, _columns(flat, Y) @ blocks[at].to(ctx.dtype).T)
         read = (flat if record is not None else x_Y) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(read, S, blocks, rows, columns, *parts)
-        return y.view(*x.shape[:-1], y.shape[1])
+        return unflattened(y, x)
 
     @staticmethod
     @once_differentiable

@@ -161,9 +161,7 @@ class _AdapterLinear(torch.autograd.Function):
                 growth = magnitude / row_norms(w, products[0], scale, norms)  # (m,)
                 y.mul_(growth.to(ctx.dtype))
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
-        # Some models add to the result in place (Falcon), which autograd forbids for a view of what a Function made.
-        # This is the same storage in another shape, and counts as a tensor of its own.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # (..., m)
+        y = unflattened(y, x)  # (..., m)
         # only tensors whose gradients are asked for are kept; parameters as they came, see Memory above
         need_A = any(needs[FIXED + 3 * j] for j in range(count))
         output = (y, bias) if needs[5] else (None, None)
@@ -247,6 +245,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def flat_rows(x: Tensor) -> Tensor:
     """x as a matrix: (..., n) -> (t, n)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """y (t, m) in the shape of x (..., n): (..., m), for the result of a Function.
+
+    It has the storage of y, and counts as a tensor of its own: some models add to a layer's result in place (Falcon),
+    which autograd forbids for a view of what a Function made.
+    """
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -79,6 +79,7 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
             model, coverage(model), all_linear=recipe.method.target_modules == [ALL_LINEAR], codec=recipe.codec
         )
     adapters = attach(model, recipe.method, codec(recipe), recipe.seed)
+    _refuse_in_place(model, adapters)
     if recipe.save_merged and (shared := tied_modules(model, [adapter.name for adapter in adapters])):
         raise ValueError(
             f"method.target_modules names {shared[0]}, which shares its weight with the embedding "
@@ -86,6 +87,22 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
             f"config has no place for it: set save_merged: false, or leave {shared[0]} out"
         )
     return model, adapters
+
+
+def _refuse_in_place(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    """Raise ValueError if the model overwrites the output of a layer whose magnitude is trained, as its gradient needs
+    that output.
+    """
+    config = model.config
+    if config.model_type != "falcon" or not (config.parallel_attn or config.new_decoder_architecture):
+        return
+    for adapter in adapters:
+        if hasattr(adapter, "magnitude") and adapter.name.endswith("dense_4h_to_h"):
+            raise ValueError(
+                f"{adapter.name}: {type(model).__name__} adds to the output of this layer in place, and a trained "
+                "magnitude needs the output as it was; use method.type: lora, or leave the layer out: "
+                "--method.exclude_modules dense_4h_to_h"
+            )
 
 
 def attentions(recipe: Recipe) -> list[str]:

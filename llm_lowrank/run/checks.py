@@ -157,6 +157,8 @@ FREE = {
     "fsdp",
     "gradient_checkpointing",
     "attn_implementation",
+    "allow_partial",
+    "model_revision",  # the weights are compared
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
