@@ -427,3 +427,15 @@ def test_a_gate_of_one_row_is_named_with_what_to_do(tmp_path):
     )
     with pytest.raises(ValueError, match=says):
         build_model(recipe_of(tmp_path, allow_partial=True), tmp_path)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_the_architectures_that_are_tested():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    listed = page.partition("2e-5):")[2].partition("| model |")[0].replace("\n", " ").split(",")
+    assert sorted(name.strip() for name in listed) == sorted(ARCHITECTURES)
+    tested = page.partition("a mixture of experts (tested: ")[2].partition(")")[0].split(", ")
+    assert sorted(tested) == sorted(MIXTURES)
+    assert f"{len(ARCHITECTURES)} architectures" in (Path(__file__).parents[1] / "README.md").read_text()
