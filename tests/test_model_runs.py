@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from llm_lowrank.models.source import SINGLE
+from llm_lowrank.models.source import SINGLE, Source
 from llm_lowrank.run.dry_run import describe
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
@@ -65,6 +65,23 @@ def test_a_run_over_a_checkpoint_in_fp8(tmp_path, codec, capsys):
         "scale" in key for key in merged
     )
     assert answers(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")).isfinite().all()
+
+
+def test_a_mixture_in_fp8_is_decoded_expert_by_expert(tmp_path):
+    """As DeepSeek's checkpoints: each expert's matrices in fp8 on disk, one tensor in the model."""
+    model = plain_model("qwen3_moe", vocab_size=len(TOKENIZER), **MIXTURES["qwen3_moe"])
+    folder = in_8_bits(saved(model, tmp_path / "model"))
+    stored = load_file(folder / SINGLE)
+    opened = Source.open(folder).plain
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    for expert, fused in enumerate(opened.rows(name, 1, 3), 1):
+        halves = [stored[f"model.layers.1.mlp.experts.{expert}.{half}_proj.weight"].float() for half in ("gate", "up")]
+        assert torch.equal(fused, torch.cat(halves) * torch.tensor(0.01))
+    assert torch.equal(opened.tensor(name)[1:3], opened.rows(name, 1, 3))
+    assert opened.layout(name) == (torch.float32, list(opened.tensor(name).shape))
+    train(parse(argv(tmp_path, folder, ROWS, allow_partial=True, save_merged=True)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert torch.allclose(merged.state_dict()[name], opened.tensor(name))
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp", "deepspeed"])
