@@ -1,4 +1,4 @@
-"""Columns and keys of messages that change what is learned: each is used, refused by its name, or left aside by name."""
+"""Columns and keys of messages that change what is learned: each is used, refused by name, or left aside by name."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused_or_left_aside_
 @pytest.mark.parametrize("value", [None, "", []])
 def test_a_column_that_holds_nothing_in_a_row_does_not_matter_there(tmp_path, value):
     rows = [{**PAIR, "images": value}, {**PAIR, "images": ["0.jpg"]}]
-    with pytest.raises(ValueError, match="row 1 .*the column images belongs to a model that sees") as error:
+    with pytest.raises(ValueError, match=r"row 1 .*the column images belongs to a model that sees") as error:
         loaded(tmp_path, rows)
     assert "row 0" not in str(error.value)
-    tokenizer, corpus = loaded(tmp_path, rows, bad_rows="drop")
+    _, corpus = loaded(tmp_path, rows, bad_rows="drop")
     assert len(corpus.train) == 1 and next(iter(corpus.dropped)).startswith("the column images")
 
 
@@ -202,12 +202,14 @@ def test_left_aside_columns_do_not_decide_the_format(tmp_path):
 
 
 def test_a_name_in_data_columns_that_the_format_has_not_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data.columns: the format prompt_completion has no column sytem; it has prompt,"):
+    with pytest.raises(
+        ValueError, match=r"data.columns: the format prompt_completion has no column sytem; it has prompt,"
+    ):
         loaded(tmp_path, [{**PAIR, "system_prompt": "s"}], columns={"sytem": "system_prompt"})
 
 
 def test_settings_of_files_are_refused_beside_generated_data():
-    with pytest.raises(ValueError, match="data.ignore is for files and hub names only"):
+    with pytest.raises(ValueError, match=r"data.ignore is for files and hub names only"):
         load_corpus(Data("reasoning-gym:chain_sum", ignore=["images"]), byte_tokenizer(CHATML), 0)
 
 
@@ -228,7 +230,7 @@ def test_a_system_column_is_the_system_prompt(tmp_path, format):
 def test_two_system_prompts_are_refused(tmp_path):
     turns = [{"role": "system", "content": "be brief"}, *ROWS["messages"]["messages"]]
     assert trained(tmp_path, {"messages": turns, "system": "be brief"})[0] == chat("!be brief", "q", "a")
-    with pytest.raises(ValueError, match="row 0 .*different system prompts; keep one"):
+    with pytest.raises(ValueError, match=r"row 0 .*different system prompts; keep one"):
         trained(tmp_path, {"messages": turns, "system": "be kind"})
 
 
@@ -260,7 +262,7 @@ def test_a_history_that_is_none_is_refused(tmp_path, history, message):
 
 
 def test_a_history_needs_a_template(tmp_path):
-    with pytest.raises(ValueError, match="does not fit data.prompt_style: plain"):
+    with pytest.raises(ValueError, match=r"does not fit data.prompt_style: plain"):
         trained(tmp_path, {**ROWS["alpaca"], "history": [["q0", "a0"]]}, None)
 
 
@@ -329,7 +331,7 @@ def test_columns_of_a_parquet_file(tmp_path):
     rows = [{**flagged({"weight": 0}, {}), "images": None}, {**flagged({}), "images": ["0.jpg"]}]
     datasets.Dataset.from_list(rows).to_parquet(path)
     tokenizer = byte_tokenizer(CHATML)
-    with pytest.raises(ValueError, match="row 1 .*the column images"):
+    with pytest.raises(ValueError, match=r"row 1 .*the column images"):
         load_corpus(Data(str(path), held_out=0), tokenizer, 0)
     corpus = load_corpus(Data(str(path), held_out=0, ignore=["images"]), tokenizer, 0)
     assert answers(tokenizer, corpus.train) == ["a1<|end|>", "a0<|end|>"]

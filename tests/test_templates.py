@@ -1,4 +1,4 @@
-"""Chat templates as they are found: what they leave out is noticed, and what they write is trained, to the character."""
+"""Chat templates as they are found: what they leave out is noticed, what they write is trained to the character."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import datasets
 import pytest
 from tokenizers import processors
 
+from launch.inspect_data import paint
 from llm_lowrank.data import Data, encode_prompt, load_corpus
 from llm_lowrank.data import templates as module
 from llm_lowrank.data.encoding import encode_text
-from launch.inspect_data import paint
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 from tests.test_formats import answers, chat
 
@@ -44,8 +44,11 @@ HEAD = "{% if tools %}<|start|>tools\n{{ tools | tojson }}<|end|>\n{% endif %}"
 TAIL = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 LOOP = (
     "{% for m in messages %}{% if m.role == 'tool' %}<|start|>user\n<result>{{ m.content }}</result><|end|>\n"
-    "{% elif CALLS %}<|start|>assistant\n{% generation %}{{ m.content or '' }}{% for c in m.tool_calls %}<call>ONE</call>{% endfor %}<|end|>"
-    "{% endgeneration %}\n{% elif m.role == 'assistant' %}<|start|>assistant\n{% generation %}{{ m.content }}<|end|>{% endgeneration %}\n"
+    "{% elif CALLS %}<|start|>assistant\n{% generation %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls %}<call>ONE</call>{% endfor %}<|end|>"
+    "{% endgeneration %}{{ '\n' }}{% elif m.role == 'assistant' %}<|start|>assistant\n"
+    "{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{{ '\n' }}"
     "{% else %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
 )
 OBJECT = '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
@@ -125,7 +128,8 @@ def test_text_beside_a_call_and_several_calls_each_with_its_own_arguments(tmp_pa
 def test_calls_of_a_parquet_file_keep_to_their_own_arguments(tmp_path):
     """A table gives every call the keys of all calls."""
     calls = [call({"city": "Köln"}), call({"zone": "utc"}, "clock")]
-    datasets.Dataset.from_list([asking(assistant(None, tool_calls=calls))]).to_parquet(tmp_path / "a.parquet")
+    row = {**asking(assistant(None, tool_calls=calls)), "tools": json.dumps(TOOLS)}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
     tokenizer, corpus = loaded(tmp_path, str(tmp_path / "a.parquet"), tool_template())
     assert answers(tokenizer, corpus.train) == [
         '<call>{"name": "weather", "arguments": {"city": "Köln"}}</call>'
@@ -210,7 +214,9 @@ def test_what_only_answers_can_do(tmp_path):
 @pytest.mark.parametrize("change", [{"tools": TOOLS}, {"tools": "x"}, {"tools": TOOLS, "functions": TOOLS}])
 def test_tools_that_a_template_does_not_write_are_refused(tmp_path, change):
     row = {"messages": [user("q"), assistant("a")], **change}
-    message = {"x": "tools is not JSON"}.get(str(change["tools"]), "the chat template does not write the tools of the row")
+    message = {"x": "tools is not JSON"}.get(
+        str(change["tools"]), "the chat template does not write the tools of the row"
+    )
     if len(change) > 1:
         message = "tools and functions both define tools"
     with pytest.raises(ValueError, match=f"row 0 .*{message}"):
@@ -220,7 +226,9 @@ def test_tools_that_a_template_does_not_write_are_refused(tmp_path, change):
 
 def test_calls_that_a_template_does_not_write_are_refused(tmp_path):
     row = {"messages": [user("q"), assistant("one moment", tool_calls=[call()])]}
-    with pytest.raises(ValueError, match=r"row 0 .*message 1: the chat template does not write calls of tools; give one"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .*message 1: the chat template does not write calls of tools; give one"
+    ):
         loaded(tmp_path, [row])
     alone = {"messages": [user("q"), assistant(None, tool_calls=[call()])]}
     with pytest.raises(ValueError, match=r"row 0 .*message 1: .*data.chat_template FILE.jinja"):
@@ -246,7 +254,9 @@ def test_results_that_a_template_leaves_out_are_refused(tmp_path):
 
 def test_calls_need_a_template(tmp_path):
     row = {"messages": [user("q"), assistant(None, tool_calls=[call()])]}
-    with pytest.raises(ValueError, match="tool_calls: a chat template writes this, and data.prompt_style: plain does not"):
+    with pytest.raises(
+        ValueError, match=r"tool_calls: a chat template writes this, and data.prompt_style: plain does not"
+    ):
         loaded(tmp_path, [row], None)
     with pytest.raises(ValueError, match="tools: a chat template writes this"):
         loaded(tmp_path, [{"prompt": "q", "completion": "a", "tools": TOOLS}], None)
@@ -266,7 +276,7 @@ def test_a_template_that_fails_is_a_bad_row(tmp_path):
     """Templates add texts to what is not there: a TypeError, which is no error of Jinja."""
     template = CHATML.replace("{{ message['content'] }}", "{{ 'x' + message['name'] }}")
     row = {"messages": [{**user("q"), "name": 3}, {**assistant("a"), "name": 4}]}
-    with pytest.raises(ValueError, match="row 0 .*the chat template fails on this conversation"):
+    with pytest.raises(ValueError, match=r"row 0 .*the chat template fails on this conversation"):
         loaded(tmp_path, [row], template)
 
 
@@ -277,7 +287,9 @@ def test_variables_of_the_template(tmp_path):
     template = "{% if style is defined %}<|start|>style {{ style }}<|end|>\n{% endif %}" + CHATML
     row = {"prompt": "q", "completion": "a", "chat_template_kwargs": {"style": "short"}}
     assert painted(tmp_path, row, template) == f"<|start|>style short<|end|>\n{chat('q', '[a')[:-1]}]\n"
-    with pytest.raises(ValueError, match=r"row 0 .*chat_template_kwargs: the chat template has no variable style; .*ignore"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .*chat_template_kwargs: the chat template has no variable style; .*ignore"
+    ):
         loaded(tmp_path, [row])
 
 
@@ -285,7 +297,8 @@ def test_variables_of_the_template(tmp_path):
 
 THINKING = CHATML.replace(
     "{{ message['content'] }}",
-    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message['content'] }}",
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{{ message['content'] }}",
 )
 
 
@@ -293,7 +306,9 @@ THINKING = CHATML.replace(
 def test_reasoning_is_trained_where_the_template_writes_it_and_refused_elsewhere(tmp_path, key):
     row = {"messages": [user("q"), {**assistant("a"), key: "hmm"}]}
     assert painted(tmp_path, row, THINKING) == f"{chat('q', '[<think>hmm</think>a')[:-1]}]\n"
-    with pytest.raises(ValueError, match=rf"row 0 .*message 1: the chat template does not write {key}; .*ignore: \[{key}\]"):
+    with pytest.raises(
+        ValueError, match=rf"row 0 .*message 1: the chat template does not write {key}; .*ignore: \[{key}\]"
+    ):
         loaded(tmp_path, [row])
     assert painted(tmp_path, row, ignore=[key]) == f"{chat('q', '[a')[:-1]}]\n"
     with pytest.raises(ValueError, match=f"{key}: a chat template writes this"):
@@ -306,10 +321,12 @@ CUT = CHATML.replace("{{ message['content'] }}", "{{ message['content'].split('<
 def test_an_answer_that_a_template_cuts_is_refused(tmp_path):
     """As templates of reasoning models do, with every answer."""
     rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "<think>hmm</think>a"}]
-    with pytest.raises(ValueError, match="row 1 .*the answer: the chat template does not write part of the answer"):
+    with pytest.raises(ValueError, match=r"row 1 .*the answer: the chat template does not write part of the answer"):
         loaded(tmp_path, rows, CUT)
-    marked = MARKED.replace("{% generation %}{{ message['content'] }}", "{% generation %}{{ message['content'].split('</think>')[-1] }}")
-    with pytest.raises(ValueError, match="row 1 .*the answer: the chat template does not write part of the answer"):
+    marked = MARKED.replace(
+        "{% generation %}{{ message['content'] }}", "{% generation %}{{ message['content'].split('</think>')[-1] }}"
+    )
+    with pytest.raises(ValueError, match=r"row 1 .*the answer: the chat template does not write part of the answer"):
         loaded(tmp_path, rows, marked)
 
 
@@ -331,7 +348,9 @@ def test_several_turns_under_a_template_that_changes_earlier_ones(tmp_path):
     assert painted(tmp_path, {"messages": one}, QWEN3) == (
         "<|start|>user\nq<|end|>\n<|start|>assistant\n[<think>\n\n</think>\n\na<|end|>]\n"
     )
-    with pytest.raises(ValueError, match="row 0 .*message 1: the chat template does not render .*set data.train_on: last"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .*message 1: the chat template does not render .*set data.train_on: last"
+    ):
         loaded(tmp_path, [{"messages": several}], QWEN3)
     wanted = (
         "<|start|>user\nq<|end|>\n<|start|>assistant\na<|end|>\n<|start|>user\nr<|end|>\n<|start|>assistant\n"
@@ -354,7 +373,9 @@ def test_marks_in_several_pieces_and_marks_of_some_answers(tmp_path):
     assert "[<t>]|[b<|end|>]" in painted(tmp_path, row, pieces) and "[a" not in painted(tmp_path, row, pieces)
     last = MARKED.replace("message['role'] == 'assistant' %}", "message['role'] == 'assistant' and loop.last %}")
     both = {"messages": [user("q"), assistant("a"), user("r"), assistant("b")]}
-    with pytest.raises(ValueError, match="message 1: the chat template does not mark this answer.*set data.train_on: last"):
+    with pytest.raises(
+        ValueError, match=r"message 1: the chat template does not mark this answer.*set data.train_on: last"
+    ):
         loaded(tmp_path, [both], last)
     assert painted(tmp_path, both, last, train_on="last").endswith("[b<|end|>]\n")
 
@@ -366,7 +387,9 @@ def test_marks_end_behind_the_last_byte_of_a_letter(tmp_path):
 
 def test_a_mark_around_the_text_of_a_turn_that_only_calls_is_refused(tmp_path):
     """The marks decide what is trained, so the call would not be."""
-    template = tool_template(marked=True).replace("{% for c in m.tool_calls %}", "{% endgeneration %}{% for c in m.tool_calls %}")
+    template = tool_template(marked=True).replace(
+        "{% for c in m.tool_calls %}", "{% endgeneration %}{% for c in m.tool_calls %}"
+    )
     template = template.replace("{% endfor %}<|end|>{% endgeneration %}", "{% endfor %}<|end|>")
     with pytest.raises(ValueError, match="message 1: the chat template does not mark this answer"):
         loaded(tmp_path, [asking(assistant(None, tool_calls=[call()]))], template)
@@ -382,21 +405,27 @@ NO_SYSTEM = CHATML.replace("{% for message in messages %}", "{% for message in m
 def test_a_system_prompt_that_the_template_does_not_write_is_refused(tmp_path):
     rows = [{"prompt": "q", "completion": "a"}]
     for settings in ({}, {"bad_rows": "drop"}, {"streaming": True}):
-        with pytest.raises(ValueError, match="data.system: the chat template does not write a system prompt; remove it"):
+        with pytest.raises(
+            ValueError, match=r"data.system: the chat template does not write a system prompt; remove it"
+        ):
             loaded(tmp_path, rows, NO_SYSTEM, system="be brief", **settings)
-    with pytest.raises(ValueError, match="data.system"):
+    with pytest.raises(ValueError, match=r"data.system"):
         encode_prompt(byte_tokenizer(NO_SYSTEM), "q", system="be brief")
-    with pytest.raises(ValueError, match="row 1 .*the system prompt: the chat template does not write the content of a turn"):
+    with pytest.raises(
+        ValueError, match=r"row 1 .*the system prompt: the chat template does not write the content of a turn"
+    ):
         loaded(tmp_path, [*rows, {**rows[0], "system": "be brief"}], NO_SYSTEM)
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    with pytest.raises(ValueError, match="data.system: the chat template refuses a system prompt: no system role"):
+    with pytest.raises(ValueError, match=r"data.system: the chat template refuses a system prompt: no system role"):
         loaded(tmp_path, rows, strict, system="be brief")
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 @pytest.mark.parametrize("left_out", ["system", "user"])
 def test_any_turn_that_the_template_leaves_out_is_refused(tmp_path, template, left_out):
-    template = template.replace("{% for message in messages %}", f"{{% for message in messages if message.role != '{left_out}' %}}")
+    template = template.replace(
+        "{% for message in messages %}", f"{{% for message in messages if message.role != '{left_out}' %}}"
+    )
     # its words stand elsewhere, too
     row = {"messages": [{"role": "system", "content": "a"}, user("a"), assistant("a a")]}
     with pytest.raises(ValueError, match=f"row 0 .*does not write the content of a turn of {left_out}"):
@@ -421,7 +450,9 @@ def with_bos(adds_bos: bool, adds_eos: bool = False, template: str | None = None
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     ids = {"<|begin|>": tokenizer.bos_token_id, "<|end|>": tokenizer.eos_token_id}
     single = ["<|begin|>"] * adds_bos + ["$A"] + ["<|end|>"] * adds_eos
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*ids.items()])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[*ids.items()]
+    )
     return tokenizer
 
 
@@ -445,7 +476,9 @@ def test_bos_and_eos_stand_once_in_a_prompt_with_its_answer(tmp_path, adds_bos, 
     prompt = "<|begin|>q: " if style == "plain" else "q: "
     _, corpus = loaded(tmp_path, [{"prompt": prompt, "completion": f"a{end}"}], tokenizer=tokenizer, prompt_style=style)
     (text,) = texts(tokenizer, corpus.train)
-    assert text.count("<|begin|>") == (1 if style == "plain" else adds_bos) and text.startswith("<|begin|>") == text.count("<|begin|>")
+    assert text.count("<|begin|>") == (1 if style == "plain" else adds_bos) and text.startswith(
+        "<|begin|>"
+    ) == text.count("<|begin|>")
     assert answers(tokenizer, corpus.train) == ["a<|end|>"]
     prompt_ids = encode_prompt(tokenizer, prompt, style)
     assert corpus.train[0].input_ids[: len(prompt_ids)] == prompt_ids
@@ -459,7 +492,9 @@ def test_bos_and_eos_stand_once_in_a_conversation(tmp_path, adds_bos, template):
     _, corpus = loaded(tmp_path, rows, tokenizer=tokenizer)
     assert texts(tokenizer, corpus.train) == ["<|begin|>" + chat("q", "a", "r", "b")]
     assert answers(tokenizer, corpus.train) == ["a<|end|>b<|end|>"]
-    with pytest.raises(ValueError, match=r"row 0 .*message 0: the content begins with <\|begin\|>, which the chat template"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .*message 0: the content begins with <\|begin\|>, which the chat template"
+    ):
         loaded(tmp_path, [{"messages": [user("<|begin|>q"), assistant("a")]}], tokenizer=tokenizer)
 
 
@@ -467,7 +502,9 @@ def test_a_template_that_writes_contents_alone_leaves_the_special_tokens_to_the_
     tokenizer = with_bos(True, template="{% for m in messages %}{{ m.content }}{% endfor %}")
     rows = [{"prompt": "<|begin|>[q]", "completion": "a<|end|>"}]
     _, corpus = loaded(tmp_path, rows, tokenizer=tokenizer)
-    assert texts(tokenizer, corpus.train) == ["<|begin|>[q]a<|end|>"] and answers(tokenizer, corpus.train) == ["a<|end|>"]
+    assert texts(tokenizer, corpus.train) == ["<|begin|>[q]a<|end|>"] and answers(tokenizer, corpus.train) == [
+        "a<|end|>"
+    ]
 
 
 def test_special_tokens_twice_in_the_data_are_refused(tmp_path):

@@ -216,8 +216,8 @@ def encode_messages(
     the answer in message n is what ids(n + 1) adds to ids(n) + generation prompt.
 
     trained: one for each message. places: where each message stands in its row, for error messages. template: with the
-    tools and the date. ValueError if there is no template or no answer, if the answers cannot be found in the tokens, or
-    if the template leaves out something that the conversation says.
+    tools and the date. ValueError if there is no template or no answer, if the answers cannot be found in the tokens,
+    or if the template leaves out something that the conversation says.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -281,13 +281,13 @@ def _by_marks(
     return ids, trained
 
 
-def _marks_in_common(
-    template: Template, messages: list[Message], whole: str, spans: Sequence[tuple[int, int]]
-) -> int:
+def _marks_in_common(template: Template, messages: list[Message], whole: str, spans: Sequence[tuple[int, int]]) -> int:
     """Return how many of the first marks of a conversation are also the first ones of its beginning, `messages`."""
     text, marked = template.spans(messages)
     pairs = zip(marked, spans, strict=False)
-    return next((k for k, ((a, b), (c, d)) in enumerate(pairs) if text[a:b] != whole[c:d]), min(len(marked), len(spans)))
+    return next(
+        (k for k, ((a, b), (c, d)) in enumerate(pairs) if text[a:b] != whole[c:d]), min(len(marked), len(spans))
+    )
 
 
 def _by_prefixes(
@@ -412,7 +412,7 @@ def _ends_with_eos(tokenizer: PreTrainedTokenizerBase, said: str | Message) -> b
 
 
 def _without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return a text without a bos that it begins with and an eos that it ends with. ValueError if it has two of them."""
+    """Return a text without a bos that it begins with and an eos that it ends with. ValueError if it has two of one."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos and text.lstrip().startswith(bos):
         text = text.lstrip().removeprefix(bos)

@@ -133,12 +133,11 @@ def read_conversation(row: Row, format: str, columns: dict[str, str], ignore: Co
     check_row({name: value for name, value in row.items() if name not in ignore}, used)
     # the row under the names of the format, and nothing else of it
     cells = {ours: row.get(columns.get(ours, ours)) for ours in kind.columns if columns.get(ours, ours) not in ignore}
-    for name in JSON_COLUMNS:
-        if isinstance(cells.get(name), str) and cells[name]:
-            cells[name] = _json(cells[name], name)  # a cell of a CSV file holds text only
-    for name in MESSAGES:
-        if isinstance(cells.get(name), list):
-            cells[name] = [_without(message, ignore) for message in cells[name]]
+    for name, cell in cells.items():
+        if name in JSON_COLUMNS and isinstance(cell, str) and cell:
+            cell = cells[name] = _json(cell, name)  # a cell of a CSV file holds text only
+        if name in MESSAGES and isinstance(cell, list):
+            cells[name] = [_without(message, ignore) for message in cell]
     turns = kind.turns(cells)
     if not any(turn.role in ("assistant", TEXT) for turn in turns):
         raise ValueError(NO_ANSWER)

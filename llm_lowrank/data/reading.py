@@ -409,8 +409,8 @@ def _arrow_batches(stream: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
 def _json_decoder(feature: Any) -> Callable[[Any], Any] | None:
     """Return what turns a stored value to the value of a feature of `datasets`; None if they are the same.
 
-    A feature Json, at any depth, is stored as JSON text. An object has the keys of all objects in its place, such as the
-    arguments of every call of a tool; those that are null are not its own.
+    A feature Json, at any depth, is stored as JSON text. An object has the keys of all objects in its place, such as
+    the arguments of every call of a tool; those that are null are not its own.
     """
     if isinstance(feature, datasets.Json):
         return lambda value: None if value is None else _whole(_DECODER.decode(value), value)
@@ -422,9 +422,7 @@ def _json_decoder(feature: Any) -> Callable[[Any], Any] | None:
             None
             if value is None
             else {
-                name: fields[name](part) if name in fields else part
-                for name, part in value.items()
-                if part is not None
+                name: fields[name](part) if name in fields else part for name, part in value.items() if part is not None
             }
         )
     return None

@@ -91,7 +91,18 @@ def check_settings(settings: Data) -> None:
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
     files = [not made for made in generated]
     plain = Data()
-    of_files = ("split", "subset", "revision", "format", "columns", "ignore", "preset", "streaming", "held_out_by", "ignore")
+    of_files = (
+        "split",
+        "subset",
+        "revision",
+        "format",
+        "columns",
+        "ignore",
+        "preset",
+        "streaming",
+        "held_out_by",
+        "ignore",
+    )
     for names, used, kind in (
         (("size", "task"), generated, f"{REASONING_GYM}<task>"),
         (of_files, files, "files and hub names"),

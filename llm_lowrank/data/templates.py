@@ -1,7 +1,7 @@
 """Conversations written with a chat template, and what the template leaves out.
 
-A chat template is a Jinja program that may ignore whatever it does not know: a system prompt, a tool, a whole turn. What
-a row says and the template does not write is found by writing the conversation again with marks in it.
+A chat template is a Jinja program that may ignore whatever it does not know: a system prompt, a tool, a whole turn.
+What a row says and the template does not write is found by writing the conversation again with marks in it.
 """
 
 import json
@@ -24,8 +24,8 @@ Message = dict[str, Any]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the tag by which a template marks its answers
 CLOCK = "strftime_now"  # the function by which a template writes the date
 CODES = "aAwdbBhmyYCHIklpPMSfjUWcxXGuVDFTReZz"  # of strftime
-# A macro of the same name in front of the template hides transformers' function. A tag takes the line end after it away,
-# so the template begins at the beginning of a line, as without the macro.
+# A macro of the same name in front of the template hides transformers' function. A tag takes the line end after it
+# away, so the template begins at the beginning of a line, as without the macro.
 FROZEN_CLOCK = (
     "{% macro strftime_now(format) %}{% set made = namespace(text=format) %}{% for code in run_date %}"
     "{% set made.text = made.text.replace(code, run_date[code]) %}{% endfor %}{{ made.text }}{% endmacro %}\n"
@@ -208,8 +208,8 @@ def _changed(messages: Sequence[Message], number: int, change: Message) -> list[
 def with_calls(template: Template, messages: Sequence[Message], places: Sequence[str]) -> Sequence[Message]:
     """Return the messages with the calls of tools in the form that the template writes. ValueError if it writes none.
 
-    Templates differ in two things: some take the arguments of a call as JSON and some as an object, and the content of a
-    turn that only calls is an empty text, absent or None. The data's own form of the arguments goes first.
+    Templates differ in two things: some take the arguments of a call as JSON and some as an object, and the content of
+    a turn that only calls is an empty text, absent or None. The data's own form of the arguments goes first.
     """
     calling = [number for number, message in enumerate(messages) if message.get("tool_calls")]
     if not calling:
@@ -253,15 +253,10 @@ def _is_call_written(call: Message, text: str) -> bool:
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if name not in text:
         return False
-    if isinstance(arguments, str):  # as it stands, and not as JSON within JSON
-        return arguments.strip() in text and not any(
-            json.dumps(arguments, ensure_ascii=x) in text for x in (True, False)
-        )
-    if (
-        arguments
-        and str(arguments) in text
-        and not any(json.dumps(arguments, ensure_ascii=x) in text for x in (True, False))
-    ):
+    as_json = any(json.dumps(arguments, ensure_ascii=ascii_alone) in text for ascii_alone in (True, False))
+    if isinstance(arguments, str):  # as it stands, and not as a text within JSON or within a dictionary of Python
+        return arguments.strip() in text and not as_json and repr(arguments) not in text
+    if arguments and repr(arguments) in text and not as_json:
         return False  # as Python writes a dictionary
     return all(any(form in text for form in _forms(leaf)) for leaf in _leaves(arguments))
 

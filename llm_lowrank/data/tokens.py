@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 NOT_TRAINED = -100  # label of a token that is not trained
-OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")  # columns that may stand beside, and must say nothing new
+OPTIONAL = (
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+)  # columns that may stand beside, and must say nothing new
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,12 @@ def read_tokens(row: Mapping[str, Any]) -> Tokens:
         raise ValueError(f"input_ids, position {negative}: {ids[negative]} is no token")
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (NOT_TRAINED, token):
-            shifted = labels[:-1] == [label if label == NOT_TRAINED else after for label, after in zip(labels, ids[1:], strict=False)]
-            why = "; the labels are shifted by one place, which is done here: give each token its own" if shifted else ""
+            shifted = labels[:-1] == [
+                label if label == NOT_TRAINED else after for label, after in zip(labels, ids[1:], strict=False)
+            ]
+            why = (
+                "; the labels are shifted by one place, which is done here: give each token its own" if shifted else ""
+            )
             raise ValueError(
                 f"labels, position {place}: {label} is neither {NOT_TRAINED} nor the token that stands there, {token}{why}"
             )
@@ -67,12 +75,16 @@ def _check_beside(row: Mapping[str, Any], length: int) -> None:
     }
     for name, (values, remedy) in usual.items():
         if row.get(name) is not None and _integers(row[name], name) != values:
-            raise ValueError(f"{name} is not {values[0]}{', 1, 2, ...' if name == 'position_ids' else ''} throughout; {remedy}")
+            raise ValueError(
+                f"{name} is not {values[0]}{', 1, 2, ...' if name == 'position_ids' else ''} throughout; {remedy}"
+            )
 
 
 def _integers(values: Any, name: str) -> list[int]:
     if not isinstance(values, list):
-        raise ValueError(f"{name} is {'missing' if values is None else type(values).__name__}, not a list of whole numbers")
+        raise ValueError(
+            f"{name} is {'missing' if values is None else type(values).__name__}, not a list of whole numbers"
+        )
     for place, value in enumerate(values):
         if type(value) is not int:
             raise ValueError(f"{name}, position {place}: {value!r} is {type(value).__name__}, not a whole number")

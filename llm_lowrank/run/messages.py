@@ -134,4 +134,5 @@ def describe_skipped_step(run: Run, step: int, norm: float, *, in_a_row: int) ->
 def describe_stream(stream: Stream, dropped: dict[str, int]) -> str:
     """What reading the stream left out, as far as it was read."""
     unused = f"; {describe_unused(stream.unused)}" if stream.unused else ""
-    return f"of the stream, as far as it was read: {stream.truncated} examples truncated, dropped {dropped or 'none'}{unused}"
+    said = f"{stream.truncated} examples truncated, dropped {dropped or 'none'}"
+    return f"of the stream, as far as it was read: {said}{unused}"
