@@ -32,7 +32,7 @@ from llm_lowrank.data.finding import writable
 from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
 from llm_lowrank.data.settings import Data
-from llm_lowrank.data.sources import OpenDataset, check_formats, check_settings, open_dataset
+from llm_lowrank.data.sources import MadeRows, OpenDataset, check_formats, check_settings, open_dataset
 from llm_lowrank.data.streaming import Stream
 from llm_lowrank.files import cache_dir, sync, write_json
 
@@ -324,6 +324,7 @@ def questions_of(
     date: str = "",
 ) -> list[Question]:
     """Return the rows with these numbers as questions. `dataset.answers` must be known. date: as in load_corpus."""
+    assert isinstance(dataset.rows, MadeRows)
     questions = []
     for row in rows:
         text, (answer, score) = dataset.rows[row]["prompt"], dataset.answers[row]
@@ -348,6 +349,7 @@ def _held_out_questions(
     for dataset, style in zip(opened, styles, strict=True):
         end = start + len(dataset.rows)
         numbers = [index - start for index in held_out if dataset.answers and start <= index < end]
-        questions += questions_of(dataset, numbers, tokenizer=tokenizer, style=style, system=system, date=date)
+        if numbers:
+            questions += questions_of(dataset, numbers, tokenizer=tokenizer, style=style, system=system, date=date)
         start = end
     return questions

@@ -216,7 +216,7 @@ def _hub(name: str, revision: str, streaming: bool) -> Folder:
         ) from error
     except Exception as error:  # of the HTTP library that the hub's client uses: no network
         return _from_the_hubs_cache(name, at, revision, error)
-    names = tuple(filter(_visible, sorted(file.rfilename for file in info.siblings)))
+    names = tuple(sorted(file.rfilename for file in info.siblings or () if _visible(file.rfilename)))
     if streaming:
         return Folder(name, names, lambda relative: f"hf://datasets/{name}@{info.sha}/{relative}")
 

@@ -32,7 +32,9 @@ PEEK = 1000  # rows of a stream whose columns are looked at before it is read
 class Rows(Protocol):
     """The rows of a dataset, which can be read again and again."""
 
-    column_names: list[str]
+    @property
+    def column_names(self) -> list[str]:
+        """The names of all columns, in the order in which they appear."""
 
     def __len__(self) -> int: ...
 
@@ -91,18 +93,7 @@ def check_settings(settings: Data) -> None:
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
     files = [not made for made in generated]
     plain = Data()
-    of_files = (
-        "split",
-        "subset",
-        "revision",
-        "format",
-        "columns",
-        "ignore",
-        "preset",
-        "streaming",
-        "held_out_by",
-        "ignore",
-    )
+    of_files = ("split", "subset", "revision", "format", "columns", "ignore", "preset", "streaming", "held_out_by")
     for names, used, kind in (
         (("size", "task"), generated, f"{REASONING_GYM}<task>"),
         (of_files, files, "files and hub names"),

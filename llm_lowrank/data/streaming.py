@@ -127,5 +127,5 @@ def _shuffled(rows: Iterable[Located], seed: int, epoch: int) -> Iterator[Locate
         place = int(rng.integers(BUFFER))
         yield buffer[place]
         buffer[place] = row
-    rng.shuffle(buffer)  # type: ignore[arg-type] # a list is shuffled in place
+    rng.shuffle(buffer)
     yield from buffer

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NOT_TRAINED = -100  # label of a token that is not trained
-OPTIONAL = (
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-)  # columns that may stand beside, and must say nothing new
+OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")  # columns that may stand beside and say nothing new
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,8 @@ class Tokens:
         beyond = next((token for token in self.ids if token >= vocabulary), None)
         if beyond is not None:
             raise ValueError(
-                f"input_ids, position {self.ids.index(beyond)}: the token {beyond} is beyond the {vocabulary} tokens of "
-                "this tokenizer; the rows were prepared with another one"
+                f"input_ids, position {self.ids.index(beyond)}: the token {beyond} is beyond the {vocabulary} tokens "
+                "of this tokenizer; the rows were prepared with another one"
             )
         return self.ids, self.trained
 
@@ -53,14 +49,11 @@ def read_tokens(row: Mapping[str, Any]) -> Tokens:
         raise ValueError(f"input_ids, position {negative}: {ids[negative]} is no token")
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (NOT_TRAINED, token):
-            shifted = labels[:-1] == [
-                label if label == NOT_TRAINED else after for label, after in zip(labels, ids[1:], strict=False)
-            ]
-            why = (
-                "; the labels are shifted by one place, which is done here: give each token its own" if shifted else ""
-            )
+            after = [ids[next] if label != NOT_TRAINED else label for next, label in enumerate(labels[:-1], 1)]
+            why = "; the labels are one place ahead: give each token its own, for the shift is made here"
             raise ValueError(
-                f"labels, position {place}: {label} is neither {NOT_TRAINED} nor the token that stands there, {token}{why}"
+                f"labels, position {place}: {label} is neither {NOT_TRAINED} nor the token that stands there, "
+                f"{token}{why if labels[:-1] == after else ''}"
             )
     _check_beside(row, len(ids))
     return Tokens(ids, [label != NOT_TRAINED for label in labels])
@@ -75,16 +68,14 @@ def _check_beside(row: Mapping[str, Any], length: int) -> None:
     }
     for name, (values, remedy) in usual.items():
         if row.get(name) is not None and _integers(row[name], name) != values:
-            raise ValueError(
-                f"{name} is not {values[0]}{', 1, 2, ...' if name == 'position_ids' else ''} throughout; {remedy}"
-            )
+            wanted = "0, 1, 2, ..." if name == "position_ids" else values[0]
+            raise ValueError(f"{name} is not {wanted} throughout; {remedy}")
 
 
 def _integers(values: Any, name: str) -> list[int]:
     if not isinstance(values, list):
-        raise ValueError(
-            f"{name} is {'missing' if values is None else type(values).__name__}, not a list of whole numbers"
-        )
+        kind = "missing" if values is None else type(values).__name__
+        raise ValueError(f"{name} is {kind}, not a list of whole numbers")
     for place, value in enumerate(values):
         if type(value) is not int:
             raise ValueError(f"{name}, position {place}: {value!r} is {type(value).__name__}, not a whole number")
