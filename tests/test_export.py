@@ -21,7 +21,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
-from llm_lowrank.models import merging
+from llm_lowrank.models import export, merging
 from llm_lowrank.models.export import delta, save_adapter
 from llm_lowrank.models.foreign import CONFIG, WEIGHTS, Lora, Update
 from llm_lowrank.models.merging import add_rounded, merge
@@ -199,7 +199,7 @@ def test_ledger_of_20_pairs_comes_down_to_its_exact_rank_12(tmp_path, base):
 
 
 def test_lora_is_written_as_it_was_trained(tmp_path, base):
-    method = METHODS["rslora"]
+    method = LoRA(rank=4, alpha=3.0, target_modules=["q_proj", "down_proj"])
     _, adapters = trained(method)
     save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -207,11 +207,82 @@ def test_lora_is_written_as_it_was_trained(tmp_path, base):
         assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_A.weight"], adapter.A)
         assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_B.weight"], adapter.B)
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 3, True)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 3, False)
+    assert config["peft_version"] == peft.__version__
     assert config["target_modules"] == ["down_proj", "q_proj"] and config["base_model_name_or_path"] == str(base)
     with safe_open(tmp_path / "adapter" / WEIGHTS, "pt") as handle:
         told = handle.metadata()
     assert told["format"] == "pt" and json.loads(told["method"])["type"] == "lora"
+
+
+def test_rslora_is_written_with_scaling_1_and_the_scale_in_b(tmp_path, base):
+    method = METHODS["rslora"]
+    _, adapters = trained(method)
+    save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    for adapter in adapters:
+        assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_A.weight"], adapter.A)
+        assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_B.weight"], adapter.B * 1.5)  # 3 / sqrt 4
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+
+
+class Mine(LoRA):
+    """A method that says nothing about its scale."""
+
+    one_scale, peft = Method.one_scale, Method.peft
+
+
+def test_a_method_that_does_not_say_its_scale_is_written_with_scaling_1(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(Method, "get_choice_name", classmethod(lambda cls, kind: "mine"))
+    method = Mine(rank=4, alpha=6.0)
+    model, adapters = trained(method)
+    save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
+    torch.testing.assert_close(through_peft(base, tmp_path / "adapter"), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rank, dora, says",
+    [
+        (1, False, "for vLLM: --max-lora-rank 8"),
+        (8, False, "for vLLM: --max-lora-rank 8"),
+        (9, False, "for vLLM: --max-lora-rank 16"),
+        (129, False, "for vLLM: --max-lora-rank 256"),
+        (300, False, "for vLLM: --max-lora-rank 320"),
+        (512, False, "for vLLM: --max-lora-rank 512"),
+        (513, False, "vLLM serves no rank above 512: serve the merged model"),
+        (4, True, "vLLM does not serve DoRA adapters: serve the merged model"),
+    ],
+)
+def test_the_report_says_what_vllm_needs(rank, dora, says):
+    assert str(export.SavedAdapter(Path("adapter"), rank, {"q_proj": rank}, 0.0, dora)).endswith(f"; {says}")
+
+
+@pytest.mark.parametrize(
+    "settings, wanted",
+    [
+        ({}, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),  # all-linear
+        ({"target_modules": ["q_proj", "mlp.up_proj"]}, ["q_proj", "up_proj"]),
+        ({"target_modules": ["layers.1.mlp.up_proj", "q_proj"]}, ["model.layers.1.mlp.up_proj", "q_proj"]),
+        (
+            {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
+            ["model.layers.1.mlp.up_proj", "q_proj"],
+        ),
+        ({"exclude_modules": ["gate_proj"]}, ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ({"target_modules": ["lm_head", "q_proj"]}, ["lm_head", "q_proj"]),
+    ],
+)
+def test_the_names_of_the_targets_are_short_and_select_the_same_modules_in_peft(tmp_path, settings, wanted):
+    base = save_base(tmp_path / "base", tied=False)
+    method = LoRA(rank=2, **settings)
+    model = llama(tie_word_embeddings=False)
+    adapters = attach(model, method, Dense(torch.float32))
+    save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["target_modules"] == wanted
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    found = {name for name, m in loaded.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert found == {adapter.name for adapter in adapters}
 
 
 def test_untrained_adapter_changes_nothing(tmp_path, base):
@@ -308,6 +379,51 @@ def test_folder_that_peft_saved_is_understood(tmp_path, base, dora):
     torch.testing.assert_close(merged, logits(model), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["as the base has it", "changed"])
+def test_an_output_layers_own_weight_that_peft_saved_is_read(tmp_path, changed):
+    """PEFT adds lm_head.base_layer.weight where lm_head is a target, and puts it into the model when it loads."""
+    base = save_base(tmp_path / "base", tied=False)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    if changed:
+        model.get_base_model().lm_head.base_layer.weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter" / WEIGHTS)
+    report = merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
+    assert report.replaced == (["lm_head.weight"] if changed else []) and ("lm_head.weight" in str(report)) == changed
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, logits(model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(merged, through_peft(base, tmp_path / "adapter"), rtol=0, atol=2e-5)
+
+
+def test_our_own_adapter_of_the_output_layer_is_read_again_after_peft_saved_it(tmp_path):
+    base = save_base(tmp_path / "base", tied=False)
+    method = LoRA(rank=2, target_modules=["lm_head", "up_proj"])
+    model = llama(tie_word_embeddings=False)
+    adapters = attach(model, method, Dense(torch.float32))
+    for adapter in adapters:
+        nn.init.normal_(adapter.B, std=0.1)
+    save_adapter(Plain(), adapters, method=method, path=tmp_path / "ours", base_model_name_or_path=str(base))
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    loaded.save_pretrained(tmp_path / "again")
+    merge(Source.open(base), tmp_path / "again", tmp_path / "merged")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_weight_of_another_shape_that_an_adapter_brings_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", tied=False)
+    adapter = write_adapter(tmp_path / "adapter", peft_config(target_modules=["lm_head", "up_proj"]))
+    tensors = load_file(adapter / WEIGHTS)
+    for key, says in (
+        ("lm_head", r"shape \(70, 42\), .* has \(67, 42\): was the vocabulary resized"),
+        ("head", "shape .* has none"),
+    ):
+        save_file({**tensors, f"base_model.model.{key}.base_layer.weight": torch.ones(70, 42)}, adapter / WEIGHTS)
+        with pytest.raises(ValueError, match=rf"brings its own {key}.weight of {says}"):
+            merge(Source.open(base), adapter, tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -360,6 +476,27 @@ def test_tied_output_layer_is_not_merged_but_an_untied_one_is(tmp_path, base):
 # ---- rounding
 
 
+def test_a_merge_that_would_lose_more_than_half_of_an_update_is_refused(tmp_path, capsys):
+    base = save_base(tmp_path / "base", dtype="bf16")
+    down = UP.replace("up_proj", "down_proj")
+    config = peft_config(
+        target_modules=["up_proj", "down_proj"], alpha_pattern={"up_proj": 0.02}, base_model_name_or_path=str(base)
+    )
+    adapter = write_adapter(tmp_path / "adapter", config, {UP: 2, down: 2})
+    says = (
+        rf"merged was not written: rounding to bfloat16 would take more than 50% of the update of 1 of 2 modules, "
+        rf"\d\d\.\d% of that of {UP}; use the adapter in .*adapter unmerged, or merge into float32: "
+    )
+    with pytest.raises(ValueError, match=says):
+        merge(Source.open(base), adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.glob("merged*")] == []
+
+    arguments = ["--checkpoint", str(adapter), "--output", str(tmp_path / "merged")]
+    assert launcher.main(arguments) == 2 and "would take more than 50%" in capsys.readouterr().err
+    assert launcher.main([*arguments, "--dtype", "float32"]) == 0
+    assert "2 modules merged" in capsys.readouterr().out
+
+
 def test_loss_of_small_updates_in_bf16_is_measured():
     torch.manual_seed(0)
     weight = torch.randn(256, 256).bfloat16()
@@ -374,7 +511,7 @@ def test_loss_of_small_updates_in_bf16_is_measured():
 
 def test_rounding_happens_once_and_is_told(tmp_path):
     base = save_base(tmp_path / "base", dtype="bf16")
-    adapter = write_adapter(tmp_path / "adapter", peft_config(lora_alpha=0.02))
+    adapter = write_adapter(tmp_path / "adapter", peft_config(lora_alpha=0.06))
     source = Source.open(base)
     update = Lora.open(adapter).update(UP)
     pairs, scaling = update.pairs, update.scaling

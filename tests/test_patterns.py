@@ -10,12 +10,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llm_lowrank.adapters.adapter import as_pair_adapters
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
+from llm_lowrank.methods.dora import DoRA
+from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.relora import ReLoRA
@@ -23,6 +26,7 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Change
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import dump, parse
 from tests.tiny import Trainee, batch, llama
@@ -83,11 +87,20 @@ def test_ranks_and_scales_are_pefts_own(ranks, alphas, use_rslora):
     same(ours(method), pefts(config))
 
 
+def in_peft(ranks: dict[str, int], alphas: dict[str, float], alpha: float | None) -> peft.LoraConfig:
+    """The settings of a LoRA of rank 4 in PEFT; without an alpha a module's alpha is its rank."""
+    if alpha is None:
+        alphas = alphas | {key: rank for key, rank in ranks.items() if key not in alphas}
+    return peft.LoraConfig(
+        r=4, lora_alpha=4 if alpha is None else alpha, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas
+    )
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("ranks, alphas", CASES, ids=[f"{ranks}{alphas}" for ranks, alphas in CASES])
-def test_the_configuration_that_is_exported_gives_peft_the_same_ranks_and_scales(ranks, alphas, alpha):
+def test_with_and_without_an_alpha_ranks_and_scales_are_pefts_own(ranks, alphas, alpha):
     method = LoRA(rank=4, alpha=alpha, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas)
-    same(ours(method), pefts(peft.LoraConfig(target_modules=MODULES, **method.peft())))
+    same(ours(method), pefts(in_peft(ranks, alphas, alpha)))
 
 
 def test_random_patterns_in_random_order_match_as_in_peft():
@@ -99,7 +112,7 @@ def test_random_patterns_in_random_order_match_as_in_peft():
         ranks, alphas = ({key: draw.randint(1, 9) for key in draw.sample(pieces, draw.randint(0, 5))} for _ in range(2))
         alpha = draw.choice(ALPHAS)
         method = LoRA(rank=4, alpha=alpha, target_modules=MODULES, rank_pattern=ranks, alpha_pattern=alphas)
-        same(ours(method), pefts(peft.LoraConfig(target_modules=MODULES, **method.peft())))
+        same(ours(method), pefts(in_peft(ranks, alphas, alpha)))
 
 
 def test_without_an_alpha_the_scale_of_every_module_is_1():
@@ -123,6 +136,12 @@ METHODS = {
     "pissa": PiSSA(**PATTERNS, svd_cache=""),
     "relora-weight": ReLoRA(**PATTERNS, interval=1, restart_warmup=0, into="weight"),
     "relora-bank": ReLoRA(**PATTERNS, interval=1, restart_warmup=0, into="bank"),
+    "dora": DoRA(**PATTERNS),
+    "dora-rslora": DoRA(**PATTERNS, use_rslora=True),
+    "droplora": DropLoRA(**PATTERNS, mask="step"),
+    "lora-plain": LoRA(rank=4, alpha=6, target_modules=MODULES),
+    "rslora": LoRA(rank=4, alpha=6, target_modules=MODULES, use_rslora=True),
+    "only ranks": LoRA(rank=4, target_modules=MODULES, rank_pattern=PATTERNS["rank_pattern"]),
 }
 
 
@@ -140,16 +159,17 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
     method = METHODS[label]
     t = train(method)
     for a in as_pair_adapters(t.adapters):
-        rank = 2 if a.name == K else RANKS[a.name.rsplit(".", 1)[-1]]
+        rank = method.rank_of(a.name)
         alpha = 3 if a.name.endswith("o_proj") else 6
+        if method.rank_pattern:
+            assert rank == (2 if a.name == K else RANKS[a.name.rsplit(".", 1)[-1]])
+        if not method.alpha_pattern:
+            alpha = rank if method.alpha is None else method.alpha
         assert (a.rank, a.A.shape[0], a.B.shape[1]) == (rank, rank, rank)
         assert a.scale == pytest.approx(alpha / (rank**0.5 if method.use_rslora else rank))
         assert (a.bank_A is not None) == (label == "relora-bank") and (a.bank_A is None or len(a.bank_A) == 2 * rank)
     save_adapter(t.engine, t.adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path="base")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    as_trained = type(method) is LoRA
-    assert config.get("rank_pattern", {}) == (method.rank_pattern if as_trained else {})
-    assert config.get("alpha_pattern", {}) == (method.alpha_pattern if as_trained else {})
+    for_one_scale(t, tmp_path / "adapter")
     llama().save_pretrained(tmp_path / "base")
     merge(Source.open(str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -160,6 +180,29 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
     ):
         assert (logits(model) - wanted).abs().max() <= 1e-4
+
+
+def for_one_scale(t: Trainee, folder: Path) -> None:
+    """Check the scale that consumers apply which know one rank and one alpha.
+
+    vLLM: lora_alpha / r for every module. llama.cpp: lora_alpha / the rank of each tensor. Neither reads patterns or
+    use_rslora.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for a in as_pair_adapters(t.adapters):
+        down, up = (tensors[f"base_model.model.{a.name}.lora_{letter}.weight"].double() for letter in "AB")
+        assert len(down) == up.shape[1] == config["r"]
+        wanted = sum(exact(e) for e in a.ledger) + exact(a.change(t.engine.whole))
+        for scale in (config["lora_alpha"] / config["r"], config["lora_alpha"] / len(down)):
+            assert (scale * up @ down - wanted).norm() <= 1e-6 * wanted.norm()
+    if not t.method.one_scale and not isinstance(t.method, PiSSA | ReLoRA):
+        assert config["lora_alpha"] == config["r"] == max(a.rank for a in as_pair_adapters(t.adapters))
+
+
+def exact(change: Change) -> torch.Tensor:
+    return change.pairs().to(dtype=torch.float64).product()
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -111,6 +111,7 @@ class Adapter(FrozenLinear):
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
         self.name, self.seed = name, seed
+        self.target = name  # by which PEFT's target_modules selects this layer
         # W as stored now = W of the checkpoint + the sum of the ledger. Rank 0 only, in host memory, s folded in.
         self.ledger: list[Change] = []
         self.taken = 0  # entries that left W before it was encoded
@@ -149,7 +150,7 @@ class Adapter(FrozenLinear):
 
     @property
     def only_pairs(self) -> bool:
-        """Whether s B A and `extras` are the whole change of W: then they are exported as they were trained."""
+        """Whether s B A and `extras` are the whole change of W, apart from the ledger."""
         return False
 
     def change(self, whole: Whole) -> Pairs:
@@ -163,8 +164,8 @@ class Adapter(FrozenLinear):
 
 def _refuse_forward(method: str, adapter: Adapter, *_: object) -> None:
     raise RuntimeError(
-        f"{adapter.name}: {method} was attached and not started, so that this forward would not be that of {method}. Load "
-        "the weights with llm_lowrank.models.loading.load, which starts the method (with resume_from, "
+        f"{adapter.name}: {method} was attached and not started, so that this forward would not be that of {method}. "
+        "Load the weights with llm_lowrank.models.loading.load, which starts the method (with resume_from, "
         "llm_lowrank.models.checkpoint.restore does), or set the values yourself and call started() on every adapter"
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -155,8 +155,16 @@ class Method(draccus.ChoiceRegistry):
         return {}
 
     def peft(self) -> dict[str, Any]:
-        """The entries of the PEFT configuration for adapters that are exported as they were trained."""
+        """The entries of the PEFT configuration for adapters that never froze a pair.
+
+        `r` and `lora_alpha` are exported if the method has `one_scale`.
+        """
         return {}
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether all modules have one rank, and one scale that is lora_alpha / r of `peft`."""
+        return False
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
@@ -219,7 +227,7 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
     wanted = method.targets(model)
     output = output_layer(model)
     others = {} if codec.writable else find_targets(model, [ALL_LINEAR])
-    adapters = []
+    adapters, targets = [], short_names(wanted, [name for name, _ in model.named_modules()])
     for name, linear in (wanted | {name: m for name, m in others.items() if name not in wanted}).items():
         stored = Dense(linear.weight.dtype) if linear is output else codec
         layer = method.build(name, linear, stored, seed) if name in wanted else FrozenLinear(linear, stored)
@@ -227,11 +235,22 @@ def attach(model: nn.Module, method: Method, codec: Codec, seed: int = 0) -> lis
         setattr(model.get_submodule(parent), leaf, layer)
         if isinstance(layer, Adapter):
             fill_(layer)
+            layer.target = targets[name]
             if method.needs_start:
                 layer.await_start(type(method).__name__)
             adapters.append(layer)
     method.link(model, adapters)
     return adapters
+
+
+def short_names(chosen: Collection[str], names: Sequence[str]) -> dict[str, str]:
+    """Return name -> the part of it that PEFT's target_modules needs to select the chosen modules and no other.
+
+    `names` are those of all modules. A name becomes its last word if all modules with that last word are chosen.
+    """
+    last = {name: name.rpartition(".")[2] for name in names}
+    others = {word for name, word in last.items() if name not in chosen}
+    return {name: name if last[name] in others else last[name] for name in chosen}
 
 
 def match_pattern(patterns: Mapping[str, T], name: str, default: T) -> T:

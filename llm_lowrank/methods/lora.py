@@ -111,14 +111,12 @@ class LoRA(Method):
 
     def peft(self) -> dict[str, Any]:
         alpha = self.rank if self.alpha is None else self.alpha
-        alphas = self.alpha_pattern
-        if self.alpha is None:  # without an alpha a module's alpha is its rank
-            alphas = alphas | {key: rank for key, rank in self.rank_pattern.items() if key not in alphas}
         return {
             "r": self.rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "use_rslora": self.use_rslora,
             "lora_dropout": self.dropout,
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": alphas,
         }
+
+    @property
+    def one_scale(self) -> bool:
+        return not (self.use_rslora or self.rank_pattern or self.alpha_pattern)

@@ -24,6 +24,10 @@ from llm_lowrank.files import file_sha256, write_json, write_safetensors
 from llm_lowrank.models.foreign import ALL, CONFIG, PREFIX, WEIGHTS
 from llm_lowrank.numerics.pairs import Pairs
 
+PEFT_VERSION = "0.21.2"  # whose format is written
+# the values that vLLM's --max-lora-rank may have, as vllm/config/lora.py says
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
 
 @dataclass(frozen=True)
 class SavedAdapter:
@@ -33,13 +37,24 @@ class SavedAdapter:
     rank: int  # of every factor in the file
     ranks: dict[str, int]  # module -> pairs that its change needs
     error: float  # the largest |dropped| / |change| of a module, from compression
+    dora: bool = False  # whether the rows' lengths are in the file too
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         needs = f"{high}" if low == high else f"{low} to {high}"
         cut = f"; CUT DOWN: {ALL} beside it has all, and merging uses that" if high > self.rank else ""
         lora = f"PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules"
-        return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut})"
+        return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut}); {self.in_vllm}"
+
+    @property
+    def in_vllm(self) -> str:
+        """The option with which vLLM takes this adapter, or why it does not."""
+        if self.dora:
+            return "vLLM does not serve DoRA adapters: serve the merged model"
+        option = next((rank for rank in VLLM_RANKS if rank >= self.rank), None)
+        if option is None:
+            return f"vLLM serves no rank above {VLLM_RANKS[-1]}: serve the merged model"
+        return f"for vLLM: --max-lora-rank {option}"
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:
@@ -66,24 +81,30 @@ def save_adapter(
     revision: of a base model of the hub. outer_name: the name of a module in the model that plain transformers loads,
     where that is not the trained one.
 
-    Adapters that never froze a pair are written as they were trained. Otherwise every module gets balanced factors,
-    scaling 1 and the largest rank that a module needs, at most `method.export_rank`. Modules that need less are padded
-    with pairs of zeros, as vLLM wants one rank. If ranks were truncated, ALL holds the untruncated pairs.
+    Every module has the same rank and the same scaling, lora_alpha / r. PEFT could read others, but vLLM applies one
+    scaling to all modules, and llama.cpp lora_alpha over the rank of each module: neither reads patterns or use_rslora.
+
+    Adapters that never froze a pair are written as they were trained if the method has one scale for all of them. With
+    other scales s is folded into B and the scaling is 1. Otherwise the change of every module is written as balanced
+    factors, scaling 1, of the largest rank that a module needs, at most `method.export_rank`. Modules that need less
+    are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks were truncated, ALL
+    holds the untruncated pairs.
     """
+    # all ranks must agree, but only rank 0 has the ledgers
+    only_pairs = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
+    as_trained = only_pairs and method.one_scale
+    # gathering is collective, one adapter at a time; the factors are on rank 0
     factors: dict[str, Pairs] = {}
     extras: dict[str, Tensor] = {}
-    # all ranks must agree, but only rank 0 has the ledgers
-    as_trained = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
-    # gathering is collective, one adapter at a time; the factors are on rank 0
     error = 0.0
     for adapter in adapters:
-        if as_trained:
+        if only_pairs:
             assert isinstance(adapter, PairAdapter)
-            a, b = engine.whole(adapter.A), engine.whole(adapter.B)
+            pairs = Pairs(engine.whole(adapter.B), engine.whole(adapter.A))
             tensors = adapter.extras(engine.whole)
             if engine.main:
                 name = outer_name(adapter.name)
-                factors[name] = Pairs(b, a).to("cpu")
+                factors[name] = (pairs if as_trained else pairs.scaled(adapter.scale)).to("cpu")
                 extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
         elif (change := _change(engine, adapter)) is not None:
             name = outer_name(adapter.name)
@@ -97,39 +118,42 @@ def save_adapter(
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
     written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
-    if not as_trained and method.export_rank and rank > method.export_rank:
+    if not only_pairs and method.export_rank and rank > method.export_rank:
         rank = method.export_rank
         written[ALL] = _peft_names(factors)
-    if not as_trained:
-        factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
+    factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
     written[WEIGHTS] |= _peft_names(factors)
     # ALL names the WEIGHTS that it belongs to, so that WEIGHTS are written first
     (Path(path) / ALL).unlink(missing_ok=True)
-    settings = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
-    notes = {"format": "pt", "written_by": "llm_lowrank", "method": settings}
-    for file, tensors in written.items():
-        write_safetensors(Path(path) / file, tensors, notes)
-        notes = notes | {"of": file_sha256(Path(path) / WEIGHTS)}
+    _write(Path(path), written, method)
     config = {
         "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision or None,
-        "r": rank,
-        "lora_alpha": rank,
         "use_rslora": False,
         "lora_dropout": 0.0,
         # a short name would match modules of the outer model too
-        "target_modules": _target_modules(list(ranks), method.target_modules if outer_name is str else []),
-        "exclude_modules": sorted(method.exclude_modules) or None,
+        "target_modules": sorted({adapter.target for adapter in adapters} if outer_name is str else ranks),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        **(method.peft() if as_trained else {}),
+        **(method.peft() if only_pairs else {}),
+        **({} if as_trained else {"r": rank, "lora_alpha": rank}),
     }
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
-    return SavedAdapter(Path(path), rank, ranks, error)
+    return SavedAdapter(Path(path), rank, ranks, error, dora=bool(config.get("use_dora")))
+
+
+def _write(folder: Path, files: dict[str, dict[str, Tensor]], method: Method) -> None:
+    """Write the tensors of each file, with the settings of the method."""
+    settings = json.dumps({"type": method.get_choice_name(type(method)), **asdict(method)})
+    notes = {"format": "pt", "written_by": "llm_lowrank", "method": settings}
+    for file, tensors in files.items():
+        write_safetensors(folder / file, tensors, notes)
+        notes = notes | {"of": file_sha256(folder / WEIGHTS)}
 
 
 def _peft_names(factors: dict[str, Pairs]) -> dict[str, Tensor]:
@@ -140,6 +164,8 @@ def _peft_names(factors: dict[str, Pairs]) -> dict[str, Tensor]:
 
 def _of_rank(pairs: Pairs, rank: int) -> Pairs:
     """The first `rank` pairs, or all pairs with pairs of zeros behind them."""
+    if len(pairs) == rank:
+        return pairs
     (m, n), more = pairs.shape, max(0, rank - len(pairs))
     return Pairs.cat([pairs.take(slice(rank)), Pairs(torch.zeros(m, more), torch.zeros(more, n))])
 
@@ -156,12 +182,3 @@ def _norm(pairs: Pairs) -> float:
     """|B A| without forming it: |B A|^2 = <B^T B, A A^T>."""
     b, a = pairs.B.double(), pairs.A.double()
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
-
-
-def _target_modules(adapted: list[str], targets: Sequence[str]) -> list[str]:
-    """The user's names of the target modules, if PEFT matches them as we do, otherwise the full names.
-
-    PEFT reads all-linear differently.
-    """
-    by_name = all(any(name == target or name.endswith(f".{target}") for target in targets) for name in adapted)
-    return sorted(targets if by_name else adapted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 ALL = "untruncated.safetensors"  # beside truncated WEIGHTS: all pairs of every module, scaling 1
 TEMPLATE = "chat_template.jinja"  # beside CONFIG if the run had a template; transformers' name for it
 PREFIX = "base_model.model."
+BASE = ".base_layer."  # in the key of a tensor that belongs to the layer under an adapter
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Lora:
     path: Path
     modules: list[str]
     config: dict[str, Any]
+    # tensor of the base -> its key in the file: PEFT saves an adapted output layer's own weight too, and loads it again
+    bases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Lora:
@@ -70,7 +73,9 @@ class Lora:
                 else ""
             )
             raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
-        keys = set(stored_names(path / WEIGHTS))
+        stored = stored_names(path / WEIGHTS)
+        bases = {key.removeprefix(PREFIX).replace(BASE, "."): key for key in stored if BASE in key}
+        keys = set(stored) - set(bases.values())
         parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
         modules = sorted({key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
         strange = sorted(keys ^ {f"{PREFIX}{module}.{part}" for module in modules for part in parts})
@@ -86,7 +91,12 @@ class Lora:
                         f"{path / ALL} belongs to another {WEIGHTS} than the one beside it; remove it to merge what is "
                         "there"
                     )
-        return cls(path, modules, config)
+        return cls(path, modules, config, bases)
+
+    def base(self, name: str) -> Tensor:
+        """Read a tensor of `bases`, which takes the place of the base model's."""
+        with safe_open(self.path / WEIGHTS, framework="pt") as handle:
+            return handle.get_tensor(self.bases[name])
 
     def update(self, module: str) -> Update:
         """Read the update of a module: the untruncated one, if there is one."""

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,9 @@ from llm_lowrank.models.foreign import TEMPLATE, Lora, Update
 from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 
+# The share of a module's update that rounding may take. With more of it gone the merged model is not the trained one.
+LOST = 0.5
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -36,6 +39,7 @@ class Merged:
 
     path: Path
     lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
+    replaced: list[str] = field(default_factory=list)  # tensors that the adapter brought and the base has otherwise
 
     @property
     def worst(self) -> str:
@@ -46,7 +50,9 @@ class Merged:
         most = self.lost[self.worst]
         advice = "; merge into float32, or use the adapter unmerged, to keep all of it" if most > 0.05 else ""
         error = f"rounding error at most {most:.2%} of an update ({self.worst})"
-        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}"
+        names = ", ".join(self.replaced)
+        replaced = f"; {names} as the adapter brings it, which the base has otherwise" if names else ""
+        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}"
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Merging:
         self.updated = _find_weights(self.source, self.lora)
         modules = self.backbone.modules if self.backbone else []
         self.quantized = {self.source.stored_name(f"{name}.weight"): name for name in modules}
+        self.brought = {self.source.stored_name(name): name for name in self.lora.bases}
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
         if self.dtype is not None:
             self.layout = {
@@ -72,6 +79,7 @@ class Merging:
                 for name, (stored, shape) in self.layout.items()
             }
         self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
+        self.replaced: list[str] = []  # tensors of lora.bases that differ from the base's
 
     def tensor(self, name: str) -> Tensor:
         """Compute one tensor of the merged checkpoint; for an adapted module also note what rounding took.
@@ -82,6 +90,10 @@ class Merging:
         weight, target = self.source.tensor(name), self.layout[name][0]
         if self.backbone is not None and name in self.quantized and not self.source.is_nf4(name):
             weight = self.backbone.base(self.quantized[name], weight)
+        if name in self.brought:
+            base, weight = weight, self.lora.base(self.brought[name])
+            if not torch.equal(base, weight.to(base.dtype)):
+                self.replaced.append(name)
         if name not in self.updated:
             return weight.to(target)
         module = self.updated[name]
@@ -102,7 +114,7 @@ def merge(
     `dtype` converts every floating-point tensor; by default each keeps its dtype. With a `backbone` the adapter is
     merged into the quantized weights on which the run trained, instead of the checkpoint's weights. The folder is
     written under another name and renamed when it is complete. Call on one rank. Raise ValueError if the output exists,
-    or if the adapter does not fit the base.
+    if the adapter does not fit the base, or if rounding takes more than LOST of a module's update.
     """
     output = Path(output)
     _check_output(output)
@@ -120,6 +132,7 @@ def merge(
         if set(source.files.values()) != {SINGLE}:
             size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
+        _check_lost(merging, output)
         _copy_the_rest(source, aside, dtype)
         if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the template that the model was trained with
             shutil.copyfile(template, aside / TEMPLATE)
@@ -129,7 +142,7 @@ def merge(
     finally:
         progress.close()
         shutil.rmtree(aside, ignore_errors=True)
-    return Merged(output, merging.lost)
+    return Merged(output, merging.lost, merging.replaced)
 
 
 @dataclass(frozen=True)
@@ -198,6 +211,19 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"{output} exists and is not an empty folder; give another output or remove it")
 
 
+def _check_lost(merging: Merging, output: Path) -> None:
+    """Raise ValueError if rounding took more than LOST of the update of a module."""
+    bad = [module for module, lost in merging.lost.items() if not lost <= LOST]
+    if bad:
+        worst = max(bad, key=merging.lost.__getitem__)
+        dtype = str(merging.layout[merging.source.stored_name(f"{worst}.weight")][0]).removeprefix("torch.")
+        raise ValueError(
+            f"{output} was not written: rounding to {dtype} would take more than {LOST:.0%} of the update of "
+            f"{len(bad)} of {len(merging.lost)} modules, {merging.lost[worst]:.1%} of that of {worst}; use the adapter "
+            f"in {merging.lora.path} unmerged, or merge into float32: launch/merge.py --dtype float32"
+        )
+
+
 def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
     """Tensor name -> module, for every module of the adapter.
 
@@ -225,6 +251,17 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
             raise ValueError(
                 f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right "
                 "base?"
+            )
+    for module_tensor in lora.bases:
+        name = source.stored_name(module_tensor)
+        brought, has = (
+            tuple(lora.base(module_tensor).shape),
+            tuple(source.layout(name)[1]) if name in stored else None,
+        )
+        if brought != has:
+            raise ValueError(
+                f"{lora.path} brings its own {name} of shape {brought}, {source.path} has {has or 'none'}: was the "
+                "vocabulary resized? Merge it with PEFT's merge_and_unload instead"
             )
     return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
 
