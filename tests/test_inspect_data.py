@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from launch import inspect_data
-from tests.test_data import write_jsonl
+from tests.test_data import CHATML, write_jsonl
 from tests.test_launch import place  # noqa: F401 - a fixture
 
 ROWS = [{"instruction": f"Say {k}.", "output": "yes " * k} for k in range(1, 31)]
@@ -63,3 +64,20 @@ def test_it_starts_as_a_script():
     script = Path(inspect_data.__file__)
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--examples" in done.stdout
+
+
+def test_flags_unused_columns_and_the_date_are_shown(place, tmp_path, capsys):  # noqa: F811
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y') }}|" + CHATML)
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "BAD", "weight": 0},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "GOOD", "weight": 1},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "id": 7}])
+    arguments = {"data.dataset": path, "data.held_out": 0, "data.chat_template": template, "examples": 1}
+    out = shown(capsys, f"--model_name_or_path={place / 'model'}", *(f"--{k}={v}" for k, v in arguments.items()))
+    assert "assistant\nBAD<|end|>" in out and "assistant\n[GOOD<|end|>]" in out
+    assert "columns not used: id (1 rows)" in out
+    assert f"the chat template writes the date: {date.today().isoformat()} here" in out

@@ -614,3 +614,41 @@ def test_a_run_that_resumes_keeps_the_day_on_which_it_began(tmp_path):
     assert day("auto") == day(str(folder)) == "2026-11-05" and day("none") == today
     (folder / STATE).write_text("half")
     assert day("auto") == "2026-11-05" and day(str(folder)) == today
+
+
+def test_a_run_that_resumes_on_another_day_with_another_cache_trains_the_same_tokens(tmp_path, monkeypatch, capsys):
+    from launch import train
+    from llm_lowrank.run import prepare
+    from tests import tiny
+    from tests.test_launch import recipe
+
+    class Someday(Date):
+        days = iter((Date(2026, 11, 5), Date(2026, 11, 6)))
+
+        @classmethod
+        def today(cls):
+            return next(cls.days)
+
+    tokenizer = byte_tokenizer(DATED)
+    model = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(
+        tmp_path / "data.jsonl", [{"prompt": f"{i} + 1 =", "completion": str(i + 1), "id": i} for i in range(40)]
+    )
+    monkeypatch.setattr(prepare, "Date", Someday)
+    settings = {"engine": "plain", "save_steps": 2, "max_steps": 4, "data.max_length": 128, "method.type": "lora"}
+    arguments = [
+        word
+        for word in recipe(tmp_path, **settings)
+        if not word.startswith(("--method.target_rank", "--method.svd_cache"))
+    ]
+    assert train.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "the chat template writes the date: 2026-11-05" in said and "columns not used: id (40 rows)" in said
+    first = tmp_path / "out" / "checkpoints" / "step-000002"
+    assert json.loads((first / "state.json").read_text())["data"]["date"] == "2026-11-05"
+    monkeypatch.setattr("llm_lowrank.data.corpus.cache_dir", lambda: tmp_path / "another cache")
+    assert train.main([*arguments, f"--resume_from_checkpoint={first}"]) == 0
+    assert "the chat template writes the date: 2026-11-05" in capsys.readouterr().out
+    assert next(Someday.days) == Date(2026, 11, 6)  # today was not asked for

@@ -275,9 +275,10 @@ def _by_marks(
             if inside:
                 stretch = slice(inside[0], inside[-1] + 1)
                 trained[stretch] = [True] * len(ids[stretch])
+    eos = tokenizer.eos_token_id
     for position in range(1, len(ids)):
         # the template may mark the text alone
-        trained[position] |= trained[position - 1] and ids[position] == tokenizer.eos_token_id
+        trained[position] |= trained[position - 1] and ids[position] == eos
     return ids, trained
 
 
@@ -319,10 +320,10 @@ def _by_prefixes(
         borders.append((len(before), len(through)))
     # An answer ends with its eos: what the template writes after it is never generated. An eos in the middle of an
     # answer is a part of it.
-    trained = [False] * len(ids)
+    trained, eos_id = [False] * len(ids), tokenizer.eos_token_id
     for (number, (before_text, through_text)), (start, end) in zip(texts.items(), borders, strict=True):
         check_answer(template, messages, number, through_text[len(before_text) :], places[number])
-        eos = max((k for k in range(start, end) if ids[k] == tokenizer.eos_token_id), default=end - 1)
+        eos = next((k for k in reversed(range(start, end)) if ids[k] == eos_id), end - 1)
         if not tokenizer.decode(ids[eos + 1 : end]).strip():
             end = eos + 1
         trained[start:end] = [True] * (end - start)
@@ -427,7 +428,8 @@ def _without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _through_eos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bool]:
     """Return True for the tokens up to the last eos and False for those behind it."""
-    end = max(k for k, token in enumerate(ids) if token == tokenizer.eos_token_id)
+    eos = tokenizer.eos_token_id
+    end = max(k for k, token in enumerate(ids) if token == eos)
     return [k <= end for k in range(len(ids))]
 
 
