@@ -175,7 +175,8 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "test_datasets val_dataset validation_file dataset_test_split",
         "answers are trained and prompts are not; in data.format text all is trained": "train_on_inputs "
         "train_on_prompt completion_only_loss assistant_only_loss",
-        "data.train_on trains all answers of a conversation, or the last; weight: 0 leaves a message out": "roles_to_train train_on_eos train_on_eot",
+        "data.train_on trains all answers of a conversation, or the last; weight: 0 leaves one out": "roles_to_train "
+        "train_on_eos train_on_eot",
         "a row's column tools goes to the chat template, which decides how calls are written": "tool_format tools",
         "rows of unpacked batches are as long as the longest one; data.packing fills rows": "pad_to_sequence_len "
         "pad_to_multiple_of",
