@@ -118,8 +118,8 @@ BROKEN = {  # a line -> what is said about it
     '{"prompt": "\\ud83d", "completion": "b"}': r"half of a surrogate pair, '\\ud83d', which is no character",
     '{"prompt": "a", "completion": "\\udc00 b"}': r"half of a surrogate pair, '\\udc00'",
     '{"prompt": "a\tb", "completion": "c"}': r"no JSON: Invalid control character \(column 14\)",
-    '{"prompt": "a", "completion": "b"} x': "no JSON: something follows the object",
-    '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}': "something follows the object",
+    '{"prompt": "a", "completion": "b"} x': "no JSON: something follows the value",
+    '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}': "something follows the value",
     '["a", "b"]': "it is list, and a row is an object",
     "5": "it is int, and a row is an object",
     "{'prompt': 'a'}": "no JSON: Expecting property name",
@@ -252,6 +252,23 @@ def test_every_cell_of_a_table_is_text_as_it_stands(tmp_path, kind, delimiter):
     write_csv(tmp_path / "c.csv", [row("fine"), row("")])
     with pytest.raises(ValueError, match=r"line 3 of .*c.csv, row 1 \(the first is 0\): the answer is empty"):
         loaded(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ('[{"role": "user", "content": "q", "content": "r"}]', "the key 'content' stands twice in one object"),
+        ('[{"role": "user", "content": "\\ud800"}]', "half of a surrogate pair"),
+        ('[{"role": "user"', r"messages is not JSON: Expecting ',' delimiter"),
+    ],
+)
+def test_conversations_in_a_cell_are_read_like_those_of_a_json_file(tmp_path, said, reason):
+    whole = '[{"role": "user", "content": "5"}, {"role": "assistant", "content": "\\"5\\""}]'
+    write_csv(tmp_path / "a.csv", [{"messages": whole}])
+    assert trained(tmp_path / "a.csv") == ['"5"']
+    write_csv(tmp_path / "a.csv", [{"messages": whole}, {"messages": said}])
+    with pytest.raises(ValueError, match=rf"line 3 of .*a.csv, row 1 \(the first is 0\): .*{reason}"):
+        loaded(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ A row that does not fit its format in full is a ValueError: nothing is guessed.
     tokens              input_ids, labels: tokens that another program prepared
 """
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +23,7 @@ from llm_lowrank.data.columns import (
     is_trained,
     names_left,
 )
+from llm_lowrank.data.reading import NO_JSON, parse
 from llm_lowrank.data.tokens import OPTIONAL, Tokens, read_tokens
 
 Row = dict[str, Any]
@@ -372,9 +372,9 @@ def _tools(cells: Row) -> list[Row]:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except ValueError as error:
-        raise ValueError(f"{what} is not JSON: {error}") from error
+        raise ValueError(f"{what} is not JSON: {str(error).removeprefix(NO_JSON)}") from error
 
 
 _CHAT = ("system", "tools", "functions", "chat_template_kwargs")  # columns that any conversation may have

@@ -50,6 +50,7 @@ COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 CHUNK = 1 << 20  # bytes of a list of objects that are read at a time
 ROWS = 1000  # rows of a typed file that are turned to Python values at a time
+NO_JSON = "this is no JSON: "
 MEND = "mend or remove it"
 
 
@@ -135,10 +136,7 @@ def _json_lines(file: File) -> Iterator[Lined]:
                 continue
             try:
                 text = decoded(raw, line)
-                value, end = _DECODER.raw_decode(text, _next(text, 0))
-                if _next(text, end) != len(text):
-                    raise json.JSONDecodeError("something follows the object", text, end)
-                yield line, _object_of(value, text)
+                yield line, _object_of(_value(text), text)
             except (ValueError, RecursionError) as error:
                 ending = "" if raw.endswith(b"\n") else ", the last one, which may have been cut off"
                 why = _reason(error)
@@ -217,7 +215,7 @@ class _Window:
                 if self.done:
                     cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text.rstrip())
                     self.go_to(len(self.text) if cut else error.pos)
-                    raise ValueError(f"this is no JSON: {error.msg.removesuffix(' at')}") from error
+                    raise ValueError(f"{NO_JSON}{error.msg.removesuffix(' at')}") from error
             else:
                 if end < len(self.text) or self.done:
                     text = self.text[self.at : end]
@@ -225,6 +223,21 @@ class _Window:
                     return value, text
             self.more(size)  # the value may go on behind the window
             size *= 2
+
+
+def parse(text: str) -> Any:
+    """Return the value of a JSON text. ValueError says why there is none."""
+    try:
+        return _whole(_value(text), text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _value(text: str) -> Any:
+    value, end = _DECODER.raw_decode(text, _next(text, 0))
+    if _next(text, end) != len(text):
+        raise json.JSONDecodeError("something follows the value", text, end)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -267,7 +280,7 @@ def _whole(value: Any, text: str) -> Any:
 def _reason(error: BaseException) -> str:
     """Return why a piece of text is no JSON."""
     if isinstance(error, json.JSONDecodeError):
-        return f"this is no JSON: {error.msg.removesuffix(' at')} (column {error.colno})"
+        return f"{NO_JSON}{error.msg.removesuffix(' at')} (column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(error)
     if isinstance(error, RecursionError):
@@ -381,7 +394,7 @@ def _read_typed(file: File) -> Iterator[Lined]:
         decoders = {
             name: decode
             for name, feature in datasets.Features.from_arrow_schema(columns).items()
-            if (decode := _json_decoder(feature))
+            if (decode := _decoder(feature))
         }
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS):
@@ -406,18 +419,18 @@ def _arrow_batches(stream: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return reader.schema, iter(reader)
 
 
-def _json_decoder(feature: Any) -> Callable[[Any], Any] | None:
+def _decoder(feature: Any) -> Callable[[Any], Any] | None:
     """Return what turns a stored value to the value of a feature of `datasets`; None if they are the same.
 
     A feature Json, at any depth, is stored as JSON text. An object has the keys of all objects in its place, such as
     the arguments of every call of a tool; those that are null are not its own.
     """
     if isinstance(feature, datasets.Json):
-        return lambda value: None if value is None else _whole(_DECODER.decode(value), value)
-    if isinstance(feature, datasets.List | datasets.LargeList) and (inner := _json_decoder(feature.feature)):
+        return lambda value: None if value is None else parse(value)
+    if isinstance(feature, datasets.List | datasets.LargeList) and (inner := _decoder(feature.feature)):
         return lambda values: None if values is None else [inner(value) for value in values]
     if isinstance(feature, dict):
-        fields = {name: decode for name, part in feature.items() if (decode := _json_decoder(part))}
+        fields = {name: decode for name, part in feature.items() if (decode := _decoder(part))}
         return lambda value: (
             None
             if value is None
