@@ -79,5 +79,5 @@ def test_flags_unused_columns_and_the_date_are_shown(place, tmp_path, capsys):  
     arguments = {"data.dataset": path, "data.held_out": 0, "data.chat_template": template, "examples": 1}
     out = shown(capsys, f"--model_name_or_path={place / 'model'}", *(f"--{k}={v}" for k, v in arguments.items()))
     assert "assistant\nBAD<|end|>" in out and "assistant\n[GOOD<|end|>]" in out
-    assert "columns not used: id (1 rows)" in out
+    assert "columns not used: id (1 row)" in out
     assert f"the chat template writes the date: {date.today().isoformat()} here" in out

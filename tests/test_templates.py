@@ -238,6 +238,16 @@ def test_calls_that_a_template_does_not_write_are_refused(tmp_path):
         loaded(tmp_path, [alone], python)
 
 
+def test_a_call_is_not_found_in_the_words_of_the_conversation(tmp_path):
+    row = {"messages": [user("f {}"), assistant(None, tool_calls=[call({}, "f")]), user("r"), assistant("ok")]}
+    with pytest.raises(ValueError, match=r"message 1: the chat template does not write calls of tools"):
+        loaded(tmp_path, [row])
+    null = tool_template(calls=NULL)  # written only where the content is null
+    assert answers(*[x if k == 0 else x.train for k, x in enumerate(loaded(tmp_path, [row], null))]) == [
+        '<call>{"name": "f", "arguments": {}}</call><|end|>ok<|end|>'
+    ]
+
+
 def test_text_that_a_template_leaves_out_beside_a_call_is_refused(tmp_path):
     template = tool_template().replace("{{ m.content or '' }}", "", 1)
     with pytest.raises(ValueError, match="message 1: the chat template does not write part of the answer"):

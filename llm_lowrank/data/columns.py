@@ -148,7 +148,7 @@ def is_trained(number: int, message: Mapping[str, Any], is_answer: bool) -> bool
 
 def describe_unused(counts: Mapping[str, int]) -> str:
     """Return the line that lists columns and message keys that nothing reads. counts: name -> number of rows."""
-    names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(counts.items()))
+    names = ", ".join(f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in sorted(counts.items()))
     return f"columns not used: {names}"
 
 

@@ -70,7 +70,7 @@ def encode_row(
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
     # rows with the same key ask the same question, or come from the same group: they stay on one side of the split
     question = (
-        str(row[group]) if group else "\0".join(f"{turn.content}\0{turn.context}" for turn in turns[:-1] or turns)
+        str(row.get(group)) if group else "\0".join(f"{turn.content}\0{turn.context}" for turn in turns[:-1] or turns)
     )
     key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     tokens = {"input_ids": ids, "labels": labels, "length": len(ids), "trained": sum(trained[1:])}

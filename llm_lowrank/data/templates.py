@@ -222,7 +222,8 @@ def with_calls(template: Template, messages: Sequence[Message], places: Sequence
         except ValueError as error:
             reasons.append(str(error))
             continue
-        if all(_is_call_written(call, text) for number in calling for call in form[number]["tool_calls"]):
+        without = _without_calls(template, form)
+        if all(_is_call_written(call, text, without) for number in calling for call in form[number]["tool_calls"]):
             return form
         reasons.insert(0, "the chat template does not write calls of tools")
     raise ValueError(f"{places[calling[0]]}: {reasons[0]}; {OTHER_TEMPLATE}, or remove rows that call tools")
@@ -248,10 +249,22 @@ def _in_form(message: Message, arguments: str, content: Any) -> Message:
     return changed
 
 
-def _is_call_written(call: Message, text: str) -> bool:
-    """Return whether a text has the name of a call and its arguments: as JSON, or as names with their values."""
+def _without_calls(template: Template, messages: Sequence[Message]) -> str:
+    """Return the text of the messages without their calls; empty if the template refuses them so."""
+    bare = [{"content": "", **{k: v for k, v in m.items() if k != "tool_calls" and v is not None}} for m in messages]
+    try:
+        return template.text(bare)
+    except ValueError:
+        return ""
+
+
+def _is_call_written(call: Message, text: str, without: str) -> bool:
+    """Return whether a text has the name of a call and its arguments: as JSON, or as names with their values.
+
+    without: the text without calls, where the name may stand, too.
+    """
     name, arguments = call["function"]["name"], call["function"]["arguments"]
-    if name not in text:
+    if text.count(name) <= without.count(name):
         return False
     as_json = any(json.dumps(arguments, ensure_ascii=ascii_alone) in text for ascii_alone in (True, False))
     if isinstance(arguments, str):  # as it stands, and not as a text within JSON or within a dictionary of Python
