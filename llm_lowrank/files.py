@@ -35,7 +35,22 @@ DTYPES = {  # dtype names in a safetensors header
 
 def cache_dir() -> Path:
     """The folder that keeps reproducible files between runs: $LLM_LOWRANK_CACHE, or ~/.cache/llm_lowrank."""
-    return Path(os.environ.get("LLM_LOWRANK_CACHE", "~/.cache/llm_lowrank")).expanduser()
+    return Path(os.environ.get("LLM_LOWRANK_CACHE") or "~/.cache/llm_lowrank").expanduser()
+
+
+def writable_folder(folder: Path) -> Path:
+    """Return a folder of the cache, which is made if it is absent. OSError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = "no permission"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise OSError(
+        f"the cache {folder} cannot be written ({reason}); set the environment variable LLM_LOWRANK_CACHE to a folder "
+        "that can (and HF_HOME, where the hub's files go)"
+    )
 
 
 def check_writable(output: Path) -> None:

@@ -28,13 +28,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data import columns, encoding, formats, reading, rows, templates
 from llm_lowrank.data.encoding import encode_prompt, style_of
-from llm_lowrank.data.finding import writable
 from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import MadeRows, OpenDataset, check_formats, check_settings, open_dataset
 from llm_lowrank.data.streaming import Stream
-from llm_lowrank.files import cache_dir, sync, write_json
+from llm_lowrank.files import cache_dir, sync, writable_folder, write_json
 
 FEATURES = datasets.Features(
     {
@@ -183,7 +182,7 @@ def encode_dataset(
     depends = {name: value for name, value in options.items() if name != "tokenizer"}
     depends |= {"content": dataset.content, "tokenizer": _tokenizer_digest(tokenizer), "rules": _rules()}
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-    folder = writable(cache_dir() / "tokens")
+    folder = writable_folder(cache_dir() / "tokens")
     # the note is written last: where there is a note, the table is complete
     arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):

@@ -10,7 +10,6 @@ Dataset.save_to_disk or DatasetDict.save_to_disk wrote says itself which files i
 
 import fnmatch
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from llm_lowrank.data.reading import COMPRESSED, KINDS, File, kind_of
-from llm_lowrank.files import cache_dir, write_aside
+from llm_lowrank.files import cache_dir, writable_folder, write_aside
 
 SPLITS = {  # split -> the words for it in the names of folders and files
     "train": ("train", "training"),
@@ -120,21 +119,6 @@ def find(name: str, *, hub: bool = False, subset: str = "", revision: str = "", 
     return Found(folder, {"train": [""]})
 
 
-def writable(folder: Path) -> Path:
-    """Return a folder of the cache, which is made if it is absent. OSError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-        reason = "no permission"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise OSError(
-        f"the cache {folder} cannot be written ({reason}); set the environment variable LLM_LOWRANK_CACHE to a folder "
-        "that can (and HF_HOME, where the hub's files go)"
-    )
-
-
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +173,7 @@ def _fetched(system: Any, path: str) -> Path:
         key = sha256(f"{system.unstrip_protocol(path)} {sorted(info.items(), key=str)}".encode()).hexdigest()[:32]
         # without a mark of the version a change of the file could not be seen
         versioned = any(str(name).lower() in VERSIONS and value for name, value in info.items())
-        folder = writable(cache_dir() / "files" / key)
+        folder = writable_folder(cache_dir() / "files" / key)
         copy = folder / PurePosixPath(path).name
         with FileLock(folder / "lock"):
             if not (versioned and copy.is_file()):

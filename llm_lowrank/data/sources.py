@@ -15,11 +15,11 @@ import datasets
 import pyarrow as pa
 
 from llm_lowrank.data import reading
-from llm_lowrank.data.finding import Found, find, writable
+from llm_lowrank.data.finding import Found, find
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
 from llm_lowrank.data.reading import TYPED, File, read, schema, survey
 from llm_lowrank.data.settings import Data
-from llm_lowrank.files import cache_dir, write_json
+from llm_lowrank.files import cache_dir, writable_folder, write_json
 
 REASONING_GYM = "reasoning-gym:"
 MOVED = {  # datasets that older versions had -> what to do instead
@@ -246,7 +246,7 @@ def _survey(file: File) -> tuple[list[str], int]:
         return survey(file)
     depends = (_file_digest(file), Path(file.name).suffixes[-2:], file.separator, _rules())
     key = hashlib.sha256(str(depends).encode()).hexdigest()[:32]
-    note = writable(cache_dir() / "columns") / f"{key}.json"
+    note = writable_folder(cache_dir() / "columns") / f"{key}.json"
     if note.is_file():
         content = json.loads(note.read_text(encoding="utf-8"))
         return content["columns"], content["rows"]

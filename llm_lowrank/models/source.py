@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names
+from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names, writable_folder
 from llm_lowrank.models import architectures
 from llm_lowrank.models.part import refuse_codes
 from llm_lowrank.models.prequantized import Nf4Weight, announcement, decode_all
@@ -396,7 +396,7 @@ def _convert_gguf(gguf: Path) -> Path:
     folder = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder.parent)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             print(f"converting {gguf.name} into {folder}, once; about half a minute for 100 MB", flush=True)
