@@ -6,7 +6,10 @@ columns    names that change what is learned: which are used and which are refus
 formats    from a row to the turns of a conversation
 templates  conversations written with a chat template, and what the template leaves out
 encoding   from turns to tokens and which of them are trained, by a chat template or a prompt style
-sources    datasets from files, the hub and generators
+tokens     rows that are tokens already
+reading    from the bytes of a file to its rows, without types
+finding    which files a name stands for: paths, URLs, the hub, subsets and splits
+sources    datasets with their rows, from files, the hub and generators
 limits     what a model can take: tokens of its embedding, positions that it has learned
 rows       from a row to an example, or to the reason why there is none
 corpus     all datasets encoded, cached, split and mixed

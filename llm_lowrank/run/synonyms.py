@@ -87,6 +87,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "train_file pretraining_dataset",
         "data.split": "train_split dataset_train_split",
         "data.split train[:1000] (the first 1000 rows)": "max_samples max_train_samples",
+        "data.subset": "subset dataset_config dataset_config_name dataset_subset",
+        "data.revision": "dataset_revision",
         "data.columns": "dataset_text_field text_column field_messages",
         "data.weights": "interleave_probs dataset_weights mix_strategy",
         "data.max_length": "max_seq_length max_seq_len cutoff_len seq_len sequence_len model_max_length",
@@ -165,8 +167,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "batches are made in the training process, and nothing is dropped": "dataloader_num_workers "
         "dataloader_drop_last dataloader_pin_memory dataloader_prefetch_factor",
         # data
-        "download this configuration of the dataset and give its parquet or jsonl file as data.dataset": ""
-        "dataset_config dataset_config_name subset",
         "one process encodes the rows and keeps the tokens in a cache": "dataset_num_proc dataset_processes "
         "preprocessing_num_workers",
         "tokens are kept in LLM_LOWRANK_CACHE, by the content of the data": "cache_dir dataset_prepared_path "
