@@ -246,6 +246,8 @@ def test_every_cell_of_a_table_is_text_as_it_stands(tmp_path, kind, delimiter):
     path = write_csv(tmp_path / f"a.{kind}", [row(text, prompt="1e5") for text in wanted], delimiter)
     assert trained(path, max_length=300_000) == wanted
     assert "user\n1e5<" in texts(byte_tokenizer(CHATML), loaded(path).train)[0]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel writes it
+    assert trained(path, max_length=300_000) == wanted
     # an empty cell is an empty text: no system prompt, no input, and an empty answer is refused
     write_csv(tmp_path / "b.csv", [{"instruction": "i", "input": "", "output": "o", "system": ""}])
     assert texts(byte_tokenizer(CHATML), loaded(tmp_path / "b.csv").train)[0].startswith("<|start|>user\ni<|end|>")
@@ -435,6 +437,21 @@ def test_which_files_of_a_folder_are_read(tmp_path):
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match=r"gone.jsonl is a link to a file that is gone"):
         loaded(tmp_path)
+
+
+def test_a_file_and_its_compressed_copy_are_not_both_read(tmp_path):
+    write_jsonl(tmp_path / "train-a.jsonl", [row("x")])
+    write_jsonl(tmp_path / "train-b.jsonl", [row("y")])
+    (tmp_path / "train-b.jsonl.gz").write_bytes(gzip.compress(jsonl([row("y")]).encode()))
+    with pytest.raises(ValueError, match=r"train-b.jsonl and train-b.jsonl.gz look like one file in two forms"):
+        loaded(tmp_path)
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path):
+    for name in ("b/x.jsonl", "b-c/x.jsonl", "a.jsonl", "c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [row(name)])
+    assert trained(tmp_path) == ["a.jsonl", "b-c/x.jsonl", "b/x.jsonl", "c.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ CARD_KEYS = {"config_name", "data_files", "data_dir", "default", "description", 
 SEPARATORS = ("sep", "delimiter")
 EXPORT = "refs/convert/parquet"  # branch in which the hub has a dataset as Parquet, in folders SUBSET/SPLIT
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(?!\d).*")
+_ENDINGS = re.compile(f"({'|'.join(map(re.escape, KINDS))})?({'|'.join(map(re.escape, COMPRESSED))})?$")
 VERSIONS = ("etag", "mtime", "lastmodified", "last_modified", "created", "updated", "md5hash", "generation", "blob_id")
 
 
@@ -85,6 +86,15 @@ class Found:
                 f"data.dataset: the folder {name} holds both {' and '.join(kinds)} files; give a folder with files of "
                 "one kind, or the files themselves"
             )
+        stems: dict[str, str] = {}
+        for file in self.splits[split]:
+            stem = re.sub(_ENDINGS, "", file.lower())
+            if stem in stems:
+                raise ValueError(
+                    f"data.dataset: in the folder {name}, {stems[stem]} and {file} look like one file in two forms, "
+                    "whose rows would be trained twice; remove one of them, or name the files themselves"
+                )
+            stems[stem] = file
         return [
             File(f"{name}/{file}" if file else name, self.folder.path(file), self.separator)
             for file in self.splits[split]
@@ -130,13 +140,13 @@ def _local(name: str, path: Path) -> Folder:
     if not path.is_dir():
         return Folder(name, ("",), lambda _: str(path))
     names = []
-    for file in sorted(path.rglob("*")):
+    for file in path.rglob("*"):
         relative = file.relative_to(path).as_posix()
         if file.is_symlink() and not file.exists():
             raise ValueError(f"data.dataset: {name}/{relative} is a link to a file that is gone; mend or remove it")
         if file.is_file() and _visible(relative):
             names.append(relative)
-    return Folder(name.rstrip("/"), tuple(names), lambda relative: str(path / relative))
+    return Folder(name.rstrip("/"), tuple(sorted(names)), lambda relative: str(path / relative))
 
 
 def _remote(name: str, streaming: bool) -> Folder:

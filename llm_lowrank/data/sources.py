@@ -17,7 +17,7 @@ import pyarrow as pa
 from llm_lowrank.data import reading
 from llm_lowrank.data.finding import Found, find
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
-from llm_lowrank.data.reading import TYPED, File, read, schema, survey
+from llm_lowrank.data.reading import TYPED, File, damage, read, schema, survey
 from llm_lowrank.data.settings import Data
 from llm_lowrank.files import cache_dir, writable_folder, write_json
 
@@ -236,8 +236,11 @@ def _names_of(found: Found, split: str) -> list[str]:
 
 
 def _file_digest(file: File) -> str:
-    with open(file.path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with open(file.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{file.name}: {damage(error)}") from error
 
 
 def _survey(file: File) -> tuple[list[str], int]:
