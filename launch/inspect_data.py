@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -28,8 +29,9 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
 
-    from llm_lowrank.data import Stream, describe_unused
+    from llm_lowrank.data import Stream, describe_ends, describe_unused
     from llm_lowrank.models.source import config_folder
+    from llm_lowrank.models.stopping import read_ends
     from llm_lowrank.run.build import read_data
     from llm_lowrank.run.recipe import parse
 
@@ -45,6 +47,7 @@ def main(arguments: list[str]) -> int:
     print(
         f"{recipe.data.dataset}, prompts: {', '.join(corpus.styles)}; {'green' if colored else '[brackets]'}: trained"
     )
+    print(describe_ends(tokenizer, corpus.ends, [*read_ends(Path(folder)), tokenizer.eos_token_id]))
     longest = recipe.data.max_length
     print(
         f"held out {len(corpus.held_out)}, dropped {sum(corpus.dropped.values())}, cut to {longest} tokens "

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llm_lowrank.data import Question
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.generate import _continuation, accuracy, answer
+from llm_lowrank.models.stopping import stop_at
 from tests import ranks, tiny
 
 WORDS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["</s>"]
@@ -175,6 +176,18 @@ def test_an_answer_ends_before_the_first_stop(model, tokenizer, stops, monkeypat
     )
     answer(model, tokenizer, questions=[first], max_new_tokens=12, batch_size=1, synced=False, stops=stops)
     assert (len(steps) < 12) == (stops[0] == "k")  # it does not write on for nothing
+
+
+@pytest.mark.parametrize("known", [None, 5, [5, 7]])
+def test_an_answer_ends_at_the_tokens_that_training_ended_it_with_too(model, tokenizer, known):
+    asked = questions(model, 9)
+    model.generation_config.eos_token_id = known
+    before = answer(model, tokenizer, questions=asked, max_new_tokens=12, batch_size=4, synced=False)
+    stop_at(model, [WORDS.index("k"), WORDS.index("q")])
+    cut = [min((text.partition(word)[0] for word in "kq"), key=len) for text in before]
+    found = answer(model, tokenizer, questions=asked, max_new_tokens=12, batch_size=4, synced=False)
+    # the token itself is no special one here, so that it is part of the text
+    assert [text.rstrip("kq") for text in found] == cut != before
 
 
 def test_a_stop_in_the_prompt_ends_nothing(model, tokenizer):

@@ -37,6 +37,7 @@ def test_examples_lengths_and_shares_are_those_of_the_data(settings, capsys):
     whole = [4 + len(f"user\nSay {k}.\nassistant\n\n") + 4 * k for k in range(1, 31)]  # 4 marks, a token a byte
     cut, lengths = sum(length > 100 for length in whole), [min(100, length) for length in whole]
     assert f"held out 3, dropped 1, cut to 100 tokens {cut}" in out and cut > 5
+    assert "answers end with <|end|> (257), where generation stops" in out
     assert "dropped 1: the answer is empty" in out and "prompts: chat; [brackets]: trained" in out
     total = re.search(r"to train on 27: ([\d,]+) tokens, ([\d,]+) of them trained", out)
     assert total and 0 < int(total[2].replace(",", "")) < int(total[1].replace(",", "")) <= sum(lengths)

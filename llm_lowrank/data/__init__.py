@@ -11,6 +11,7 @@ reading    from the bytes of a file to its rows, without types
 finding    which files a name stands for: paths, URLs, the hub, subsets and splits
 sources    datasets with their rows, from files, the hub and generators
 limits     what a model can take: tokens of its embedding, positions that it has learned
+stops      what ends an answer
 rows       from a row to an example, or to the reason why there is none
 corpus     all datasets encoded, cached, split and mixed
 streaming  examples of a dataset that is read while a run trains on it
@@ -34,6 +35,7 @@ from llm_lowrank.data.formats import FORMATS, PRESETS, Turn
 from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example
 from llm_lowrank.data.settings import Data
+from llm_lowrank.data.stops import describe_ends
 from llm_lowrank.data.streaming import Stream
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Turn",
     "best_fit",
     "collate",
+    "describe_ends",
     "describe_unused",
     "encode_messages",
     "encode_prompt",

@@ -26,7 +26,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from llm_lowrank.data import columns, encoding, formats, reading, rows, templates
+from llm_lowrank.data import columns, encoding, formats, reading, rows, stops, templates
 from llm_lowrank.data.encoding import encode_prompt, style_of
 from llm_lowrank.data.limits import Limits
 from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
@@ -45,6 +45,7 @@ FEATURES = datasets.Features(
         "problem": datasets.Value("string"),  # why the row cannot be used; empty: it can
         "key": datasets.Value("string"),  # of the question or group: rows of one key stay on one side of the split
         "unused": datasets.List(datasets.Value("string")),  # columns and message keys that nothing reads
+        "ends": datasets.List(datasets.Value("int32")),  # tokens that end the answers
     }
 )
 NAMED = 5  # bad rows that an error names
@@ -100,6 +101,8 @@ class Corpus:
         default_factory=dict
     )  # column or message key that nothing reads -> rows that have it
     date: str = ""  # the day that the prompts say; empty: they say none
+    # token that ends an answer -> rows where it does, the most frequent first; of a stream: of what was read so far
+    ends: dict[int, int] = field(default_factory=dict)
 
     def some(self, count: int) -> list[Example]:
         """Return at most `count` examples, held-out ones if there are any; the same on every rank."""
@@ -123,7 +126,9 @@ def load_corpus(
     if settings.streaming:
         stream = Stream(settings, tokenizer, seed, date, limits)
         date = stream.options["date"]
-        return Corpus(stream, stream.held_out, [], stream.dropped, 0, "", (stream.style,), stream.unused, date)
+        return Corpus(
+            stream, stream.held_out, [], stream.dropped, 0, "", (stream.style,), stream.unused, date, stream.ends
+        )
     opened = [open_dataset(name, settings, seed, part) for part, name in enumerate(settings.names)]
     check_formats(settings, opened)
     styles = [style_of(tokenizer, settings.prompt_style, dataset.style) for dataset in opened]
@@ -160,7 +165,8 @@ def load_corpus(
         truncated=int((usable & cut).sum()),
         fingerprint=hashlib.sha256("".join(digest for _, digest in encoded).encode()).hexdigest(),
         styles=tuple(dict.fromkeys(styles)),
-        unused=_count_unused(table),
+        unused=_count(table, "unused"),
+        ends=_count(table, "ends"),
         date=next(filter(None, (date_of(tokenizer, style, date) for style in styles)), ""),
     )
 
@@ -226,7 +232,7 @@ def _digest(table: datasets.Dataset) -> str:
 @cache
 def _rules() -> list[str]:
     """Return the version of transformers and the digests of the modules that make the tokens."""
-    files = (Path(module.__file__ or "") for module in (columns, encoding, formats, reading, rows, templates))
+    files = (Path(module.__file__ or "") for module in (columns, encoding, formats, reading, rows, stops, templates))
     return [transformers.__version__, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
@@ -259,9 +265,9 @@ def _count_unusable(settings: Data, opened: Sequence[OpenDataset], problems: Seq
     return dict(Counter(text for _, _, text in bad_rows).most_common())
 
 
-def _count_unused(table: datasets.Dataset) -> dict[str, int]:
-    """Return the columns and message keys that nothing reads, with the number of rows that have each."""
-    chunks = table.with_format("arrow")[:]["unused"].chunks
+def _count(table: datasets.Dataset, column: str) -> dict[Any, int]:
+    """Return what the lists of a column hold, with the number of rows that have it, the most frequent first."""
+    chunks = table.with_format("arrow")[:][column].chunks
     return dict(Counter(name for chunk in chunks for name in chunk.flatten().to_pylist()).most_common())
 
 

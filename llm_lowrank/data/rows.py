@@ -11,6 +11,7 @@ from llm_lowrank.data.encoding import CHAT, IGNORE, encode_turns
 from llm_lowrank.data.formats import TEXT, Turn, read_conversation
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import OpenDataset
+from llm_lowrank.data.stops import answer_ends, known_ends
 from llm_lowrank.data.templates import check_system, reads_clock, unread_keys
 
 
@@ -62,9 +63,10 @@ def encode_row(
             raise ValueError(
                 "the example has no completion token to train on; check the chat template or remove the row"
             )
+        ends = _ends(tokenizer, turns, ids, trained, train_on)
     except ValueError as error:
         why = " ".join(str(error).split())
-        empty = {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "key": ""}
+        empty = {"input_ids": [], "labels": [], "length": 0, "trained": 0, "truncated": False, "key": "", "ends": []}
         return {**empty, "problem": why, "unused": unused}
     ids, trained, truncated = ids[:max_length], trained[:max_length], len(ids) > max_length
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
@@ -74,7 +76,19 @@ def encode_row(
     )
     key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     tokens = {"input_ids": ids, "labels": labels, "length": len(ids), "trained": sum(trained[1:])}
-    return {**tokens, "truncated": truncated, "problem": "", "key": key, "unused": unused}
+    return {**tokens, "truncated": truncated, "problem": "", "key": key, "unused": unused, "ends": ends}
+
+
+def _ends(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], ids: list[int], trained: list[bool], train_on: str
+) -> list[int]:
+    """Return the tokens that end the answers of a row; a text has none. ValueError if an answer has no end."""
+    if turns[0].tokens:
+        return known_ends(tokenizer, ids, trained)
+    if turns[0].role == TEXT:
+        return []
+    answers = [turn for turn in turns if turn.role == "assistant" and turn.trained]
+    return answer_ends(tokenizer, ids, trained, 1 if train_on == "last" else len(answers))
 
 
 def row_options(

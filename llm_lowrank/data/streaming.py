@@ -48,6 +48,7 @@ class Stream:
         self.options = row_options(self.dataset, settings, tokenizer, self.style, date)
         self.unused: Counter[str] = Counter()  # column or message key that nothing reads -> rows read so far
         self.dropped: Counter[str] = Counter()  # reason -> rows, of what was read so far
+        self.ends: Counter[int] = Counter()  # token that ends an answer -> rows read so far
         self.truncated = 0  # examples cut to max_length, of what was read so far
         # Rows with a key that is held out already are skipped, so that the held-out questions differ.
         self.held_out: list[Example] = []
@@ -102,6 +103,7 @@ class Stream:
             if not reason:
                 unusable_in_a_row = 0
                 self.truncated += encoded["truncated"]
+                self.ends.update(encoded["ends"])
                 yield {**encoded, "number": number}
                 continue
             self.dropped[reason] += 1

@@ -20,6 +20,7 @@ from llm_lowrank.evaluation.task import Metrics, TaskResult
 from llm_lowrank.models.architectures import limits_of
 from llm_lowrank.models.generate import accuracy
 from llm_lowrank.models.loss import loss_layer
+from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.run.held_out import answer_room, held_out_loss
 from llm_lowrank.run.recipe import parse
 
@@ -34,6 +35,7 @@ class HeldOut:
     examples: Sequence[Example]
     questions: Sequence[Question]
     batch_size: int
+    ends: Sequence[int] = ()  # the tokens that end the answers of the data
     name: str = HELD_OUT
 
     @classmethod
@@ -44,10 +46,11 @@ class HeldOut:
         if not len(corpus.held_out):
             raise ValueError(f"{output}: the run held no examples out (data.held_out is 0); choose other tasks")
         examples = [corpus.held_out[index] for index in range(len(corpus.held_out))]
-        return cls(tokenizer, examples[:limit], corpus.questions[:limit], batch_size)
+        return cls(tokenizer, examples[:limit], corpus.questions[:limit], batch_size, tuple(corpus.ends))
 
     def run(self, model: PreTrainedModel) -> TaskResult:
         engine = Plain()
+        stop_at(model, self.ends)
         layer, _ = loss_layer(engine, model, model)
         filler = pad_id(self.tokenizer, limits_of(model).vocabulary)
         loss = held_out_loss(engine, model, self.examples, self.batch_size, filler, layer)

@@ -16,6 +16,7 @@ from llm_lowrank.data import tokenizer_of
 from llm_lowrank.files import file_sha256
 from llm_lowrank.models.foreign import ALL, CONFIG, TEMPLATE, WEIGHTS
 from llm_lowrank.models.source import Source
+from llm_lowrank.models.stopping import read_ends, stop_at
 
 Use = Literal["merged", "adapter", "base"]
 
@@ -82,10 +83,14 @@ class Subject:
         """
         if self.use == "merged":
             return tokenizer_of(self.source.path)
-        folder = self.adapter or (self.output / "adapter" if self.output else None)
+        folder = self._beside()
         if folder is not None and (folder / TEMPLATE).is_file():
             return tokenizer_of(self.source.path, str(folder / TEMPLATE))
         return tokenizer_of(self.source.path, self.settings().get("data", {}).get("chat_template", ""))
+
+    def _beside(self) -> Path | None:
+        """The folder of the adapter that is evaluated, or that the run has beside the evaluated weights."""
+        return self.adapter or (self.output / "adapter" if self.output else None)
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """Load the model in evaluation mode. dtype: auto (as stored), float32, bfloat16 or float16."""
@@ -98,6 +103,9 @@ class Subject:
 
             # the base model with PEFT's layers in it looks like an ordinary model to the tasks
             model = PeftModel.from_pretrained(model, str(self.adapter)).get_base_model()
+        # the base of a run is asked as the trained model is
+        if (folder := self._beside()) is not None:
+            stop_at(model, read_ends(folder))
         return model.eval()
 
     def describe(self) -> dict[str, Any]:

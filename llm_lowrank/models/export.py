@@ -134,8 +134,8 @@ def save_adapter(
         "revision": revision or None,
         "use_rslora": False,
         "lora_dropout": 0.0,
-        # a short name would match modules of the outer model too
-        "target_modules": sorted({adapter.target for adapter in adapters} if outer_name is str else ranks),
+        # in an outer model a short name would match other modules too
+        "target_modules": sorted(ranks if set(ranks) != {a.name for a in adapters} else {a.target for a in adapters}),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -10,10 +10,16 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from llm_lowrank.data import Question, pad_id
 from llm_lowrank.models.architectures import limits_of
+from llm_lowrank.models.stopping import stops_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def answer(
     """
     limits = limits_of(model)
     filler = pad_id(tokenizer, limits.vocabulary)
+    stops_at = stops_of(model, tokenizer)
     # sample from all tokens; transformers' default keeps the 50 most likely ones
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -75,7 +82,7 @@ def answer(
                 **(drawing if temperature else greedy),
                 stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, longest, stops)] if stops else []),
                 use_cache=True,  # the model's own setting is often off for training
-                eos_token_id=_ends(model, tokenizer),
+                eos_token_id=stops_at or None,
                 pad_token_id=filler,
                 synced_gpus=synced,
             )
@@ -121,13 +128,6 @@ def accuracy(
     )
     exact, score, count = sum_over_ranks(local).tolist()
     return Report(exact / count, score / count, round(count), samples)
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """All tokens that end an answer: the generation config's, and the tokenizer's, with which training ends one."""
-    known = model.generation_config.eos_token_id
-    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    return sorted(ends) or None
 
 
 class _Stops(StoppingCriteria):

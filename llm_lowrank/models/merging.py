@@ -28,6 +28,7 @@ from llm_lowrank.models.backbone import Backbone
 from llm_lowrank.models.foreign import TEMPLATE, Lora, Update
 from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
+from llm_lowrank.models.stopping import GENERATION, read_ends, with_ends
 
 # The share of a module's update that rounding may take. With more of it gone the merged model is not the trained one.
 LOST = 0.5
@@ -134,8 +135,7 @@ def merge(
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
         _check_lost(merging, output)
         _copy_the_rest(source, aside, dtype)
-        if (template := Path(adapter_dir) / TEMPLATE).is_file():  # the template that the model was trained with
-            shutil.copyfile(template, aside / TEMPLATE)
+        _copy_answering(Path(adapter_dir), source, aside)
         sync(aside)
         os.replace(aside, output)  # over an empty folder too
         sync(output.parent)
@@ -264,6 +264,26 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
                 "vocabulary resized? Merge it with PEFT's merge_and_unload instead"
             )
     return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
+
+
+def _copy_answering(adapter: Path, source: Source, output: Path) -> None:
+    """Copy what the folder of an adapter says of answers: the chat template of the training, and the tokens that end an
+    answer, which are added to those of the base.
+    """
+    template = adapter / TEMPLATE
+    if template.is_file() and template.read_text(encoding="utf-8") not in _templates(source.path):
+        shutil.copyfile(template, output / TEMPLATE)
+    if ends := read_ends(adapter):
+        write_json(output / GENERATION, with_ends(source.path, ends))
+
+
+def _templates(folder: Path) -> list[str]:
+    """The chat templates of a checkpoint; a tokenizer may have several."""
+    found = [file.read_text(encoding="utf-8") for file in (folder / TEMPLATE,) if file.is_file()]
+    if (file := folder / "tokenizer_config.json").is_file() and not found:
+        given = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+        found = [entry["template"] for entry in given] if isinstance(given, list) else [given]
+    return found
 
 
 def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:

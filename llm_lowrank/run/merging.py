@@ -5,22 +5,33 @@ from __future__ import annotations
 from torch import nn
 
 from llm_lowrank.data import Batches
-from llm_lowrank.files import write_text
+from llm_lowrank.files import write_json
 from llm_lowrank.models.architectures import tied_modules
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.export import SavedAdapter, save_adapter
-from llm_lowrank.models.foreign import TEMPLATE, Lora
+from llm_lowrank.models.foreign import Lora
 from llm_lowrank.models.merging import Merged, Merging, gaps, merge
 from llm_lowrank.models.source import Source
+from llm_lowrank.models.stopping import GENERATION, with_ends
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe
 
 
 def export_adapter(run: Run) -> SavedAdapter | None:
-    """Write output_dir/adapter on rank 0 and return a report there; return None elsewhere. Collective."""
+    """Write output_dir/adapter on rank 0 and return a report there; return None elsewhere. Collective.
+
+    Beside the adapter are the tokenizer with the run's chat template, and the generation config with the tokens that
+    end the trained answers.
+    """
     recipe, folder = run.recipe, run.recipe.output / "adapter"
-    saved = save_adapter(
+    with run.engine.together():
+        if run.engine.main:
+            run.tokenizer.save_pretrained(folder)
+            eos = run.tokenizer.eos_token_id
+            ends = [*run.corpus.ends, *([] if eos is None else [eos])]
+            write_json(folder / GENERATION, with_ends(run.source.path, ends))
+    return save_adapter(
         run.engine,
         run.adapters,
         method=recipe.method,
@@ -29,9 +40,6 @@ def export_adapter(run: Run) -> SavedAdapter | None:
         revision=run.source.revision,
         outer_name=run.source.outer_name,
     )
-    if recipe.data.chat_template and run.engine.main:
-        write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))
-    return saved
 
 
 def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:

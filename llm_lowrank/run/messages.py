@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
-from llm_lowrank.data import Stream, StreamBatches, describe_unused
+from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unused
 from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
+from llm_lowrank.models.stopping import stops_of
 from llm_lowrank.run.build import attention
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
@@ -29,6 +30,7 @@ def opening(run: Run) -> str:
         f"{run.total_steps} steps of {run.batches.global_batch} {describe_batch(run)} ({len(run.corpus.held_out)} held "
         "out)",
         f"prompts: {', '.join(run.corpus.styles)}; padding: {padding}, masked and never trained",
+        describe_ends(run.tokenizer, run.corpus.ends, stops_of(run.model, run.tokenizer)),
         coverage(run.model).describe(recipe.codec),
         "attention: " + ", ".join(attention(recipe, run.model)),
         f"learning rate: {run.schedule}",

@@ -20,6 +20,7 @@ from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.source import InModel, Source
+from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, deepspeed_config, read_data, schedule_of
 from llm_lowrank.run.checks import check_same_run
@@ -120,6 +121,7 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    stop_at(model, corpus.ends)
     if engine.main:
         check_writable(recipe.output)
     return Run(
