@@ -115,7 +115,7 @@ def test_a_checkpoint_that_leads_out_of_its_folder_is_refused(written, tmp_path)
 @pytest.mark.parametrize(
     "dataset, message",
     [
-        ("{place}/data.zip", "is not a .jsonl, .json, .parquet file"),
+        ("{place}/data.zip", "is not a .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow file"),
         ("../up/data", "no such file"),
         ("owner/../../data", "no such file"),
     ],

@@ -577,6 +577,20 @@ def test_a_card_that_lists_what_is_not_there_or_asks_for_more(tmp_path):
         loaded(tmp_path)
 
 
+@pytest.mark.parametrize("path", ["../a.jsonl", "x/../../a.jsonl", "/etc/hostname", "*"])
+def test_a_folder_does_not_lead_elsewhere(tmp_path, path):
+    write_jsonl(tmp_path / "a.jsonl", [row("outside")])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: '{path}'\n---\n")
+    with pytest.raises(ValueError, match=r"which is absent|holds no .jsonl"):
+        loaded(folder)
+    (folder / "README.md").unlink()
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": path}]}))
+    with pytest.raises(ValueError, match=r"folder cannot be read: .* is absent"):
+        loaded(folder)
+
+
 def test_a_download_that_was_cut_off_is_not_half_a_dataset(tmp_path, monkeypatch):
     hub_cache(
         monkeypatch, tmp_path, "some/body", {f"data/train-0000{k}-of-00003.jsonl": jsonl([row("x")]) for k in (0, 2)}
