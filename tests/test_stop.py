@@ -347,6 +347,29 @@ def test_a_part_of_an_answer_that_is_an_added_token_is_no_end():
         answer_ends(tokenizer, [65, call], [False, True], 1)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["class named", "class not named"])
+def test_the_adapter_has_the_tokenizer_as_the_base_has_it(tmp_path, named):
+    family = FAMILIES["ChatML with marks"]
+    model = save_model(tmp_path / "model", tokenizer_of(family))
+    file = model / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps({key: value for key, value in config.items() if named or key != "tokenizer_class"}))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text(CHATML)
+    train(parse(settings(model, tmp_path, max_steps=1)))
+    adapter = tmp_path / "out" / "adapter"
+    for folder in (adapter, tmp_path / "out" / "merged"):
+        found = AutoTokenizer.from_pretrained(folder)
+        assert found.chat_template == {"default": MARKED, "tool_use": CHATML}
+        assert (
+            found("<|im_start|>q<|im_end|>")["input_ids"]
+            == tokenizer_of(family)("<|im_start|>q<|im_end|>")["input_ids"]
+        )
+    if named:
+        for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE):
+            assert (adapter / name).read_bytes() == (model / name).read_bytes()
+
+
 # --- merging the folder of an adapter ---------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import stream_safetensors, sync, write_json
@@ -32,6 +33,12 @@ from llm_lowrank.models.stopping import GENERATION, read_ends, with_ends
 
 # The share of a module's update that rounding may take. With more of it gone the merged model is not the trained one.
 LOST = 0.5
+# Files of a tokenizer beside those that its class names; the folder is that of templates besides the default one.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
+NAMED_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -286,8 +293,31 @@ def _templates(folder: Path) -> list[str]:
     return found
 
 
+def copy_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Copy the files of a checkpoint's tokenizer to a folder without a config.json, so that it loads from there.
+
+    Copies suit every version of transformers that the checkpoint suits. If the files leave the tokenizer's class to
+    config.json, the tokenizer is saved instead.
+    """
+    file = source.path / "tokenizer_config.json"
+    if not file.is_file() or "tokenizer_class" not in json.loads(file.read_text(encoding="utf-8")):
+        tokenizer.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.path.iterdir()):
+        if path.name in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()} or path.suffix == ".model":
+            shutil.copyfile(path, folder / path.name)
+    _copy_named_templates(source, folder)
+
+
+def _copy_named_templates(source: Source, folder: Path) -> None:
+    if (named := source.path / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(named, folder / NAMED_TEMPLATES, dirs_exist_ok=True)
+
+
 def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
-    """Copy config.json, tokenizer, chat template, generation config: every small file except the index."""
+    """Copy config.json, tokenizer, chat templates, generation config: every small file except the index."""
+    _copy_named_templates(source, output)
     for file in sorted(source.path.iterdir()):
         if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)

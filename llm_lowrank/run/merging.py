@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from llm_lowrank.data import Batches
-from llm_lowrank.files import write_json
+from llm_lowrank.files import write_json, write_text
 from llm_lowrank.models.architectures import tied_modules
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.export import SavedAdapter, save_adapter
-from llm_lowrank.models.foreign import Lora
-from llm_lowrank.models.merging import Merged, Merging, gaps, merge
+from llm_lowrank.models.foreign import TEMPLATE, Lora
+from llm_lowrank.models.merging import Merged, Merging, copy_tokenizer, gaps, merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import GENERATION, with_ends
 from llm_lowrank.run.metrics import Metrics
@@ -27,7 +27,9 @@ def export_adapter(run: Run) -> SavedAdapter | None:
     recipe, folder = run.recipe, run.recipe.output / "adapter"
     with run.engine.together():
         if run.engine.main:
-            run.tokenizer.save_pretrained(folder)
+            copy_tokenizer(run.source, run.tokenizer, folder)
+            if recipe.data.chat_template:
+                write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))
             eos = run.tokenizer.eos_token_id
             ends = [*run.corpus.ends, *([] if eos is None else [eos])]
             write_json(folder / GENERATION, with_ends(run.source.path, ends))
