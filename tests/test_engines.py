@@ -789,7 +789,7 @@ def test_sum_is_over_ranks_and_in_place_and_gather_keeps_the_order(world):
 
 
 def test_every_engine_of_the_table_is_a_choice_of_the_recipe_and_is_tested():
-    assert list(engines.ENGINES) == list(get_args(engines.EngineName)) == ["plain", "deepspeed", "fsdp"]
+    assert tuple(engines.ENGINES) == get_args(engines.EngineName)
     assert {kind for kind, _ in tiny.ENGINES.values()} == set(engines.ENGINES)
     assert {name for name, _ in ENGINES.values()} == set(tiny.ENGINES)
 
