@@ -111,8 +111,9 @@ class SRLoRA(PiSSA):
         for adapter in as_pair_adapters(adapters):
             # so many directions have been trained; at the same time the number of the next one
             adapter.memory["visited"] = torch.tensor(self.rank)
-            # 1 for the pairs that came at the last exchange, and how many it replaced: (all, those that the one before brought)
+            # 1 for the pairs that came at the last exchange
             adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.int64, device=engine.device)
+            # how many pairs the last exchange replaced: (all, those that had come at the exchange before it)
             adapter.memory["replaced"] = torch.zeros(2, dtype=torch.int64)
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
