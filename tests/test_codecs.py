@@ -306,7 +306,7 @@ def test_make():
     assert make("int8", torch.bfloat16) == Int8(torch.bfloat16)
     assert make("nf4", torch.float16) == Nf4(torch.float16)
     assert make("nf4", torch.float16, double_quant=True) == Nf4(torch.float16, True)
-    with pytest.raises(ValueError, match="int4 is unknown; use dense, .* or nf4"):
+    with pytest.raises(ValueError, match=r"int4 is unknown; use dense, .* or nf4"):
         make("int4", torch.float32)
     for name in ("dense", "int8"):
         with pytest.raises(ValueError, match="codec_double_quant: true is for codec: nf4"):

@@ -28,7 +28,7 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.models.export import merge, save_adapter
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
-from tests import ranks
+from tests import ranks, tiny
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 
 STEPS = 4
@@ -65,13 +65,13 @@ METHODS: dict[str, Method] = {
     if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
-ENGINES = [(engine, world) for engine in ("plain", "zero1", "zero2", "zero3", "fsdp") for world in (1, 2, 3)]
+ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 # little that their neighbours do not show: two stored types
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
-CODED = ("nf4", "int8")  # their arithmetic is float32
+QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 Cell = tuple[str, str, int, str]
 
 
@@ -277,9 +277,7 @@ def rounding(w: Tensor, updates: Sequence[Change]) -> Tensor:
 
 
 def quantum(dtype: str, residual: Tensor) -> Tensor:
-    """How far a coded entry can be from what was encoded: half the widest gap between two levels, times the scale of
-    its block.
-    """
+    """Half the widest gap between two levels, times the scale of the block: the largest error of a quantized entry."""
     if dtype == "int8":
         return residual.abs().amax(1, keepdim=True) / 254
     m, n = residual.shape
@@ -300,7 +298,7 @@ def mapped(snapshot: Snapshot) -> LlamaForCausalLM:
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
 
-@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in CODED])
+@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in QUANTIZED])
 def test_attaching_keeps_the_function_bitwise(lives, cell):
     life = lives(*cell)[0][0]
     assert torch.equal(life.started.logits, life.base)  # what is trained starts at zero: y + 0, or y * 1
@@ -310,7 +308,7 @@ def test_attaching_keeps_the_function_bitwise(lives, cell):
 def test_start_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
     life = lives(*cell)[0][0]
-    if dtype in CODED:
+    if dtype in QUANTIZED:
         with torch.no_grad():
             assert relative(life.started.logits, mapped(life.started)(input_ids=batch(99)).logits) <= FLOAT32
         if dtype == "int8":
@@ -443,7 +441,7 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
         assert relative(portable, w) > 1e-3, "training changed nothing"
 
     base = bases[dtype]
-    if dtype in CODED:  # over the base as it was stored, the answers are the trainer's
+    if dtype in QUANTIZED:  # over the base as it was stored, the answers are the trainer's
         base = tmp_path / "stored"
         model = llama("fp32")
         for name, w in life.final.weights.items():
@@ -479,7 +477,7 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
     elements = sum(p.numel() for p in llama().parameters())
     biggest_row = 43  # a rank of ZeRO-3 reads the rows that it shares with its neighbours too
     for life in lives(*cell)[0]:
-        assert dtype not in CODED or life.decoded_at_once == 1
+        assert dtype not in QUANTIZED or life.decoded_at_once == 1
         if engine in ("zero3", "fsdp"):
             tensors = len(life.parameters[0])
             # shares are rounded up to whole rows
@@ -492,4 +490,4 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
 def test_every_registered_method_is_under_the_laws():
     registered = {kind for kind in Method.get_known_choices().values() if kind.__module__.startswith("llm_lowrank.")}
     assert registered == {type(METHODS[cell[0]]) for cell in CELLS}
-    assert {engine for engine, _ in ENGINES} == {"plain", "zero1", "zero2", "zero3", "fsdp"}
+    assert {engine for _, engine, *_ in CELLS} == set(tiny.ENGINES) and {cell[3] for cell in CELLS} == set(CODECS)
