@@ -1,6 +1,6 @@
 """What the ranks of the tests are forked from: a process that has imported everything once (tests/conftest.py).
 
-Imports make 600,000 objects that stay, and DeepSpeed collects garbage whenever it builds an optimizer, which goes
+Imports make half a million objects that stay, and DeepSpeed collects garbage whenever it builds an optimizer, which goes
 through all of them: a third of the time of a short life under ZeRO-3. Frozen, they are left out.
 """
 
