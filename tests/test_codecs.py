@@ -18,6 +18,8 @@ from llm_lowrank.codecs import Codec, CodecName, Dense, Int8, Nf4, make
 from llm_lowrank.codecs.nf4 import _quantize, _quantize_by_kernel
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANTIZED = [codec for dtype in DTYPES for codec in (Nf4(dtype), Nf4(dtype, double_quant=True), Int8(dtype))]
 OTHERS = [kind(dtype) for dtype in DTYPES for kind in TABLE.values() if kind not in (Dense, Nf4, Int8)]

@@ -10,6 +10,8 @@ from llm_lowrank.numerics.spectrum import OVERSAMPLE, Matrix, Triplets, cached_t
 from tests import ranks
 from tests.tiny import DTYPES, Trainee
 
+pytestmark = pytest.mark.quick
+
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -372,7 +372,7 @@ def test_no_direction_is_used_twice_and_fresh_ones_are_orthogonal_to_the_earlier
     (told, *_), svd = stories(*story), spectrum(*story)
     for name in told.original:
         u, sigma, v = svd[name]
-        # rounding turns a singular vector by about eps s_1 / gap, whichever LAPACK this CPU runs; 20 as in test_spectrum
+        # rounding turns a singular vector by about eps s_1 / gap, under any LAPACK; 20 as in test_spectrum
         count = METHOD.target_rank
         turn = 20 * torch.finfo(torch.float32).eps * float(sigma[0] / (sigma[:count] - sigma[1 : count + 1]).min())
         used = directions(told.start, name, range(4), u)
