@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# One thread a rank, before torch is imported, here and in every process that a test starts: the launchers give each
+# rank one thread or all of them, and bitwise comparisons need sums in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
