@@ -224,8 +224,8 @@ def _sharded(engine: str, count: int) -> list[tuple[float, int, list[tuple[str, 
 
     Asked again after a step of training.
     """
-    # A large eps makes Adam's step proportional to the gradient: with a small one an entry whose gradient nearly cancels
-    # takes its sign, and so a whole step, from the rounding of this CPU's sums.
+    # A large eps makes Adam's step proportional to the gradient: with a small one an entry whose gradient nearly
+    # cancels takes its sign, and so a whole step, from the rounding of this CPU's sums.
     trainee = tiny.Trainee(LoRA(rank=4), engine, vocab_size=len(WORDS), optimization={"eps": 1e3})
     asked = [Question([k % 26, 3 * k % 26][: 1 + k % 2], str(k), _is_even, "x") for k in range(count)]
     rank, world = trainee.engine.rank, trainee.engine.world

@@ -393,9 +393,9 @@ def test_sharded_steps_equal_one_process(lives, cell):
         wanted = reference.final.maps[name]
         apart += float((life.final.maps[name] - wanted).norm() ** 2)
         moved += float((wanted - reference.started.maps[name]).norm() ** 2)
-    # The same pairs were chosen: any other choice is off by 100 %. An entry whose gradient nearly cancels takes the sign
-    # of its step from rounding here too, so how near the values come depends on the CPU's sums: 1.3e-5 was measured on
-    # an Intel Xeon, 5.9e-5 on an AMD EPYC.
+    # The same pairs were chosen: any other choice is off by 100 %. An entry whose gradient nearly cancels takes the
+    # sign of its step from rounding here too, so how near the values come depends on the CPU's sums: 1.3e-5 was
+    # measured on an Intel Xeon, 5.9e-5 on an AMD EPYC.
     if not rounded_anew:
         for name, wanted in reference.final.values.items():
             assert relative(life.final.values[name], wanted) <= 2e-4, name
