@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+# One thread a rank, before torch is imported, here and in every process that a test starts: the launchers give each
+# rank one thread or all of them, and bitwise comparisons need sums in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import pytest
 
 from benchmarks import soak
 
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("tests")
 soak.FORK.set_forkserver_preload(["tests.preloaded"])
+
+# These have few tests and take minutes, some of them by waiting: two workers (-n 2 --dist loadfile) begin with them, so
+# that neither waits for the other one's last file.
+FIRST = ("test_laws.py", "test_slurm.py", "test_hosts.py", "test_faults.py", "test_launch.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # as they are collected, not those with the most tests first
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What the ranks of the tests are forked from: a process that has imported everything once (tests/conftest.py).
 
-Imports make 600,000 objects that stay, and DeepSpeed collects garbage whenever it builds an optimizer, which goes
-through all of them: a third of the time of a short life under ZeRO-3. Frozen, they are left out.
+Imports make half a million objects that stay. DeepSpeed collects garbage whenever it builds an optimizer, and a
+collection goes through all of them, which was a quarter of a short life under ZeRO-3. Frozen objects are left out.
 """
 
 import gc

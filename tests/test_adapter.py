@@ -12,6 +12,8 @@ from torch import nn
 from llm_lowrank.adapters.adapter import PairAdapter, PairSettings, fill_
 from llm_lowrank.codecs import Dense
 
+pytestmark = pytest.mark.quick
+
 M, N, R, K = 7, 10, 3, 2
 
 

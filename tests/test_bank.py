@@ -30,7 +30,7 @@ MODULES = [
 STEPS = 8
 
 
-def one_switch(into: str) -> dict:
+def one_exchange(into: str) -> dict:
     """A few steps on real data and one exchange: the layers' maps at the start, before and after it, and its report."""
     source = Source.open(DEMO)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
@@ -71,12 +71,12 @@ def one_switch(into: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def exchange_schedule() -> dict[str, dict]:
-    return {into: ranks.run(1, one_switch, into, timeout=240)[0] for into in ("weight", "bank")}
+def exchanges() -> dict[str, dict]:
+    return {into: ranks.run(1, one_exchange, into, timeout=240)[0] for into in ("weight", "bank")}
 
 
-def test_a_bf16_weight_rounds_away_part_of_what_was_learned(switches):
-    event, lost = switches["weight"]["event"], switches["weight"]["lost"]
+def test_a_bf16_weight_rounds_away_part_of_what_was_learned(exchanges):
+    event, lost = exchanges["weight"]["event"], exchanges["weight"]["lost"]
     print(
         f"bf16, into weight: lost of what was learned {[f'{x:.0%}' for x in lost]}, of the update of W {event.lost:.1%}"
     )
@@ -84,8 +84,8 @@ def test_a_bf16_weight_rounds_away_part_of_what_was_learned(switches):
     assert min(lost) > 0.01
 
 
-def test_the_bank_loses_nothing(switches):
-    event, lost = switches["bank"]["event"], switches["bank"]["lost"]
+def test_the_bank_loses_nothing(exchanges):
+    event, lost = exchanges["bank"]["event"], exchanges["bank"]["lost"]
     assert event.into == "bank" and event.lost == 0
-    assert switches["bank"]["weight unchanged"]
+    assert exchanges["bank"]["weight unchanged"]
     assert max(lost) < 1e-12  # float64 sums of the same numbers in another order

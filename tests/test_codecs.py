@@ -18,9 +18,12 @@ from llm_lowrank.codecs import Codec, CodecName, Dense, Int8, Nf4, make
 from llm_lowrank.codecs.nf4 import _quantize, _quantize_by_kernel
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANTIZED = [codec for dtype in DTYPES for codec in (Nf4(dtype), Nf4(dtype, double_quant=True), Int8(dtype))]
-CODECS = QUANTIZED + [Dense(dtype) for dtype in [*DTYPES, torch.float64]]
+OTHERS = [kind(dtype) for dtype in DTYPES for kind in TABLE.values() if kind not in (Dense, Nf4, Int8)]
+CODECS = QUANTIZED + OTHERS + [Dense(dtype) for dtype in [*DTYPES, torch.float64]]
 SHAPES = [(43, 42), (14, 42), (42, 43), (7, 130), (1, 64), (1, 1), (3, 128), (576, 1536)]
 LEVELS = bnb.get_4bit_type("nf4", device="cpu")
 HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max().item() / 2  # 0.3038 / 2, between the two lowest levels
@@ -305,7 +308,7 @@ def test_make():
     assert make("int8", torch.bfloat16) == Int8(torch.bfloat16)
     assert make("nf4", torch.float16) == Nf4(torch.float16)
     assert make("nf4", torch.float16, double_quant=True) == Nf4(torch.float16, True)
-    with pytest.raises(ValueError, match="int4 is unknown; use dense, int8 or nf4"):
+    with pytest.raises(ValueError, match=r"int4 is unknown; use dense, .* or nf4"):
         make("int4", torch.float32)
     for name in ("dense", "int8"):
         with pytest.raises(ValueError, match="codec_double_quant: true is for codec: nf4"):
@@ -313,15 +316,15 @@ def test_make():
 
 
 def test_every_codec_of_the_table_is_a_choice_of_the_recipe_and_runs_under_the_laws():
-    assert list(TABLE) == ["dense", "nf4", "int8"] == list(get_args(CodecName))
-    assert set(TABLE.values()) == {type(codec) for codec in CODECS}
+    assert tuple(TABLE) == get_args(CodecName)
     assert {codec.name for codec in tiny.CODECS.values()} == set(TABLE)
 
 
 def test_a_codec_names_the_packages_that_it_needs(monkeypatch):
-    assert [kind.missing() for kind in TABLE.values()] == [[], [], []]
+    kinds = (Dense, Nf4, Int8)
+    assert [kind.missing() for kind in kinds] == [[], [], []]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert {name: kind.missing() for name, kind in TABLE.items()} == {"dense": [], "nf4": ["bitsandbytes"], "int8": []}
+    assert [kind.missing() for kind in kinds] == [[], ["bitsandbytes"], []]
 
 
 def test_bitsandbytes_is_needed_for_nf4_only():

@@ -154,7 +154,8 @@ def test_pad_token_is_never_the_reason_to_mask():
     assert tokenizer.pad_token_id is None and pad_id(tokenizer, 10**6) == tokenizer.eos_token_id
     ids, trained = encode_pair(tokenizer, "a", "b")
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
-    batch = Batches([Example(ids, labels), Example(ids[:4], [IGNORE] * 4)], 2, pad_id=pad_id(tokenizer, 10**6)).step(0)[0]
+    examples = [Example(ids, labels), Example(ids[:4], [IGNORE] * 4)]
+    batch = Batches(examples, 2, pad_id=pad_id(tokenizer, 10**6)).step(0)[0]
     row = batch.samples.index(0)
     assert tokenizer.eos_token_id in batch.labels[row].tolist()
     assert batch.attention_mask.sum(1).tolist() == [len(ids) if sample == 0 else 4 for sample in batch.samples]
@@ -252,7 +253,9 @@ def test_a_hub_name_is_read_from_the_hub_s_cache_where_there_is_no_network(tmp_p
     hub_cache(monkeypatch, tmp_path, "someone/pairs", {"train.jsonl": jsonl(pairs(9)), "test.jsonl": jsonl(pairs(3))})
     assert len(load_corpus(Data("someone/pairs", split="train[:4]", held_out=1), byte_tokenizer(), 0).train) == 3
     assert len(load_corpus(Data("someone/pairs", split="test", held_out=0), byte_tokenizer(), 0).train) == 3
-    with pytest.raises(ValueError, match=r"someone/other is no file or folder here, the hub cannot be reached .*HF_HOME"):
+    with pytest.raises(
+        ValueError, match=r"someone/other is no file or folder here, the hub cannot be reached .*HF_HOME"
+    ):
         load_corpus(Data("someone/other", held_out=0), byte_tokenizer(), 0)
 
 

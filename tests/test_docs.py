@@ -11,6 +11,8 @@ import yaml
 from llm_lowrank.run.command_line import settings
 from llm_lowrank.run.recipe import Recipe, parse
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FIXED = 8  # characters of a string that are the same in every run; with fewer it fits anything

@@ -144,11 +144,11 @@ def test_every_row_has_a_formula_under_every_engine(recipe):
     table = dry_run.describe(recipe, world=2).partition("memory per rank")[2].splitlines()
     rows = [line[:36].strip() for line in table[1:11]]
     start = table.index(next(line for line in table if line.startswith("formulas")))
-    assert table[start].split()[1:] == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]
+    assert table[start].split()[1:6] == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]
     assert [line[:36].strip() for line in table[start + 1 : start + 11]] == rows
     frozen, gradients = table[start + 1], table[start + 5]
-    assert frozen.split()[2:] == ["W", "W", "W", "W", "/", "N", "W", "/", "N"]
-    assert gradients.split()[1:] == ["2", "T", "T", *"T/NT/NT/N"]
+    assert frozen.split()[2:11] == ["W", "W", "W", "W", "/", "N", "W", "/", "N"]
+    assert gradients.split()[1:13] == ["2", "T", "T", *"T/NT/NT/N"]
 
 
 def test_the_recipes_engine_is_starred(recipe):
@@ -157,7 +157,8 @@ def test_the_recipes_engine_is_starred(recipe):
             dry_run.describe(replace(recipe, **changes), world=1)
             .split("memory per rank")[1]
             .splitlines()[0]
-            .split()[-5:]
+            .partition("rank(s)")[2]
+            .split()[:5]
         )
 
     assert heads() == ["plain", "ZeRO-1", "ZeRO-2", "*ZeRO-3", "FSDP2"]

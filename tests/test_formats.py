@@ -18,6 +18,8 @@ from llm_lowrank.data import FORMATS, IGNORE, PRESETS, Data, load_corpus
 from llm_lowrank.data.encoding import FRAMES
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, hub_cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 
+pytestmark = pytest.mark.quick
+
 HELLO = "שלום 👩‍👩‍👧 “quoted”\r\n\ttab"
 
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_lowrank.numerics.functional import Product, adapter_linear, frozen_linear
 
+pytestmark = pytest.mark.quick
+
 M, N, R, K, SCALE = 12, 10, 3, 4, 0.7  # out, in, pairs, bank pairs, s
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from llm_lowrank.numerics.importance import pair_sums, update_
 
+pytestmark = pytest.mark.quick
+
 
 def naive(steps: list[tuple[np.ndarray, np.ndarray]], beta1: float, beta2: float) -> tuple[np.ndarray, np.ndarray]:
     """Entry by entry: I = |w g|, mean <- b1 mean + (1 - b1) I, spread <- b2 spread + (1 - b2) |I - mean| with the new

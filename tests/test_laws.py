@@ -29,7 +29,7 @@ from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.pairs import Change, Pairs
-from tests import ranks
+from tests import ranks, tiny
 from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 
 STEPS = 4
@@ -66,13 +66,13 @@ METHODS: dict[str, Method] = {
     if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
-ENGINES = [(engine, world) for engine in ("plain", "zero1", "zero2", "zero3", "fsdp") for world in (1, 2, 3)]
+ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 # little that their neighbours do not show: two stored types
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
-CODED = ("nf4", "int8")  # their arithmetic is float32
+QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 Cell = tuple[str, str, int, str]
 
 
@@ -278,9 +278,7 @@ def rounding(w: Tensor, updates: Sequence[Change]) -> Tensor:
 
 
 def quantum(dtype: str, residual: Tensor) -> Tensor:
-    """How far a coded entry can be from what was encoded: half the widest gap between two levels, times the scale of
-    its block.
-    """
+    """Half the widest gap between two levels, times the scale of the block: the largest error of a quantized entry."""
     if dtype == "int8":
         return residual.abs().amax(1, keepdim=True) / 254
     m, n = residual.shape
@@ -301,7 +299,7 @@ def mapped(snapshot: Snapshot) -> LlamaForCausalLM:
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
 
-@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in CODED])
+@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in QUANTIZED])
 def test_attaching_keeps_the_function_bitwise(lives, cell):
     life = lives(*cell)[0][0]
     assert torch.equal(life.started.logits, life.base)  # what is trained starts at zero: y + 0, or y * 1
@@ -311,7 +309,7 @@ def test_attaching_keeps_the_function_bitwise(lives, cell):
 def test_start_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
     life = lives(*cell)[0][0]
-    if dtype in CODED:
+    if dtype in QUANTIZED:
         with torch.no_grad():
             assert relative(life.started.logits, mapped(life.started)(input_ids=batch(99)).logits) <= FLOAT32
         if dtype == "int8":
@@ -396,9 +394,12 @@ def test_sharded_steps_equal_one_process(lives, cell):
         wanted = reference.final.maps[name]
         apart += float((life.final.maps[name] - wanted).norm() ** 2)
         moved += float((wanted - reference.started.maps[name]).norm() ** 2)
-    if not rounded_anew:  # the same pairs were chosen: any other choice is off by 100 %
+    # The same pairs were chosen: any other choice is off by 100 %. An entry whose gradient nearly cancels takes the
+    # sign of its step from rounding here too, so how near the values come depends on the CPU's sums: 1.3e-5 was
+    # measured on an Intel Xeon, 5.9e-5 on an AMD EPYC.
+    if not rounded_anew:
         for name, wanted in reference.final.values.items():
-            assert relative(life.final.values[name], wanted) <= 2e-5, name
+            assert relative(life.final.values[name], wanted) <= 2e-4, name
     # Measured 1.3e-5 (one such entry in float32) and 5.5e-2.
     assert apart**0.5 <= (0.15 if rounded_anew else 1e-4) * moved**0.5
 
@@ -444,7 +445,7 @@ def test_export_loads_in_peft_and_transformers(lives, bases, tmp_path, cell):
         assert relative(portable, w) > 1e-3, "training changed nothing"
 
     base = bases[dtype]
-    if dtype in CODED:  # over the base as it was stored, the answers are the trainer's
+    if dtype in QUANTIZED:  # over the base as it was stored, the answers are the trainer's
         base = tmp_path / "stored"
         model = llama("fp32")
         for name, w in life.final.weights.items():
@@ -480,7 +481,7 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
     elements = sum(p.numel() for p in llama().parameters())
     biggest_row = 43  # a rank of ZeRO-3 reads the rows that it shares with its neighbours too
     for life in lives(*cell)[0]:
-        assert dtype not in CODED or life.decoded_at_once == 1
+        assert dtype not in QUANTIZED or life.decoded_at_once == 1
         if engine in ("zero3", "fsdp"):
             tensors = len(life.parameters[0])
             # shares are rounded up to whole rows
@@ -493,4 +494,4 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
 def test_every_registered_method_is_under_the_laws():
     registered = {kind for kind in Method.get_known_choices().values() if kind.__module__.startswith("llm_lowrank.")}
     assert registered == {type(METHODS[cell[0]]) for cell in CELLS}
-    assert {engine for engine, _ in ENGINES} == {"plain", "zero1", "zero2", "zero3", "fsdp"}
+    assert {engine for _, engine, *_ in CELLS} == set(tiny.ENGINES) and {cell[3] for cell in CELLS} == set(CODECS)

@@ -22,6 +22,8 @@ from llm_lowrank.run.meter import Meter, log_step
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.recipe import Recipe
 
+pytestmark = pytest.mark.quick
+
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -25,6 +25,8 @@ from llm_lowrank.run.held_out import batch_loss
 from llm_lowrank.run.meter import Meter
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from llm_lowrank.numerics.pairs import Pairs
 
+pytestmark = pytest.mark.quick
+
 EPS = torch.finfo(torch.float64).eps
 
 

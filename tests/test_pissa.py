@@ -44,7 +44,7 @@ every_engine = pytest.mark.parametrize("engine, world", ENGINES)
 
 
 def start(method: PiSSA, engine: str, dtype: str = "fp32") -> dict:
-    t = Trainee(method, engine, dtype, zero=ZERO.get(engine))
+    t = Trainee(method, engine.partition("-")[0], dtype, zero=ZERO.get(engine))
     return {
         "loaded": t.loaded,
         "original": {a.name: t.original[f"{a.name}.weight"] for a in t.adapters},

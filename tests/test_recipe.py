@@ -21,6 +21,8 @@ from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import HEADINGS, IDENTITY, Recipe, parse, save
 from llm_lowrank.run.synonyms import SYNONYMS
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from llm_lowrank.methods.srlora import SRLoRA, exchange_schedule
 from llm_lowrank.numerics.schedule import Schedule
 
+pytestmark = pytest.mark.quick
+
 SHAPES = ("cosine", "linear", "constant", "warmup_stable_decay")
 FALLING = ("cosine", "linear", "warmup_stable_decay")
 

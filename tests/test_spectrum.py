@@ -10,6 +10,8 @@ from llm_lowrank.numerics.spectrum import OVERSAMPLE, Matrix, Triplets, cached_t
 from tests import ranks
 from tests.tiny import DTYPES, Trainee
 
+pytestmark = pytest.mark.quick
+
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -54,7 +56,8 @@ def assert_triplets(found: Triplets, w: Tensor, k: int, vectors: float) -> None:
         torch.testing.assert_close(
             side.double().T @ side.double(), torch.eye(k, dtype=torch.float64), rtol=0, atol=20 * EPS
         )
-        overlap = (side.double() * exact[:, :k]).sum(0).abs()
+        # the cosine: the length of a float32 column is off by a few eps, as allowed above
+        overlap = (side.double() * exact[:, :k]).sum(0).abs() / side.double().norm(dim=0)
         assert float((1 - overlap).max()) <= vectors
     # both signs belong together: U^T W V = diag(S), not diag(+-S)
     torch.testing.assert_close(found.U.T @ w @ found.V, torch.diag(found.S), rtol=0, atol=30 * EPS * float(s[0]))

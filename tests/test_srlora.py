@@ -372,6 +372,9 @@ def test_no_direction_is_used_twice_and_fresh_ones_are_orthogonal_to_the_earlier
     (told, *_), svd = stories(*story), spectrum(*story)
     for name in told.original:
         u, sigma, v = svd[name]
+        # rounding turns a singular vector by about eps s_1 / gap, under any LAPACK; 20 as in test_spectrum
+        count = METHOD.target_rank
+        turn = 20 * torch.finfo(torch.float32).eps * float(sigma[0] / (sigma[:count] - sigma[1 : count + 1]).min())
         used = directions(told.start, name, range(4), u)
         assert used == [0, 1, 2, 3]
         for number, (before, after) in enumerate(told.switches):
@@ -383,7 +386,7 @@ def test_no_direction_is_used_twice_and_fresh_ones_are_orthogonal_to_the_earlier
             b, a = after.values[f"{name}.B"].double()[:, index], after.values[f"{name}.A"].double()[index]
             size = (sigma[fresh] / METHOD.scale).sqrt()
             assert torch.allclose(b.norm(dim=0), size, rtol=1e-5) and torch.allclose(a.norm(dim=1), size, rtol=1e-5)
-            assert (b.T @ u[:, :p]).abs().max() <= 1e-5 * size.max() and (a @ v[:, :p]).abs().max() <= 1e-5 * size.max()
+            assert (b.T @ u[:, :p]).abs().max() <= turn * size.max() and (a @ v[:, :p]).abs().max() <= turn * size.max()
             assert torch.allclose(
                 (b * a.T.new_tensor(METHOD.scale)) @ a, (u[:, fresh] * sigma[fresh]) @ v[:, fresh].T, atol=1e-5
             )

@@ -17,20 +17,24 @@ def test_the_page_is_current():
 
 
 def test_a_weight_cannot_be_written_where_it_is_quantized_and_everything_else_works():
-    refused = [(where, rows) for (_, where), rows in support.exceptions().items()]
+    refused = [(where.split("; "), rows) for (_, where), rows in support.exceptions().items()]
+    stored = list(support.variants("codec", CODECS, support.CODEC_VARIANTS))
+    dense = [name for name in stored if name.startswith("dense")]
     assert refused == [
         (
-            "nf4; nf4 with double quantization; int8",
+            [name for name in stored if name not in dense],
             ["losia `into: weight`", "relora `into: weight`", "srlora `into: weight`"],
         ),
-        ("dense float32; dense bfloat16", ["`merge_base: dequantized`"]),
+        (dense, ["`merge_base: dequantized`"]),
     ]
 
 
 def test_every_engine_and_every_codec_is_tried():
     assert support.ENGINE_VARIANTS.keys() <= ENGINES.keys() and support.CODEC_VARIANTS.keys() <= CODECS.keys()
-    assert len(support.variants("engine", ENGINES, support.ENGINE_VARIANTS)) == 8
-    assert len(support.variants("codec", CODECS, support.CODEC_VARIANTS)) == 5
+    engines = support.variants("engine", ENGINES, support.ENGINE_VARIANTS)
+    codecs = support.variants("codec", CODECS, support.CODEC_VARIANTS)
+    assert {settings["engine"] for settings in engines.values()} == set(ENGINES) and len(engines) >= 8
+    assert {settings["codec"] for settings in codecs.values()} == set(CODECS) and len(codecs) >= 5
 
 
 def test_every_refused_zero_option_is_listed():

@@ -9,6 +9,8 @@ from llm_lowrank.run.command_line import RecipeError, settings
 from llm_lowrank.run.recipe import Recipe, parse
 from llm_lowrank.run.synonyms import NOT_HERE, REFUSALS, SYNONYMS
 
+pytestmark = pytest.mark.quick
+
 PAGE = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text(encoding="utf-8")
 KEYS = settings(Recipe).keys() | {"config_path"}
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}

@@ -111,8 +111,9 @@ class SRLoRA(PiSSA):
         for adapter in as_pair_adapters(adapters):
             # so many directions have been trained; at the same time the number of the next one
             adapter.memory["visited"] = torch.tensor(self.rank)
-            # which pairs came at the last exchange, and how many it replaced: (all, those that the one before brought)
-            adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.bool, device=engine.device)
+            # 1 for the pairs that came at the last exchange
+            adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.int64, device=engine.device)
+            # how many pairs the last exchange replaced: (all, those that had come at the exchange before it)
             adapter.memory["replaced"] = torch.zeros(2, dtype=torch.int64)
             for name, p in (("A", adapter.A), ("B", adapter.B)):
                 for statistic in ("mean", "spread"):
@@ -147,7 +148,7 @@ class SRLoRA(PiSSA):
             fresh = adapter.memory["fresh"]
             adapter.memory["replaced"].copy_(torch.tensor([count, int(fresh[index].sum())]))
             fresh.zero_()
-            fresh[index] = True
+            fresh[index] = 1
             # scores start anew
             for key in ("mean_A", "mean_B", "spread_A", "spread_B"):
                 adapter.memory[key].zero_()

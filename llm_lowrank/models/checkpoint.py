@@ -291,7 +291,10 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no checkpoint: {STATE}: {error}") from None
         if form != FORMAT:
-            raise ValueError(f"{path} has format {form}, this version reads {FORMAT}")
+            raise ValueError(
+                f"{path} has format {form}, this version reads {FORMAT}: resume with the version of llm-lowrank that "
+                "wrote it, or start again in another output_dir"
+            )
         files: dict[str, Path] = {}
         for name, expected in sums.items():
             file = path / name

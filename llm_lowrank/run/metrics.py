@@ -38,8 +38,9 @@ class TensorBoard:
 
 
 def tracker(report_to: str, folder: Path, resume_step: int | None, settings: dict[str, Any]) -> Tracker | None:
-    """What report_to names. wandb and trackio have the same functions; where and whether they upload is set in their
-    own environment.
+    """Return the tracker that report_to names.
+
+    wandb and trackio have the same functions. Where they upload, and whether, is set in their own environment.
     """
     if report_to == "none":
         return None
@@ -51,7 +52,10 @@ def tracker(report_to: str, folder: Path, resume_step: int | None, settings: dic
 
 
 class Metrics:
-    """Appends to output_dir/metrics.jsonl and, if asked, tells a tracker. On ranks other than 0 it does nothing."""
+    """Appends records to output_dir/metrics.jsonl and reports their numbers to a tracker.
+
+    Ranks other than 0 do nothing.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Metrics:
         self.tracker = tracker(report_to, folder, resume_step, settings or {})
 
     def write(self, kind: str, step: int, **values: float | str | None) -> None:
-        """One record: what it is about (train, eval, exchange, ...), completed steps, named values."""
+        """Write one record: its kind (train, eval, exchange, ...), the completed steps, and named values."""
         if self.file is not None:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}

@@ -22,7 +22,7 @@ from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.build import build_model, deepspeed_config, read_data, schedule_of
+from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of
 from llm_lowrank.run.checks import check_same_run
 from llm_lowrank.run.recipe import Recipe
 
@@ -73,8 +73,7 @@ class Run:
 
 def make_engine(recipe: Recipe) -> Engine:
     """Return the engine that the recipe names."""
-    settings = {"fsdp": recipe.fsdp, "deepspeed": deepspeed_config(recipe) if recipe.engine == "deepspeed" else None}
-    return engines.make(recipe.engine, settings.get(recipe.engine), recipe.ddp_timeout)
+    return engines.make(recipe.engine, engine_settings(recipe), recipe.ddp_timeout)
 
 
 def agree_on_date(recipe: Recipe, engine: Engine) -> str:

@@ -48,34 +48,35 @@ class Recipe:
     model_revision: str = ""
     """Branch, tag or commit of a model of the Hugging Face hub; by default the hub's own."""
     output_dir: str = "output/demo"
-    """Where adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/ are written. For --config_path a.yaml,b.yaml
+    """The folder for adapter/, merged/, recipe.yaml, metrics.jsonl and tensorboard/. With --config_path a.yaml,b.yaml
     the default is output/a-b."""
     overwrite_output_dir: bool = False
     """Write into an output_dir that holds files already."""
     save_merged: bool = True
     """Also write the merged model, output_dir/merged, as large as the base model."""
     merge_base: Literal["original", "dequantized"] = "original"
-    """What a run with a coded backbone merges into: the checkpoint's weights, or what it trained on, decoded; it prints
-    both gaps."""
+    """The weights that a run with codec nf4 or int8 merges into: the checkpoint's own, or the quantized ones that it
+    trained on, decoded. The run prints how far either merged model is from the trained one."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
 
     engine: EngineName = "deepspeed"
-    """deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process, or one per device with PyTorch's
-    DDP."""
+    """How the model is spread over ranks. deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process,
+    or one per device with PyTorch's DDP."""
     deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed configuration, looked up here, then beside the package; its "auto" values come from this recipe."""
+    """The DeepSpeed configuration, looked up in the working directory, then beside the package. Its "auto" values come
+    from this recipe."""
     codec: CodecName = "dense"
-    """How the frozen linear weights are stored. dense: in `dtype`; nf4, int8: in 4 or 8 bits, decoded to `dtype` at
+    """How the frozen linear weights are stored. dense: in `dtype`. nf4, int8: in 4 or 8 bits, decoded to `dtype` at
     each use."""
     codec_double_quant: bool = False
     """Store the scales of nf4 in 8 bits too: 4.2 instead of 4.5 bits a weight."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen backbone and of the forward pass; the adapters are trained in float32 in any case."""
+    """The type of the frozen weights and of the forward pass. Adapters are trained in float32 in any case."""
     gradient_checkpointing: bool = False
     """Keep one activation per decoder layer and compute the rest again in backward: less memory, slower steps."""
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """Attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 where flash-attn is installed, otherwise
+    """The attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 if flash-attn is installed, otherwise
     sdpa, and eager for models that have neither."""
     allow_partial: bool = False
     """Train a model that keeps more than half of its layer weights where adapters or the codec do not reach them, such
@@ -86,32 +87,32 @@ class Recipe:
     per_device_eval_batch_size: int = 16
     """Samples per forward pass and rank in evaluation."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step. Global batch = this x per_device_train_batch_size x number of ranks."""
+    """Forward passes per optimizer step. The global batch is this x per_device_train_batch_size x number of ranks."""
     num_train_epochs: float = 1.0
     """Passes over the training data."""
     max_steps: int = -1
-    """Optimizer steps; -1: as many as num_train_epochs take."""
+    """Optimizer steps. -1: as many as num_train_epochs take."""
     seed: int = 42
-    """Of the split, the order of the samples, dropout and the adapters' start."""
+    """The seed of the split, of the order of the samples, of dropout and of the adapters' start."""
 
     optim: OptimizerName = "adamw"
     """The optimizer. lion (arXiv 2302.06675) steps by the sign of a mean gradient, keeps one moment instead of two, and
     wants a rate about ten times smaller than adamw."""
     learning_rate: float = 5e-4
-    """The peak, after warm-up."""
+    """The peak learning rate, which is reached after the warm-up."""
     weight_decay: float = 0.0
-    """Decoupled, on the adapters."""
+    """Decoupled weight decay on the adapters."""
     adam_beta1: float = 0.9
-    """Decay of the mean of the gradient; of Lion, its share of the gradient in a step."""
+    """AdamW: decay of the mean of the gradient. Lion: weight of that mean in the direction of a step."""
     adam_beta2: float = 0.999
-    """Decay of the mean of its square; of Lion, of the mean of the gradient (its paper: 0.99)."""
+    """AdamW: decay of the mean of the squared gradient. Lion: decay of the mean of the gradient (0.99 in its paper)."""
     adam_epsilon: float = 1e-8
-    """Added to the denominator of AdamW."""
+    """The number that AdamW adds to the denominator."""
     max_grad_norm: float = 1.0
-    """Clip the gradient of all adapters together to this norm; 0: no clipping."""
+    """Clip the gradient of all adapters together to this norm. 0: no clipping."""
     lr_scheduler_type: Shape = "cosine"
-    """After warm-up. cosine, linear: from the peak down to the lowest rate. warmup_stable_decay: the peak, then down in
-    the last tenth of the run by a cosine. constant: the peak."""
+    """The learning rate after the warm-up. cosine, linear: from the peak down to the lowest rate. constant: the peak.
+    warmup_stable_decay: the peak, and in the last tenth of the run a cosine down to the lowest rate."""
     min_lr_rate: float = 0.0
     """The lowest rate as a share of the peak."""
     warmup_steps: int | None = None
@@ -122,41 +123,41 @@ class Recipe:
     logging_steps: int = 10
     """Report loss, learning rate and tokens/s every so many steps."""
     eval_steps: int = 0
-    """Loss on the held-out examples and answers to held-out questions every so many steps; 0: only before and after
-    training."""
+    """Measure the loss on the held-out examples and answer the held-out questions every so many steps. 0: only before
+    and after training."""
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Who hears the numbers; metrics.jsonl is written in any case."""
+    """The tracker that gets the numbers. metrics.jsonl is written in any case."""
 
     save_steps: int = 0
-    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end; 0: only at a
+    """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end. 0: only at a
     signal."""
     save_total_limit: int = 2
-    """Checkpoints to keep, the newest ones."""
+    """The number of checkpoints to keep; older ones are removed."""
     resume_from_checkpoint: str = "none"
-    """none; auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or a
-    checkpoint's folder."""
+    """none: start from the beginning. auto: resume from the newest whole checkpoint in output_dir, or start from the
+    beginning if there is none. A folder: resume from that checkpoint."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a gradient is not finite: stop: end the run. skip: leave this step's update out and count it; ten in a row
-    end the run."""
+    """What happens when a gradient is not finite. stop: the run ends. skip: the step makes no update and is counted;
+    ten such steps in a row end the run."""
     ddp_timeout: float = TIMEOUT
-    """Seconds in which ranks wait for one that does not come, before the run ends and names it."""
+    """Seconds that ranks wait for a rank that does not come, before the run ends and names that rank."""
 
     fsdp: Sharding = field(default_factory=Sharding)
     """How `engine: fsdp` spreads the model."""
     method: Method = field(default_factory=SRLoRA)
     """How the model is adapted. Settings are listed below for all types, then for each type."""
     data: Data = field(default_factory=_demo_data)
-    """What it is trained on."""
+    """The data that the model is trained on."""
 
     @property
     def output(self) -> Path:
-        """output_dir, where a shell has left a ~ in it as well."""
+        """output_dir as a path, with a leading ~ expanded."""
         return Path(self.output_dir).expanduser()
 
 
 def parse(argv: Sequence[str]) -> Recipe:
-    """The recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
+    """Return the recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
     if {"-h", "--help"} & set(argv):
         usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] "
         usage += "[--method.rank 32] ..."
@@ -166,7 +167,7 @@ def parse(argv: Sequence[str]) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `parse` reads back to an equal one."""
+    """Return the recipe as YAML that `parse` reads back to an equal one."""
     return yaml.safe_dump(
         draccus.encode(recipe), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
     )

@@ -16,7 +16,7 @@ from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.loss import loss_layer
 from llm_lowrank.models.packing import check_apart, flat
 from llm_lowrank.models.source import Source
-from llm_lowrank.run.build import optimization
+from llm_lowrank.run.build import codec, optimization
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
@@ -191,5 +191,5 @@ def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | Non
     run.say(f"after training:  {evaluation}")
     engine.at("the export")
     run.say(f"adapter: {export_adapter(run)}")
-    if recipe.codec != "dense":
+    if not codec(recipe).writable:
         run.say(merged_gaps(run, model, metrics))
