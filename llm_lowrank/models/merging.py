@@ -31,7 +31,7 @@ from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.models.stopping import GENERATION, read_ends, with_ends
 
-# The share of a module's update that rounding may take. With more of it gone the merged model is not the trained one.
+# The share of the whole update that rounding may take. With more of it gone the merged model is not the trained one.
 LOST = 0.5
 # Files of a tokenizer beside those that its class names; the folder is that of templates besides the default one.
 TOKENIZER_FILES = (
@@ -87,6 +87,7 @@ class Merging:
                 for name, (stored, shape) in self.layout.items()
             }
         self.lost: dict[str, float] = {}  # module -> |realized - wanted| / |wanted|
+        self.sizes: dict[str, float] = {}  # module -> |wanted|
         self.replaced: list[str] = []  # tensors of lora.bases that differ from the base's
 
     def tensor(self, name: str) -> Tensor:
@@ -105,8 +106,14 @@ class Merging:
         if name not in self.updated:
             return weight.to(target)
         module = self.updated[name]
-        merged, self.lost[module] = add_rounded(weight, self.lora.update(module), target)
+        merged, self.lost[module], self.sizes[module] = add_rounded(weight, self.lora.update(module), target)
         return merged
+
+    @property
+    def lost_of_all(self) -> float:
+        """|realized - wanted| / |wanted| over all modules that were merged so far."""
+        wanted = math.hypot(*self.sizes.values())
+        return math.hypot(*(self.lost[name] * size for name, size in self.sizes.items())) / wanted if wanted else 0.0
 
 
 def merge(
@@ -122,7 +129,7 @@ def merge(
     `dtype` converts every floating-point tensor; by default each keeps its dtype. With a `backbone` the adapter is
     merged into the quantized weights on which the run trained, instead of the checkpoint's weights. The folder is
     written under another name and renamed when it is complete. Call on one rank. Raise ValueError if the output exists,
-    if the adapter does not fit the base, or if rounding takes more than LOST of a module's update.
+    if the adapter does not fit the base, or if rounding takes more than LOST of the whole update.
     """
     output = Path(output)
     _check_output(output)
@@ -201,8 +208,8 @@ def _merged_forward(merging: Merging, name: str, layer: FrozenLinear, x: Tensor)
     return torch.nn.functional.linear(x, w, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the updated W, computed in float32 and rounded once, and the share of the update that rounding took.
+def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, float, float]:
+    """Return the updated W, computed in float32 and rounded once, with `lost` and |wanted|.
 
     lost = |realized - wanted| / |wanted|,  wanted = the update,  realized = round(W + wanted) - round(W)
     """
@@ -210,7 +217,7 @@ def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Ten
     merged = (weight.float() + wanted).to(dtype)
     realized = merged.float() - weight.to(dtype).float()
     size = float(wanted.norm())
-    return merged, float((realized - wanted).norm()) / size if size else 0.0
+    return merged, float((realized - wanted).norm()) / size if size else 0.0, size
 
 
 def _check_output(output: Path) -> None:
@@ -219,16 +226,16 @@ def _check_output(output: Path) -> None:
 
 
 def _check_lost(merging: Merging, output: Path) -> None:
-    """Raise ValueError if rounding took more than LOST of the update of a module."""
-    bad = [module for module, lost in merging.lost.items() if not lost <= LOST]
-    if bad:
-        worst = max(bad, key=merging.lost.__getitem__)
-        dtype = str(merging.layout[merging.source.stored_name(f"{worst}.weight")][0]).removeprefix("torch.")
-        raise ValueError(
-            f"{output} was not written: rounding to {dtype} would take more than {LOST:.0%} of the update of "
-            f"{len(bad)} of {len(merging.lost)} modules, {merging.lost[worst]:.1%} of that of {worst}; use the adapter "
-            f"in {merging.lora.path} unmerged, or merge into float32: launch/merge.py --dtype float32"
-        )
+    """Raise ValueError if rounding took more than LOST of the whole update, or if it is not finite."""
+    if merging.lost_of_all <= LOST:
+        return
+    worst = max(merging.lost, key=merging.lost.__getitem__)
+    dtype = str(merging.layout[merging.source.stored_name(f"{worst}.weight")][0]).removeprefix("torch.")
+    raise ValueError(
+        f"{output} was not written: rounding to {dtype} would take {merging.lost_of_all:.1%} of the update, and "
+        f"{merging.lost[worst]:.1%} of that of {worst}; use the adapter in {merging.lora.path} unmerged, or merge into "
+        f"float32: launch/merge.py --dtype float32"
+    )
 
 
 def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
