@@ -158,8 +158,13 @@ class Engine(ABC):
         torch.cuda.set_device(device)
         return device
 
+    @property
+    def backends(self) -> str:
+        """The backends of the process group, by device: what is offloaded is reduced on the host."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+
     def _join(self, timeout: datetime.timedelta) -> None:
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(self.backends, timeout=timeout)
 
     # ---- what each engine says for itself
 
@@ -180,7 +185,7 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient(self, p: nn.Parameter) -> Tensor:
-        """Return the gradient of the same span: reduced, accumulated, unscaled, unclipped.
+        """Return the gradient of the same span, on the device of its value: reduced, accumulated, unscaled, unclipped.
 
         It may be called between the last backward of a step and `step`.
         """
@@ -339,9 +344,9 @@ class Engine(ABC):
             if p.requires_grad:
                 held = self.span(p)
                 span = slice(held.start, held.start + held.value.numel())
-                assert torch.equal(held.value, s.value.view(-1)[span]), "an edited master did not persist"
+                assert _equal(held.value, s.value.view(-1)[span]), "an edited master did not persist"
                 assert held.moments.keys() == s.moments.keys(), (held.moments.keys(), s.moments.keys())
-                assert all(torch.equal(v, s.moments[k].view(-1)[span]) for k, v in held.moments.items()), (
+                assert all(_equal(v, s.moments[k].view(-1)[span]) for k, v in held.moments.items()), (
                     "edited moments did not persist"
                 )
 
@@ -442,6 +447,11 @@ class Engine(ABC):
         """Leave the process group, so that no process or thread stays behind."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _equal(held: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors hold the same; a span that is offloaded lies on the host, a slot on the device."""
+    return torch.equal(held, wanted.to(held.device))
 
 
 class TorchEngine(Engine):

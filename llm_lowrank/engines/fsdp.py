@@ -147,11 +147,13 @@ class FSDP(TorchEngine):
 
     def _hold(self, p: nn.Parameter, rows: Tensor) -> nn.Parameter:
         assert isinstance(p, DTensor), "a parameter escaped sharding"
-        local = rows.to(self._host, copy=True)
-        return nn.Parameter(
-            DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()),
-            p.requires_grad,
-        )
+        # not DTensor.from_local, which moves its rows to the devices of the mesh, away from the host
+        sharded = nn.Parameter(torch.empty_like(p, device=self._host), p.requires_grad)
+        local = _local(sharded)
+        assert local.shape == rows.shape and local.dtype == rows.dtype, (local.shape, rows.shape, local.dtype)
+        assert local.device == self._host, "a shard is not where offloading wants it"
+        local.copy_(rows)
+        return sharded
 
     def weight(self, linear: FrozenLinear) -> Weight:
         parts = {name: _local(part) for name, part in linear.named_parts().items()}
@@ -182,7 +184,7 @@ class FSDP(TorchEngine):
 
     def gradient(self, p: nn.Parameter) -> Tensor:
         assert isinstance(p.grad, DTensor), "gradient() before backward"
-        return _local(p.grad).reshape(-1)[self._span(p)[1]].to(self.device)
+        return _local(p.grad).reshape(-1)[self._span(p)[1]]  # beside the span: both on the host when offloaded
 
     def _gather_whole(self, t: Tensor) -> Tensor:
         """Return a copy of all rows. Collective."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -78,9 +79,16 @@ class Zero(Engine):
         # killed leaves a lock on which every later start waits forever. gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVE] = False
         super().__init__(timeout)
+        chosen = deepspeed.accelerator.get_accelerator().device_name()
+        if chosen != self.device.type:
+            raise ValueError(
+                f"DeepSpeed works on {chosen}, this run on {self.device.type}: DS_ACCELERATOR="
+                f"{os.environ.get('DS_ACCELERATOR', '')} in the environment decides that; unset it, or set it to "
+                f"{self.device.type}"
+            )
 
     def _join(self, timeout: datetime.timedelta) -> None:
-        deepspeed.init_distributed("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+        deepspeed.init_distributed(self.backends, timeout=timeout, verbose=False)
 
     def wrap(self, model: nn.Module, settings: Optimization, read: Read) -> nn.Module:
         if not deepspeed.comm.is_initialized():  # a group made by torch is taken over
@@ -277,4 +285,7 @@ class Zero(Engine):
     def close(self) -> None:
         if hasattr(self, "ds"):
             self.ds.destroy()
+        # not torch's call: DeepSpeed keeps groups of its own, which a second run in this process would use
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
         super().close()
