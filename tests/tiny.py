@@ -156,7 +156,7 @@ class Trainee:
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            return self.wrapped(input_ids=batch(step)).logits.float()
+            return self.wrapped(input_ids=batch(step).to(self.engine.device), use_cache=False).logits.float()
 
     def probe(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Answers, and the linear map that every adapted layer is, in float64, as its own forward computes it: (m, n)
@@ -179,20 +179,21 @@ class Trainee:
     def forward_backward(self, step: int) -> float:
         """One global batch, split over ranks and micro-batches; returns the loss of this rank's share."""
         tokens = batch(step, self.samples)
-        engine, total = self.engine, 0.0
+        engine, total = self.engine, torch.zeros(())
         self.model.train()
         parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]
         numbers = torch.arange(self.samples).view(self.accumulation, engine.world, -1)[:, engine.rank].tolist()
         for part, samples in zip(parts, numbers, strict=True):
             self.method.batch(self.adapters, step, samples)
-            logits = self.wrapped(input_ids=part).logits
+            part = part.to(engine.device)
+            logits = self.wrapped(input_ids=part, use_cache=False).logits
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
             )
             loss = loss / (tokens.shape[0] * (tokens.shape[1] - 1))
             engine.backward(loss)
-            total += float(loss.detach())
-        return total
+            total = total.to(loss.device) + loss.detach()
+        return float(total)
 
     def step(self, step: int, learning_rate: float = 1e-2) -> float:
         loss = self.forward_backward(step)
