@@ -109,6 +109,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "data.chat_template": "template chat_template_path chat_template_jinja chat_template_name",
         "data.system": "default_system default_system_message system_prompt",
         "data.train_on last": "mask_history",
+        "data.workers": "dataset_num_proc dataset_processes preprocessing_num_workers",
         "data.held_out (a number of examples, not a share)": "val_set_size val_size test_size eval_size "
         "split_dataset_ratio",
         # logging, evaluation, checkpoints
@@ -187,11 +188,9 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "sequence_parallel_size sequence_parallel_degree tensor_parallel_size pipeline_parallel_size "
         "parallelism_config",
         "print the memory with --dry_run and choose per_device_train_batch_size": "auto_find_batch_size",
-        "batches are made in the training process, and nothing is dropped": "dataloader_num_workers "
+        "a thread makes the batches one step ahead, and nothing is dropped": "dataloader_num_workers "
         "dataloader_drop_last dataloader_pin_memory dataloader_prefetch_factor",
         # data
-        "one process encodes the rows and keeps the tokens in a cache": "dataset_num_proc dataset_processes "
-        "preprocessing_num_workers",
         "tokens are kept in LLM_LOWRANK_CACHE, by the content of the data": "cache_dir dataset_prepared_path "
         "tokenized_path overwrite_cache",
         "data.held_out keeps examples out of training; launch/evaluate.py takes other data": "eval_dataset "
