@@ -496,7 +496,7 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     path, made = tmp_path / "a.jsonl", []
     real = module._map_rows
     monkeypatch.setattr(
-        module, "_map_rows", lambda part, options, at: made.append(part.name) or real(part, options, at)
+        module, "_map_rows", lambda part, *rest, **more: made.append(part.name) or real(part, *rest, **more)
     )
     rows = [{"prompt": f"p{k}", "completion": "c"} for k in range(6)]
     write_jsonl(path, rows)
@@ -522,11 +522,11 @@ def test_one_process_of_a_node_makes_the_tokens_while_the_others_wait(tmp_path, 
     made, begun, go_on = [], threading.Event(), threading.Event()
     real = module._map_rows
 
-    def slow(part, options, at):
+    def slow(part, *rest, **more):
         made.append(part.name)
         begun.set()
         assert go_on.wait(60)
-        return real(part, options, at)
+        return real(part, *rest, **more)
 
     monkeypatch.setattr(module, "_map_rows", slow)
     with ThreadPoolExecutor(2) as ranks:  # a lock of a file keeps two who opened it apart, in one process as in two

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,19 @@ def test_bad_input_ends_the_launcher(place, tmp_path):
     assert done.returncode != 0
     said_once(done.stdout + done.stderr, "train_batch_size is 7 but the recipe asks for 4")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_is_taken_ends_the_run_with_the_options_that_change_it(place, tmp_path, capfd, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in where.items():
+            monkeypatch.setenv(name, str(value))
+        assert train.main(recipe(place, output_dir=tmp_path / "out", engine="plain")) == 2
+    said = capfd.readouterr().err
+    assert f"port {port} on 127.0.0.1, where the ranks should meet, is taken by another program; give another" in said
+    assert all(option in said for option in ("--master_port N", "--rdzv-endpoint 127.0.0.1:N", "MASTER_PORT=N"))
+    assert "did every node start" not in said and not (tmp_path / "out").exists()
 
 
 def said_once(said: str, message: str) -> None:

@@ -568,7 +568,7 @@ def test_a_template_writes_the_day_of_the_run(tmp_path, monkeypatch):
     from llm_lowrank.data import corpus as cached
 
     real = cached._map_rows
-    monkeypatch.setattr(cached, "_map_rows", lambda *arguments: made.append(arguments) or real(*arguments))
+    monkeypatch.setattr(cached, "_map_rows", lambda *rest, **more: made.append(rest) or real(*rest, **more))
     again = loaded(tmp_path, rows, DATED, date="2026-11-05")[1]
     assert not made and again.fingerprint == corpus.fingerprint
     later = loaded(tmp_path, rows, DATED, date="2026-11-06")[1]

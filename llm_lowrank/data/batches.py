@@ -7,7 +7,7 @@ kernel ends at a position 0.
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from math import ceil
@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llm_lowrank.data.corpus import Corpus, ExampleTable
 from llm_lowrank.data.encoding import IGNORE
-from llm_lowrank.data.rows import Example
+from llm_lowrank.data.rows import Arrays, Example
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.streaming import Stream
 
@@ -36,6 +36,16 @@ class MicroBatch(NamedTuple):
     real: int  # tokens of this micro-batch that are no padding
     samples: tuple[int, ...]  # number of the first example of each row; fewer than per_device when the epoch ran out
 
+    def pinned(self) -> "MicroBatch":
+        """Return the batch in pinned memory, which a CUDA device reads while the host does something else."""
+        mask, positions = (None if tensor is None else tensor.pin_memory() for tensor in self[1:3])
+        return self._replace(
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=mask,
+            position_ids=positions,
+            labels=self.labels.pin_memory(),
+        )
+
     def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Tensor]:
         """Return the arguments of the model's forward, on `device`.
 
@@ -43,12 +53,11 @@ class MicroBatch(NamedTuple):
         """
         if self.position_ids is None:
             assert self.attention_mask is not None
-            return {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.to(device)}
-        shape = (1, -1) if flat else self.input_ids.shape
-        return {
-            "input_ids": self.input_ids.reshape(shape).to(device),
-            "position_ids": self.position_ids.reshape(shape).to(device),
-        }
+            tensors = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        else:
+            shape = (1, -1) if flat else self.input_ids.shape
+            tensors = {"input_ids": self.input_ids.reshape(shape), "position_ids": self.position_ids.reshape(shape)}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
     def targets(self, flat: bool = False) -> Tensor:
         """Return the labels, in the shape of the inputs, on the host."""
@@ -124,9 +133,11 @@ class Batches:
         self.examples, self.per_device, self.accumulation = examples, per_device, accumulation
         self.rank, self.world, self.seed, self.pad_id = rank, world, seed, pad_id
         self.pack, self.grouped = pack, grouped
+        self.arrays: Callable[[int], Arrays]
         if isinstance(examples, ExampleTable):
-            trained, self.lengths = examples.trained, examples.lengths
+            self.arrays, trained, self.lengths = examples.arrays, examples.trained, examples.lengths
         else:
+            self.arrays = [example.arrays for example in examples].__getitem__
             trained = np.array([example.trained for example in examples])
             self.lengths = np.array([len(example.input_ids) for example in examples])
         # rows: (rows,) examples each; without packing row i is example i
@@ -162,7 +173,7 @@ class Batches:
     def _collate(self, rows: list[int], tokens: int) -> MicroBatch:
         members = [self.packs[row] if self.packs else [row] for row in rows]
         return collate(
-            [[self.examples[index] for index in indices] for indices in members],
+            [[self.arrays(index) for index in indices] for indices in members],
             self.per_device,
             pad_id=self.pad_id,
             tokens=tokens,
@@ -206,7 +217,7 @@ class StreamBatches:
         share = batch[self.rank :: self.world]
         return [
             collate(
-                [[share[i]] for i in range(k * self.per_device, (k + 1) * self.per_device)],
+                [[share[i].arrays] for i in range(k * self.per_device, (k + 1) * self.per_device)],
                 self.per_device,
                 pad_id=self.pad_id,
                 tokens=tokens,
@@ -246,7 +257,7 @@ def training_batches(
 
 
 def collate(
-    rows: Sequence[Sequence[Example]],
+    rows: Sequence[Sequence[Arrays]],
     per_device: int,
     *,
     pad_id: int,
@@ -259,26 +270,30 @@ def collate(
     tokens, samples: as in MicroBatch. packed: the examples of a row are told apart by their positions, not by a mask.
     """
     # The one token of an empty row is attended to: a row that attends to nothing would be NaN.
-    empty = [Example([pad_id], [IGNORE])]
+    empty = [Example([pad_id], [IGNORE]).arrays]
     filled = [*rows, *[empty] * (per_device - len(rows))]
-    longest = max(sum(len(example.input_ids) for example in row) for row in filled)
-    input_ids = torch.full((per_device, longest), pad_id)
-    labels = torch.full((per_device, longest), IGNORE)
-    attention_mask = torch.zeros(per_device, longest, dtype=torch.int64)
-    position_ids = torch.zeros(per_device, longest, dtype=torch.int64)
+    lengths = np.array([sum(len(ids) for ids, _ in row) for row in filled])
+    shape = (per_device, int(lengths.max()))
+    input_ids, labels = (np.full(shape, filler, dtype=np.int64) for filler in (pad_id, IGNORE))
+    # the padding is an example of its own
+    places = np.arange(shape[1])
+    position_ids = np.where(places < lengths[:, None], 0, places - lengths[:, None])
     for number, row in enumerate(filled):
         start = 0
-        for example in row:
-            end = start + len(example.input_ids)
-            input_ids[number, start:end] = torch.tensor(example.input_ids)
-            labels[number, start:end] = torch.tensor(example.labels)
+        for ids, wanted in row:
+            end = start + len(ids)
+            input_ids[number, start:end] = ids
+            labels[number, start:end] = wanted
             if packed:
                 labels[number, start] = IGNORE  # another example stands before this token and cannot predict it
-            attention_mask[number, start:end] = 1
-            position_ids[number, start:end] = torch.arange(end - start)
+                position_ids[number, start:end] = places[: end - start]
             start = end
-        position_ids[number, start:] = torch.arange(longest - start)  # the padding is an example of its own
-    real = sum(len(example.input_ids) for row in rows for example in row)
     return MicroBatch(
-        input_ids, None if packed else attention_mask, position_ids if packed else None, labels, tokens, real, samples
+        torch.from_numpy(input_ids),
+        None if packed else torch.from_numpy((places < lengths[:, None]).astype(np.int64)),
+        torch.from_numpy(position_ids) if packed else None,
+        torch.from_numpy(labels),
+        tokens,
+        int(lengths[: len(rows)].sum()),
+        samples,
     )

@@ -29,51 +29,69 @@ from transformers import PreTrainedTokenizerBase
 from llm_lowrank.data import columns, encoding, formats, reading, rows, stops, templates
 from llm_lowrank.data.encoding import encode_prompt, style_of
 from llm_lowrank.data.limits import Limits
-from llm_lowrank.data.rows import Example, date_of, encode_row, row_options
+from llm_lowrank.data.rows import FEATURES, Arrays, Example, date_of, row_options
 from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import MadeRows, OpenDataset, check_formats, check_settings, open_dataset
 from llm_lowrank.data.streaming import Stream
+from llm_lowrank.data.workers import encode_all
 from llm_lowrank.files import cache_dir, sync, writable_folder, write_json
 
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "length": datasets.Value("int32"),
-        "trained": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-        "problem": datasets.Value("string"),  # why the row cannot be used; empty: it can
-        "key": datasets.Value("string"),  # of the question or group: rows of one key stay on one side of the split
-        "unused": datasets.List(datasets.Value("string")),  # columns and message keys that nothing reads
-        "ends": datasets.List(datasets.Value("int32")),  # tokens that end the answers
-    }
-)
 NAMED = 5  # bad rows that an error names
-BATCH = 1000  # encoded rows that are written at a time
 
 
 class ExampleTable(Sequence[Example]):
-    """Examples that stay in a (memory-mapped) table of FEATURES until one is read by its index."""
+    """The examples with the given numbers in a (memory-mapped) table of FEATURES; none of them is copied.
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
+    numbers (examples,): rows of the table, in any order, some perhaps more than once.
+    """
+
+    def __init__(self, table: datasets.Dataset, numbers: Sequence[int]) -> None:
+        self.table, self.numbers = table, np.asarray(numbers, dtype=np.int64)
+        chunks = table.with_format("arrow")[:].select(["input_ids", "labels"])
+        self.columns = [_Lists(chunks[name]) for name in chunks.column_names]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        row = self.rows[index]
-        return Example(row["input_ids"], row["labels"])
+        ids, labels = self.arrays(index)
+        return Example(ids.tolist(), labels.tolist())
+
+    def arrays(self, index: int) -> Arrays:
+        """Return the tokens and the labels of an example, views of the table."""
+        ids, labels = (column[self.numbers[index]] for column in self.columns)
+        return ids, labels
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The rows of FEATURES that the examples are."""
+        return self.table.select(self.numbers)
 
     @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens of each example, (examples,)."""
-        return self.rows.with_format("numpy")["trained"][:]
+        return self.table.with_format("numpy")["trained"][:][self.numbers]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,)."""
-        return self.rows.with_format("numpy")["length"][:]
+        return self.table.with_format("numpy")["length"][:][self.numbers]
+
+
+class _Lists:
+    """The lists of numbers in a column, each as an array that shares the column's memory."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        # list k of a chunk: values[offsets[k] : offsets[k + 1]]
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self.parts = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # (chunks,) lists in a chunk and in those before it
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        part = int(np.searchsorted(self.ends, number, side="right"))
+        offsets, values = self.parts[part]
+        place = number - (self.ends[part - 1] if part else 0)
+        return values[offsets[place] : offsets[place + 1]]
 
 
 @dataclass(frozen=True)
@@ -156,8 +174,8 @@ def load_corpus(
     dropped[f"{settings.held_out_by or 'question'} is also held out"] = int(usable.sum()) - len(train) - len(held_out)
     weighted = _weigh(train, [len(dataset.rows) for dataset in opened], settings.weights, seed)
     return Corpus(
-        train=ExampleTable(table.select(weighted)),
-        held_out=ExampleTable(table.select(held_out)),
+        train=ExampleTable(table, weighted),
+        held_out=ExampleTable(table, held_out),
         questions=_held_out_questions(
             opened, held_out, tokenizer=tokenizer, styles=styles, system=settings.system, date=date
         ),
@@ -193,7 +211,7 @@ def encode_dataset(
     arrow, note = folder / f"{key}.arrow", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):
         if not note.is_file():
-            table = _map_rows(dataset, options, arrow)
+            table = _map_rows(dataset, options, arrow, workers=settings.workers)
             if dataset.rows.digest() != dataset.content:
                 raise ValueError(f"{dataset.name} was changed while it was read; start again when it is whole")
             sync(arrow)
@@ -206,15 +224,18 @@ def encode_dataset(
     return table, digest
 
 
-def _map_rows(dataset: OpenDataset, options: dict[str, Any], path: Path | None) -> datasets.Dataset:
+def _map_rows(dataset: OpenDataset, options: dict[str, Any], path: Path | None, workers: int = 1) -> datasets.Dataset:
     """Encode every row, into a file or, without a path, in memory."""
-    rows = datasets.utils.tqdm(dataset.rows, total=len(dataset.rows), desc=f"tokenize {dataset.name}")
-    encoded = (encode_row(row, **options) for row in rows)
     schema = FEATURES.arrow_schema
     memory = pa.BufferOutputStream()
-    with pa.OSFile(str(path), "wb") if path else memory as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(encoded, BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    with (
+        datasets.utils.tqdm(total=len(dataset.rows), desc=f"tokenize {dataset.name}") as bar,
+        pa.OSFile(str(path), "wb") if path else memory as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for batch in encode_all(iter(dataset.rows), len(dataset.rows), options, workers):
+            writer.write_batch(batch)
+            bar.update(len(batch))
     if path:
         return datasets.Dataset.from_file(str(path))
     return datasets.Dataset.from_buffer(memory.getvalue())

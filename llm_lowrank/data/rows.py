@@ -1,10 +1,13 @@
 """From one row of a dataset to an example, or to the reason why there is none."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data.encoding import CHAT, IGNORE, encode_turns
@@ -13,6 +16,21 @@ from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import OpenDataset
 from llm_lowrank.data.stops import answer_ends, known_ends
 from llm_lowrank.data.templates import check_system, reads_clock, unread_keys
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+        "trained": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+        "problem": datasets.Value("string"),  # why the row cannot be used; empty: it can
+        "key": datasets.Value("string"),  # of the question or group: rows of one key stay on one side of the split
+        "unused": datasets.List(datasets.Value("string")),  # columns and message keys that nothing reads
+        "ends": datasets.List(datasets.Value("int32")),  # tokens that end the answers
+    }
+)
+Arrays = tuple[np.ndarray, np.ndarray]  # tokens and labels of an example, int32 (tokens,) each
 
 
 @dataclass(frozen=True)
@@ -23,9 +41,20 @@ class Example:
     labels: list[int]  # as long as input_ids, not shifted
 
     @property
+    def arrays(self) -> Arrays:
+        """Tokens and labels as arrays, of which batches are made."""
+        return np.array(self.input_ids, dtype=np.int32), np.array(self.labels, dtype=np.int32)
+
+    @property
     def trained(self) -> int:
         """Number of trained tokens. Nothing stands before token 0 to predict it, so token 0 never counts."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+def encode_rows(rows: Iterable[dict[str, Any]], options: dict[str, Any]) -> pa.RecordBatch:
+    """Return rows as a batch of FEATURES. options: the arguments of encode_row beside the row."""
+    encoded = [encode_row(row, **options) for row in rows]
+    return pa.RecordBatch.from_pylist(encoded, schema=FEATURES.arrow_schema)
 
 
 def encode_row(
@@ -42,7 +71,7 @@ def encode_row(
     max_length: int,
     date: str,
 ) -> dict[str, Any]:
-    """Return the row as corpus.FEATURES. `problem` says why the row cannot be used; it is empty otherwise.
+    """Return the row as FEATURES. `problem` says why the row cannot be used; it is empty otherwise.
 
     format, columns, group, style: as in OpenDataset. ignore, train_on, system, max_length: as in Data. date: as in
     Template.

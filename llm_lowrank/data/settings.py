@@ -63,11 +63,14 @@ class Data:
     """Number of examples that reasoning-gym generates, held-out ones included."""
     task: dict[str, Any] = field(default_factory=dict)
     """Settings of the reasoning-gym task."""
+    workers: int = 1
+    """Processes of a node that turn rows into tokens before the run. 1: the run itself. The tokens are the same with
+    any number, and a run that resumes may have another one."""
 
     def __post_init__(self) -> None:
         errors = [
             f"data.{name}={getattr(self, name)}: must be at least {least}"
-            for name, least in {"max_length": 2, "held_out": 0, "size": 1}.items()
+            for name, least in {"max_length": 2, "held_out": 0, "size": 1, "workers": 1}.items()
             if getattr(self, name) < least
         ]
         if self.weights and len(self.weights) != len(self.names):
@@ -92,6 +95,11 @@ class Data:
         if self.streaming:
             rest = ("packing", "group_by_length", "weights", "held_out_by")
             conflicts = [name for name in rest if getattr(self, name)]
+            if self.workers > 1:
+                errors.append(
+                    "data.workers is for rows that become tokens before a run, and those of data.streaming become "
+                    "tokens while it trains; remove one of them"
+                )
             if conflicts or len(self.names) > 1:
                 conflict = ", ".join(conflicts) or "several datasets"
                 errors.append(f"data.streaming cannot be used with {conflict}: the data is not known whole")

@@ -93,7 +93,8 @@ def check_settings(settings: Data) -> None:
     generated = [name.startswith(REASONING_GYM) for name in settings.names]
     files = [not made for made in generated]
     plain = Data()
-    of_files = ("split", "subset", "revision", "format", "columns", "ignore", "preset", "streaming", "held_out_by")
+    of_files = ["split", "subset", "revision", "format", "columns", "ignore", "preset", "streaming", "held_out_by"]
+    of_files += ["workers"]
     for names, used, kind in (
         (("size", "task"), generated, f"{REASONING_GYM}<task>"),
         (of_files, files, "files and hub names"),

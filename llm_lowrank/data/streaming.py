@@ -85,9 +85,7 @@ class Stream:
                 )
 
     def _usable(self, rows: Iterable[Located], first: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows that can be used as corpus.FEATURES with their `number`, which starts at `first`; count the
-        others.
-        """
+        """Yield the rows that can be used as FEATURES with their `number`, from `first` on; count the others."""
         unusable_in_a_row = 0
         for number, (place, row) in enumerate(rows, first):
             encoded = encode_row(row, **self.options)

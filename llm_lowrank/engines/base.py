@@ -111,6 +111,20 @@ def share(total: int, index: int, of: int) -> slice:
     return slice(start, min(start + size, total))
 
 
+def _not_met(error: dist.DistError) -> Exception:
+    """Return the error of a rank that did not meet the others: a port that is taken is so at the next start, too."""
+    rank, host, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    reason = str(error).partition("\n")[0]
+    if "failed to listen" not in reason:
+        return LostContact(f"rank {rank} did not meet the others at {host}; did every node start? {reason}")
+    why = "is taken by another program" if "EADDRINUSE" in reason else f"cannot be opened ({reason})"
+    return OSError(
+        f"port {port} on {host}, where the ranks should meet, {why}; give another one, the same on every node: "
+        f"--master_port N to the launcher (deepspeed, torchrun), --rdzv-endpoint {host}:N to torchrun with "
+        "--rdzv-backend, or MASTER_PORT=N in the environment"
+    )
+
+
 class Engine(ABC):
     """How a model is spread over ranks."""
 
@@ -132,10 +146,7 @@ class Engine(ABC):
             try:
                 self._join(datetime.timedelta(seconds=timeout + PATIENCE))
             except dist.DistError as error:
-                who, where, reason = os.environ["RANK"], os.environ["MASTER_ADDR"], str(error).partition("\n")[0]
-                raise LostContact(
-                    f"rank {who} did not meet the others at {where}; did every node start? {reason}"
-                ) from error
+                raise _not_met(error) from error
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.main = self.rank == 0

@@ -38,7 +38,14 @@ def check_apart(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> N
 
     def logits(rows: list[list[Example]], packed: bool) -> Tensor:
         """The logits of `tested`, the last example of the last row: (LENGTH, vocabulary). All rows have one length."""
-        batch = collate(rows, len(rows), pad_id=0, tokens=0, samples=(), packed=packed)
+        batch = collate(
+            [[example.arrays for example in row] for row in rows],
+            len(rows),
+            pad_id=0,
+            tokens=0,
+            samples=(),
+            packed=packed,
+        )
         inputs = batch.inputs(engine.device, flat(model))
         return wrapped(**inputs, use_cache=False).logits.flatten(0, 1)[-LENGTH:].float()
 

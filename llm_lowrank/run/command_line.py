@@ -268,8 +268,24 @@ def _unknown_message(key: str, cls: Any, keys: dict[str, Any], refusals: dict[st
         return f"unknown setting '{key}'; {refusals[last]}"
     guess = full.get(last)
     if guess is None:
-        guess = next((full[name] for name in difflib.get_close_matches(last, full, n=1, cutoff=0.75)), None)
+        near = difflib.get_close_matches(last, full, n=5, cutoff=0.75)
+        guess = next((full[name] for name in near if _is_misspelt(last, name)), None)
     return f"unknown setting '{key}'; " + (f"did you mean {guess}?" if guess else "--help lists what there is")
+
+
+def _is_misspelt(word: str, name: str) -> bool:
+    """Return whether a word is likely a name with a slip in it, and not the name of something else.
+
+    log_interval and interval, lr_schedule and paper_schedule are near by their letters alone: of a slip all parts are.
+    """
+
+    def near(a: str, b: str, share: float) -> bool:
+        return difflib.SequenceMatcher(None, a, b).ratio() >= share
+
+    parts, known = word.split("_"), name.split("_")
+    if len(parts) == len(known):
+        return all(near(a, b, 0.7) for a, b in zip(parts, known, strict=True))
+    return name.startswith(f"{word}_") or near("".join(parts), "".join(known), 0.9)
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

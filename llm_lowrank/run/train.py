@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
-from llm_lowrank.data import Stream
+from llm_lowrank.data import Ahead, MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.loss import loss_layer
@@ -114,10 +114,10 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
     recipe, engine, total = run.recipe, run.engine, run.total_steps
     saving, meter = Saving(run, metrics), Meter()
     skipped_in_a_row = 0
-    with progress_bar(run) as bar:
+    with progress_bar(run) as bar, Ahead(run.batches, total, engine.device) as ahead:
         for step in range((run.resume_step or 0) + 1, total + 1):
             engine.at(f"step {step}")
-            rates, norm, good = optimizer_step(run, model, step, meter)
+            rates, norm, good = optimizer_step(run, model, step, ahead.step(step - 1), meter)
             skipped_in_a_row = 0 if good else skipped_in_a_row + 1
             if not good:
                 run.skipped += 1
@@ -150,7 +150,9 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
     saving.finish()
 
 
-def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple[list[float], float, bool]:
+def optimizer_step(
+    run: Run, model: nn.Module, step: int, micros: list[MicroBatch], meter: Meter
+) -> tuple[list[float], float, bool]:
     """Make step `step`, from 1; return the rates, the gradient norm, and whether gradients were finite. Collective.
 
     The method sees the gradients after the last backward and before the update; of gradients that are not finite it
@@ -158,7 +160,7 @@ def optimizer_step(run: Run, model: nn.Module, step: int, meter: Meter) -> tuple
     """
     recipe, engine, method, adapters = run.recipe, run.engine, run.recipe.method, run.adapters
     rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
-    for micro in run.batches.step(step - 1):
+    for micro in micros:
         method.batch(adapters, step - 1, micro.samples)
         loss = batch_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
         engine.backward(loss)
