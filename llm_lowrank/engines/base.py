@@ -125,6 +125,11 @@ def _not_met(error: dist.DistError) -> Exception:
     )
 
 
+def send(t: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on the device. It leaves from pinned memory, so that the host need not wait."""
+    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
 class Engine(ABC):
     """How a model is spread over ranks."""
 

@@ -35,7 +35,12 @@ class Plain(TorchEngine):
         self.loss_scale = float(self.world)
         self._fill(model, read)
         self._optimize(model, settings)
-        self.ddp = DistributedDataParallel(model) if self.world > 1 else None
+        # Every rank has read the same values and computes the same buffers, so that DDP need not send them.
+        self.ddp = (
+            DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if self.world > 1
+            else None
+        )
         self._reduce_at_boundary()
         return self.ddp or model
 

@@ -26,12 +26,35 @@ from torch import Tensor, nn
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, PairSettings, digest, generator
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
-from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.base import Engine, send
 from llm_lowrank.methods.dora import DirectionAdapter, measure
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.functional import Product
 
 Mask = Literal["token", "sample", "step", "model"]
+
+
+class Coming:
+    """The forward to come, as all modules see it. What they need of it is sent to the device once, for all of them."""
+
+    def __init__(self, step: int, samples: list[int], adapters: Sequence[Adapter]) -> None:
+        self.step, self.samples, self.adapters = step, samples, adapters
+        self.sent: dict[torch.device, Tensor] = {}
+        self.kept: dict[torch.device, dict[str, Tensor]] = {}
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """The numbers of the samples."""
+        if device not in self.sent:
+            self.sent[device] = send(torch.tensor(self.samples), device)
+        return self.sent[device]
+
+    def kept_pairs(self, adapter: DropAdapter, device: torch.device) -> Tensor:
+        """The numbers of the pairs that an adapter keeps."""
+        if device not in self.kept:
+            drawn = {a.name: a.kept_pairs(self.step) for a in self.adapters if isinstance(a, DropAdapter)}
+            parts = send(torch.cat(list(drawn.values())), device).split([len(pairs) for pairs in drawn.values()])
+            self.kept[device] = dict(zip(drawn, parts, strict=True))
+        return self.kept[device][adapter.name]
 
 
 class DropAdapter(PairAdapter):
@@ -43,28 +66,27 @@ class DropAdapter(PairAdapter):
         super().__init__(name, linear, codec, settings)
         self.p, self.mask = p, mask
         self.rowwise = mask not in ("token", "sample")
-        self.step, self.samples = -1, [0]  # of the forward to come
+        self.coming = Coming(-1, [0], [])
 
     def products(self, x: Tensor) -> list[Product]:
         if not self.training or self.p == 0:
             return super().products(x)
-        assert self.step >= 0, f"{self.name}: training, but nobody said which step this is"
+        assert self.coming.step >= 0, f"{self.name}: training, but nobody said which step this is"
         # a gate for every token: all pairs are multiplied
         if self.mask in ("token", "sample"):
             return [Product(self.A, self.B, self.kept_entries(x) / (1 - self.p))]
-        pairs = self.kept_pairs()
+        pairs = self.coming.kept_pairs(self, x.device)
         # with a direction all pairs are needed for the length of W + s B A, so that a gate drops them
         if self.direction() is not None:
-            gate = torch.zeros(self.rank).index_fill_(0, pairs, 1 / (1 - self.p))  # (r,)
-            return [Product(self.A, self.B, gate.to(x.device))]
+            gate = torch.zeros(self.rank, device=x.device).index_fill_(0, pairs, 1 / (1 - self.p))  # (r,)
+            return [Product(self.A, self.B, gate)]
         # otherwise the dropped pairs are not multiplied at all
-        pairs = pairs.to(x.device)
         return [Product(self.A[pairs], self.B[:, pairs] / (1 - self.p))]
 
-    def kept_pairs(self) -> Tensor:
+    def kept_pairs(self, step: int) -> Tensor:
         """The numbers of the kept pairs. A draw that drops all is repeated: without pairs a step trains nothing."""
         name = "" if self.mask == "model" else self.name
-        random = generator(self.seed, f"{name} dropped pairs", self.step)
+        random = generator(self.seed, f"{name} dropped pairs", step)
         while True:
             with torch.device("cpu"):
                 pairs = (torch.rand(self.rank, generator=random) >= self.p).nonzero()[:, 0]
@@ -74,14 +96,12 @@ class DropAdapter(PairAdapter):
     def kept_entries(self, x: Tensor) -> Tensor:
         """1 for every entry of A x that is kept, otherwise 0: x (samples, tokens, n) or (tokens, n) -> (t, r)."""
         tokens = x.shape[-2] if x.ndim > 2 and self.mask == "token" else 1
-        samples = (
-            torch.tensor(self.samples, device=x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
-        )
+        samples = self.coming.numbers(x.device) if x.ndim > 2 else torch.arange(x.shape[0], device=x.device)
         count = x.shape[0]
         # the last batch of an epoch is padded with rows that are no samples
         samples = torch.nn.functional.pad(samples, (0, count - len(samples)), value=-1)
         # the hash: the position of an entry is mixed into the key of (seed, module, step), then the pair's number
-        key = int.from_bytes(digest(self.seed, self.name, self.step)[:7], "little")
+        key = int.from_bytes(digest(self.seed, self.name, self.coming.step)[:7], "little")
         where = samples[:, None, None] * 2**20 + torch.arange(tokens, device=x.device)[:, None]  # (samples, tokens, 1)
         entry = mix_bits(mix_bits(where + key) + torch.arange(self.rank, device=x.device))  # (samples, tokens, r)
         keep = (entry >> 8 & 0xFFFFFF) >= self.p * 2**24  # 24 of the hash's bits are a number in [0, 2^24)
@@ -134,9 +154,10 @@ class DropLoRA(LoRA):
         return "method.mask: sample" if self.mask == "sample" else ""
 
     def batch(self, adapters: list[Adapter], step: int, samples: Sequence[int]) -> None:
+        coming = Coming(step, list(samples), adapters)
         for adapter in adapters:
             assert isinstance(adapter, DropAdapter)
-            adapter.step, adapter.samples = step, list(samples)
+            adapter.coming = coming
 
     def peft(self) -> dict[str, Any]:
         return super().peft() | {"use_dora": self.use_dora}

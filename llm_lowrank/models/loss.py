@@ -39,10 +39,12 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.data import IGNORE
-from llm_lowrank.engines.base import Engine
+from llm_lowrank.engines.base import Engine, send
 from llm_lowrank.engines.frozen import FrozenLinear
 
-BLOCK = 2**25  # logits at a time: 128 MB in float32, about four times over while their gradient is computed
+# Logits at a time, about four times over while their gradient is computed: 128 MB in float32, or 512 MB on an
+# accelerator, whose products are fastest for a multiple of TILE rows.
+BLOCK, BLOCK_ON_ACCELERATOR, TILE = 2**25, 2**27, 256
 PROBE = 8  # tokens of the input with which `loss_layer` checks a model
 
 Forward = Callable[[Tensor], Tensor]
@@ -84,12 +86,12 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Te
     assert x.shape[:2] == labels.shape, (x.shape, labels.shape)
     # the rows of x that predict a trained label: the label behind position `before` of a sample
     sample, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    at = (sample * labels.shape[1] + before).to(x.device)  # (t,)
-    wanted = labels[sample, before + 1].to(x.device)  # (t,)
+    at = send(sample * labels.shape[1] + before, x.device)  # (t,)
+    wanted = send(labels[sample, before + 1], x.device)  # (t,)
     rows = x.flatten(0, 1).index_select(0, at)  # (t, n)
     vocabulary = layer.shape[0] if isinstance(layer, FrozenLinear) else layer.out_features
     assert isinstance(vocabulary, int)
-    size = max(1, BLOCK // vocabulary)
+    size = block_rows(vocabulary, x.device)
 
     def loss(rows: Tensor, wanted: Tensor) -> Tensor:
         return nll(forward(rows), wanted)
@@ -104,6 +106,14 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Te
     for block in zip(rows.split(size), wanted.split(size), strict=True):
         total = total + (loss(*block) if plain else checkpoint(loss, *block, use_reentrant=False))
     return total.view(1, 1, 1)
+
+
+def block_rows(vocabulary: int, device: torch.device) -> int:
+    """Return the rows of a block of logits."""
+    if device.type == "cpu":
+        return max(1, BLOCK // vocabulary)
+    rows = max(1, BLOCK_ON_ACCELERATOR // vocabulary)
+    return rows if rows < TILE else rows // TILE * TILE
 
 
 class _Frozen(torch.autograd.Function):

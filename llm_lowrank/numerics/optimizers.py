@@ -52,7 +52,14 @@ class OptimizerKind:
 
 
 def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(
+        groups,
+        lr=o.learning_rate,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True if _on_cuda(groups[0]["params"][0]) else None,  # one kernel for all parameters
+    )
 
 
 def _lion(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
@@ -79,7 +86,8 @@ else:
 
 def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
     """Return the state of one tensor after so many steps, its moments zero."""
-    counter = {"step": torch.tensor(float(steps))} if settings.kind.counter else {}
+    where = t.device if _on_cuda(t) else torch.device("cpu")  # the fused kernel counts on the device
+    counter = {"step": torch.tensor(float(steps), device=where)} if settings.kind.counter else {}
     return counter | {name: torch.zeros_like(t) for name in settings.kind.moments}
 
 
@@ -99,6 +107,10 @@ def check_state(settings: Optimization) -> None:
         f"optim: {settings.optim} keeps {found or 'nothing'} of a parameter of shape (2, 3), but OPTIMIZERS says "
         f"{expected or 'nothing'}: what the table does not name would be neither saved nor renewed at an exchange"
     )
+
+
+def _on_cuda(t: Tensor) -> bool:
+    return t.device.type == "cuda"
 
 
 def _describe(value: object) -> str:

@@ -115,9 +115,12 @@ class Block:
     def of_rows(self, rows: slice) -> Tensor:
         """The product's rows `rows`, (rows, n)."""
         inside = (self.rows >= rows.start) & (self.rows < rows.stop)
-        product_rows = self.values.new_zeros(rows.stop - rows.start, self.shape[1])
-        product_rows[(self.rows[inside] - rows.start)[:, None], self.columns] = self.values[inside]
-        return product_rows
+        count = rows.stop - rows.start
+        # rows outside go to one more row: to select those inside, a host would wait for the device
+        at = torch.where(inside, self.rows - rows.start, count)
+        product_rows = self.values.new_zeros(count + 1, self.shape[1])
+        product_rows[at[:, None], self.columns] = self.values
+        return product_rows[:count]
 
     @property
     def entries(self) -> int:
