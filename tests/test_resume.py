@@ -107,14 +107,14 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name(place, tmp_path):  # noq
     assert (
         "was written by another run" in said
         and "learning_rate: 0.001 in the checkpoint, 0.005 now" in said
-        and "'rank': 4" in said
+        and "method.rank: 4 in the checkpoint, 3 now; give --method.rank 4" in said
     )
-    assert "'global_batch': 4" in refusal(per_device_train_batch_size=2)
+    assert "global batch: 4 in the checkpoint, 2 now" in refusal(per_device_train_batch_size=2)
     assert "is no checkpoint" in refusal(resume_from_checkpoint=tmp_path / "nowhere")
     state = json.loads((output / "checkpoints/step-000006/state.json").read_text())
     state["base"] = "another"
     (output / "checkpoints/step-000006/state.json").write_text(json.dumps(state))
-    assert "was written over another model" in refusal()
+    assert "the weights are not those of the checkpoint" in refusal()
     assert "resume_from_checkpoint auto" in refusal(resume_from_checkpoint="none")
     for damaged in (output / "checkpoints").glob("step-*"):
         (damaged / "trained-00000.safetensors").write_bytes(b"")

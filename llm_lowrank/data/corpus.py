@@ -62,11 +62,6 @@ class ExampleTable(Sequence[Example]):
         ids, labels = (column[self.numbers[index]] for column in self.columns)
         return ids, labels
 
-    @property
-    def rows(self) -> datasets.Dataset:
-        """The rows of FEATURES that the examples are."""
-        return self.table.select(self.numbers)
-
     @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens of each example, (examples,)."""
@@ -76,6 +71,11 @@ class ExampleTable(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,)."""
         return self.table.with_format("numpy")["length"][:][self.numbers]
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of the question or group of each example."""
+        return np.asarray(self.table["key"][:])[self.numbers].tolist()
 
 
 class _Lists:
@@ -121,6 +121,7 @@ class Corpus:
     date: str = ""  # the day that the prompts say; empty: they say none
     # token that ends an answer -> rows where it does, the most frequent first; of a stream: of what was read so far
     ends: dict[int, int] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()  # of the tokens of each dataset, in their order
 
     def some(self, count: int) -> list[Example]:
         """Return at most `count` examples, held-out ones if there are any; the same on every rank."""
@@ -185,6 +186,7 @@ def load_corpus(
         styles=tuple(dict.fromkeys(styles)),
         unused=_count(table, "unused"),
         ends=_count(table, "ends"),
+        digests=tuple(digest for _, digest in encoded),
         date=next(filter(None, (date_of(tokenizer, style, date) for style in styles)), ""),
     )
 

@@ -7,6 +7,7 @@ What a row says and the template does not write is found by writing the conversa
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import date as Date
 from datetime import datetime
@@ -85,6 +86,17 @@ def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether what the chat template writes depends on the day."""
     template = tokenizer.chat_template
     return CLOCK in (json.dumps(template) if isinstance(template, dict) else template or "")
+
+
+def with_date(tokenizer: PreTrainedTokenizerBase, date: str) -> PreTrainedTokenizerBase:
+    """Return a copy of the tokenizer whose chat template takes `date` for today, whoever renders it."""
+    dated = copy(tokenizer)
+    if reads_clock(tokenizer):
+        head = f"{{% set run_date = {json.dumps(_codes(date))} %}}{FROZEN_CLOCK}"
+        template = tokenizer.chat_template
+        many = isinstance(template, dict)
+        dated.chat_template = {name: head + text for name, text in template.items()} if many else head + template
+    return dated
 
 
 def unread_keys(tokenizer: PreTrainedTokenizerBase | None, extras: Iterable[Message]) -> list[str]:

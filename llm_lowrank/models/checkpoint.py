@@ -39,7 +39,9 @@ from llm_lowrank.engines.base import Engine, Slot
 from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.numerics.pairs import Block, Change, Pairs
 
-FORMAT = 3  # 1: without skipped steps; memory in one file. 2: spans were called runs
+# 1: without skipped steps; memory in one file. 2: spans were called runs. 3: without what tells a moved model and moved
+# data from changed ones
+FORMAT = 4
 FOLDER, LATEST, STATE = "checkpoints", "LATEST", "state.json"
 LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 
@@ -132,13 +134,13 @@ def save(
     skipped: int,
     recipe: dict[str, Any],
     base: str,
-    data: dict[str, int | str],
+    data: dict[str, Any],
     keep: int,
 ) -> Writing:
     """Copy the run's state and begin to write output/checkpoints/step-...; the caller calls `finish`. Collective.
 
-    step: completed steps, `skipped` of them without an update. base, data: fingerprints of the model and the data,
-    which a resuming run compares. keep: the number of checkpoints that stay.
+    step: completed steps, `skipped` of them without an update. base, data: the fingerprint of the weights, and facts
+    about model and data, which a resuming run compares. keep: the number of checkpoints that stay.
     """
     folder = output / FOLDER / f"step-{step:06d}"
     aside = folder.with_name(f"{folder.name}.tmp")

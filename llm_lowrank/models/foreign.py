@@ -23,6 +23,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ALL = "untruncated.safetensors"  # beside truncated WEIGHTS: all pairs of every module, scaling 1
 TEMPLATE = "chat_template.jinja"  # beside CONFIG if the run had a template; transformers' name for it
+DATE = "prompt_date.txt"  # beside CONFIG if the run's template writes the date: the day of its prompts, YYYY-MM-DD
 PREFIX = "base_model.model."
 BASE = ".base_layer."  # in the key of a tensor that belongs to the layer under an adapter
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.files import stream_safetensors, sync, write_json
 from llm_lowrank.models.backbone import Backbone
-from llm_lowrank.models.foreign import TEMPLATE, Lora, Update
+from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora, Update
 from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.models.stopping import GENERATION, read_ends, with_ends
@@ -281,9 +281,11 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
 
 
 def _copy_answering(adapter: Path, source: Source, output: Path) -> None:
-    """Copy what the folder of an adapter says of answers: the chat template of the training, and the tokens that end an
-    answer, which are added to those of the base.
+    """Copy what the folder of an adapter says of prompts and answers: the chat template of the training, the date that
+    it wrote, and the tokens that end an answer, which are added to those of the base.
     """
+    if (adapter / DATE).is_file():
+        shutil.copyfile(adapter / DATE, output / DATE)
     template = adapter / TEMPLATE
     if template.is_file() and template.read_text(encoding="utf-8") not in _templates(source.path):
         shutil.copyfile(template, output / TEMPLATE)

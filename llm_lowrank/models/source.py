@@ -33,6 +33,9 @@ from llm_lowrank.models.scaled import ScaledWeight
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# The fingerprint of a model of more than WHOLE bytes reads about STRETCHES stretches of STRETCH bytes, at least 2 and
+# at most MOST of a tensor: this takes seconds, and reading 100 GB takes minutes.
+WHOLE, STRETCH, STRETCHES, MOST = 2**28, 4096, 10_000, 16
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,22 @@ class Stored:
                 )
         return rows
 
-    def ends(self, count: int = 4096) -> bytes:
-        """The first and the last `count` bytes."""
-        size = self.dtype.itemsize * math.prod(self.shape)
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def stretches(self, count: int, length: int = STRETCH) -> Iterator[bytes]:
+        """Yield `count` stretches of `length` bytes at equal distances, from the first to the last bytes; all bytes if
+        these are no more.
+        """
+        starts = range(0, self.size, length)
+        if len(starts) > count:
+            starts = [number * (self.size - length) // (count - 1) for number in range(count)]  # type: ignore[assignment]
         with self.path.open("rb") as file:
-            file.seek(self.offset)
-            first = file.read(min(count, size))
-            file.seek(self.offset + max(0, size - count))
-            return first + file.read(min(count, size))
+            for start in starts:
+                file.seek(self.offset + start)
+                yield file.read(min(length, self.size - start))
 
 
 At = Stored | Nf4Weight | ScaledWeight
@@ -114,14 +125,21 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names, dtypes, shapes and the ends of all tensors: it differs between models and versions."""
+        """A hash of names, dtypes, shapes and bytes of all tensors: it differs between models and versions.
+
+        A model of more than WHOLE bytes is known by stretches of each tensor.
+        """
+        parts = {name: _parts(self._at(name)) for name in sorted(self.names())}
+        flat = [part for of_one in parts.values() for part in of_one]
+        size = sum(part.size for part in flat)
+        count = -(-size // STRETCH) if size <= WHOLE else max(2, min(MOST, STRETCHES // len(flat)))
         digest = hashlib.sha256()
-        for name in sorted(self.names()):
+        for name, of_one in parts.items():
             at = self._at(name)
             digest.update(f"{name} {at.dtype} {at.shape}".encode())
-            in_file = at.codes if isinstance(at, ScaledWeight) else at
-            if isinstance(in_file, Stored):
-                digest.update(in_file.ends())
+            for part in of_one:
+                for stretch in part.stretches(count):
+                    digest.update(stretch)
         return digest.hexdigest()
 
     @property
@@ -346,6 +364,18 @@ def _tensors(path: Path, files: dict[str, str]) -> dict[str, At]:
         tensors = {name: weights.get(name, at) for name, at in tensors.items() if name not in beside}
     refuse_codes(path, tensors)
     return tensors
+
+
+def _parts(at: At) -> list[Stored]:
+    """The tensors in files that make up one weight."""
+    if isinstance(at, Nf4Weight):
+        nested = [at.nested.map, at.nested.absmax] if at.nested is not None else []
+        parts: list[Any] = [at.words, at.absmax, *nested]
+    elif isinstance(at, ScaledWeight):
+        parts = [at.codes, at.scales]
+    else:
+        parts = [at]
+    return [part for part in parts if isinstance(part, Stored)]
 
 
 def _dtype(path: Path) -> torch.dtype:

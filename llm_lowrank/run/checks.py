@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import draccus
-
 from llm_lowrank.codecs import CODECS
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
@@ -142,41 +140,3 @@ def output_dir_conflict(recipe: Recipe) -> str | None:
         f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, "
         "or resume with --resume_from_checkpoint auto"
     )
-
-
-# Settings that may differ when a run resumes: where and how it computes, not what it learns. on_nan is among them, as a
-# run that stopped at a gradient that is not finite resumes with the other policy.
-FREE = {
-    "output_dir",
-    "overwrite_output_dir",
-    "save_merged",
-    "merge_base",
-    "dry_run",
-    "engine",
-    "deepspeed",
-    "fsdp",
-    "gradient_checkpointing",
-    "attn_implementation",
-    "allow_partial",
-    "model_revision",  # the weights are compared
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "eval_steps",
-    "report_to",
-    "save_steps",
-    "save_total_limit",
-    "resume_from_checkpoint",
-    "on_nan",
-    "ddp_timeout",
-}
-
-
-def check_same_run(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
-    """Raise RecipeError unless the checkpoint was written by a run that this one may resume."""
-    now = draccus.encode(recipe)
-    other = sorted(key for key in now.keys() | saved.keys() if key not in FREE and now.get(key) != saved.get(key))
-    if other:
-        lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in other]
-        raise RecipeError(f"resume_from_checkpoint: {path} was written by another run:\n  " + "\n  ".join(lines))

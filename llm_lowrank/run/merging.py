@@ -9,7 +9,7 @@ from llm_lowrank.files import write_json, write_text
 from llm_lowrank.models.architectures import tied_modules
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.export import SavedAdapter, save_adapter
-from llm_lowrank.models.foreign import TEMPLATE, Lora
+from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora
 from llm_lowrank.models.merging import Merged, Merging, copy_tokenizer, gaps, merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import GENERATION, with_ends
@@ -21,8 +21,8 @@ from llm_lowrank.run.recipe import Recipe
 def export_adapter(run: Run) -> SavedAdapter | None:
     """Write output_dir/adapter on rank 0 and return a report there; return None elsewhere. Collective.
 
-    Beside the adapter are the tokenizer with the run's chat template, and the generation config with the tokens that
-    end the trained answers.
+    Beside the adapter are the tokenizer with the run's chat template, the date that this template wrote, and the
+    generation config with the tokens that end the trained answers.
     """
     recipe, folder = run.recipe, run.recipe.output / "adapter"
     with run.engine.together():
@@ -30,6 +30,8 @@ def export_adapter(run: Run) -> SavedAdapter | None:
             copy_tokenizer(run.source, run.tokenizer, folder)
             if recipe.data.chat_template:
                 write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))
+            if run.corpus.date:
+                write_text(folder / DATE, f"{run.corpus.date}\n")
             eos = run.tokenizer.eos_token_id
             ends = [*run.corpus.ends, *([] if eos is None else [eos])]
             write_json(folder / GENERATION, with_ends(run.source.path, ends))

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
@@ -23,8 +24,8 @@ from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of
-from llm_lowrank.run.checks import check_same_run
 from llm_lowrank.run.recipe import Recipe
+from llm_lowrank.run.resuming import check_ranks_alike, check_same_run, facts_of
 
 
 @dataclass
@@ -44,21 +45,11 @@ class Run:
     exchange_steps: tuple[int, ...]  # completed steps after which pairs are exchanged
     tensors: InModel  # the checkpoint under the model's names
     unused: list[str]  # tensors of the checkpoint that the model has no place for
+    facts: dict[str, Any]  # about the model and the data; a run that resumes must find the same ones
     resume_from: Checkpoint | None = None
     loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
     notes: list[str] = field(default_factory=list)  # what a user should know before the run starts
     skipped: int = 0  # steps without an update so far, as their gradients were not finite
-
-    @property
-    def facts(self) -> dict[str, int | str]:
-        """Facts about the data. A run that resumes must find the same ones."""
-        date: dict[str, int | str] = {"date": self.corpus.date} if self.corpus.date else {}
-        return {
-            "global_batch": self.batches.global_batch,
-            "total_steps": self.total_steps,
-            "data": self.corpus.fingerprint,
-            **date,
-        }
 
     @property
     def resume_step(self) -> int | None:
@@ -137,15 +128,22 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
         exchange_steps=exchange_steps,
         tensors=tensors,
         unused=unused,
+        facts={
+            "global_batch": batches.global_batch,
+            "total_steps": total,
+            **facts_of(source, tokenizer, corpus),
+        },
     )
 
 
 def find_checkpoint(run: Run) -> None:
-    """Set run.resume_from. Rank 0 reads all of it once, to compare checksums; the others open what it found.
+    """Set run.resume_from. Rank 0 reads all of it once, to compare checksums, and decides; the others open what it
+    found.
 
-    Collective.
+    Collective. ValueError on every rank if the run may not resume, or if ranks read different models or data.
     """
     engine = run.engine
+    check_ranks_alike(engine, run.source, run.facts)
     with engine.together():
         if engine.main:
             run.resume_from, run.notes = check_resumable(run.recipe, run.source, run.facts)
@@ -155,7 +153,7 @@ def find_checkpoint(run: Run) -> None:
             run.resume_from = Checkpoint.open(Path(path), checked=True)
 
 
-def check_resumable(recipe: Recipe, source: Source, facts: dict[str, int | str]) -> tuple[Checkpoint | None, list[str]]:
+def check_resumable(recipe: Recipe, source: Source, facts: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that resume_from_checkpoint names, checked against this run, and what to print about it.
 
     Raises ValueError when the checkpoint is damaged or belongs to another run, model or data.
@@ -173,20 +171,5 @@ def check_resumable(recipe: Recipe, source: Source, facts: dict[str, int | str])
             return None, [f"no checkpoint in {recipe.output}: starting from the beginning"]
     else:
         newest, notes = Checkpoint.open(Path(wanted).expanduser()), []
-    check_same_run(recipe, newest.state["recipe"], newest.path)
-    if newest.state["base"] != source.fingerprint:
-        raise ValueError(f"{newest.path} was written over another model than the one that is in {source.path} now")
-    saved = newest.state["data"]
-    differing = {name for name in facts.keys() | saved.keys() if facts.get(name) != saved.get(name)}
-    if differing == {"data"}:
-        raise ValueError(
-            f"{newest.path} was written by a run over other data: what {recipe.data.dataset} holds has changed since "
-            "then"
-        )
-    if differing:
-        raise ValueError(
-            f"{newest.path} was written by a run with {saved}, now it is {facts}; set per_device_train_batch_size and "
-            "gradient_accumulation_steps so that their product with the number of ranks is the same, and use the same "
-            "data"
-        )
+    notes += check_same_run(recipe, source, facts, newest)
     return newest, [*notes, f"resuming from {newest.path}: {newest.step} of {facts['total_steps']} steps are done"]

@@ -7,8 +7,10 @@ import time
 
 import draccus
 
+from llm_lowrank.files import write_text
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.backbone import BACKBONE
+from llm_lowrank.models.foreign import DATE
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import save
@@ -63,7 +65,8 @@ class Saving:
 
 
 def prepare_output(run: Run) -> None:
-    """Remove what an earlier run left in output_dir, and write the recipe there. Call on rank 0.
+    """Remove what an earlier run left in output_dir, and write the recipe and the date of the prompts there. Call on
+    rank 0.
 
     overwrite_output_dir, or resuming, has allowed it. Nothing of two runs is mixed; files of other names stay. A folder
     that cannot be removed is an error now, not after the training.
@@ -73,5 +76,8 @@ def prepare_output(run: Run) -> None:
     for name in ("adapter", "merged", *([] if resuming else ["tensorboard", checkpoint.FOLDER])):
         if (output / name).exists():
             shutil.rmtree(output / name)
-    (output / BACKBONE).unlink(missing_ok=True)
+    for file in (BACKBONE, DATE):
+        (output / file).unlink(missing_ok=True)
     save(run.recipe, output / "recipe.yaml")
+    if run.corpus.date:
+        write_text(output / DATE, f"{run.corpus.date}\n")
