@@ -1,6 +1,6 @@
 """A simulated accelerator, for tests without a GPU: tensors that claim another device and hold CPU values.
 
-    with simulated.accelerator() as device:       # engines take `device` for theirs
+    with simulated.Accelerator() as device:       # engines take `device` for theirs
         ...
         with device.counting() as counts:
             one step
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class OnDevice(torch.Tensor):
         return self.host.data_ptr()
 
     def tolist(self) -> Any:
-        accelerator.current.sync("read")
+        Accelerator.current.sync("read")
         return self.host.tolist()
 
     def numpy(self, *args: object, **kwargs: object) -> Any:
@@ -100,7 +101,7 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return accelerator.current.run(func, args, kwargs or {})
+        return Accelerator.current.run(func, args, kwargs or {})
 
 
 def place() -> str:
@@ -129,6 +130,7 @@ class Simulation:
 
     def __init__(self) -> None:
         self.counts: Counts | None = None
+        self.pinned: dict[int, torch.Tensor] = {}  # address of the storage -> what keeps it alive
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
@@ -137,6 +139,9 @@ class Simulation:
             yield counts
         finally:
             self.counts = None
+
+    def is_pinned(self, t: torch.Tensor) -> bool:
+        return t.untyped_storage().data_ptr() in self.pinned
 
     def sync(self, kind: str) -> None:
         if self.counts is not None:
@@ -180,7 +185,7 @@ class Simulation:
         to_device = is_lazy(target) if target is not None else here
         if here and to_device:
             self.kernel()
-        elif here != to_device and not (to_device and kwargs.get("non_blocking") and "pinned" in vars(source)):
+        elif here != to_device and not (to_device and kwargs.get("non_blocking") and self.is_pinned(source)):
             self.sync("copy to the device" if to_device else "copy to the host")
         result = func(host_of(source), **{k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")})
         return OnDevice(result) if to_device else result
@@ -229,7 +234,7 @@ class _Mode(TorchDispatchMode):
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return accelerator.current.run(func, args, kwargs or {})
+        return Accelerator.current.run(func, args, kwargs or {})
 
 
 class _Autocast:
@@ -247,13 +252,13 @@ class _Autocast:
         return self.inner and self.inner.__exit__(*exception)
 
 
-class accelerator:
+class Accelerator:
     """While entered, engines have the simulated device."""
 
     current: Simulation
 
     def __enter__(self) -> Simulation:
-        accelerator.current = simulation = Simulation()
+        Accelerator.current = simulation = Simulation()
         enabled = torch.is_autocast_enabled
         self.before = [
             (Engine, "_device", vars(Engine)["_device"]),
@@ -261,11 +266,12 @@ class accelerator:
             (torch.amp.autocast_mode, "autocast", torch.amp.autocast_mode.autocast),
             (torch, "is_autocast_enabled", enabled),
             (torch.Tensor, "pin_memory", torch.Tensor.pin_memory),
+            (torch, "lazy", None),
         ]
 
         def pin(t: torch.Tensor, *_: Any) -> torch.Tensor:
             pinned = t.clone()
-            vars(pinned)["pinned"] = True
+            simulation.pinned[pinned.untyped_storage().data_ptr()] = pinned
             return pinned
 
         Engine._device = staticmethod(lambda: LAZY)  # type: ignore[method-assign]
@@ -273,6 +279,7 @@ class accelerator:
         torch.is_autocast_enabled = lambda kind=None: (  # type: ignore[assignment]
             False if kind == "lazy" else enabled(kind) if kind else enabled()
         )
+        torch.lazy = SimpleNamespace(_initialized=False)  # type: ignore[attr-defined]  # no random state of its own
         torch.Tensor.pin_memory = pin  # type: ignore[method-assign, assignment]
         self.mode = _Mode()
         self.mode.__enter__()

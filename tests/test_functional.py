@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from llm_lowrank.numerics.functional import Product, adapter_linear, frozen_linear
+from llm_lowrank.numerics.functional import Product, adapter_linear, frozen_linear, product_as
 
 pytestmark = pytest.mark.quick
 
@@ -364,3 +365,17 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_product_is_float32_where_it_is_kept_as_float32(dtype):
+    a, b = (torch.randn(s, generator=torch.Generator().manual_seed(0)).to(dtype) for s in ((3, 40), (40, 5)))
+    assert torch.equal(product_as(a, b, torch.float32), (a @ b).float())
+    # tensors without values stand for those of a CUDA device: the operation is known, nothing runs
+    with FakeTensorMode():
+        there = product_as(
+            torch.empty(3, 40, dtype=dtype, device="cuda"),
+            torch.empty(40, 5, dtype=dtype, device="cuda"),
+            torch.float32,
+        )
+        assert there.shape == (3, 5) and there.dtype == torch.float32 and there.device.type == "cuda"

@@ -405,7 +405,7 @@ def test_a_run_trains_and_evaluates_by_blocks_where_the_model_allows_it_and_says
         in capsys.readouterr().out
     )
 
-    monkeypatch.setattr("llm_lowrank.run.train.loss_layer", lambda *_: (None, ""))
+    monkeypatch.setattr("llm_lowrank.run.proofs.loss_layer", lambda *_: (None, ""))
     whole = run(place, tmp_path / "whole")
     assert len(whole) >= 7 and [row[:2] for row in by_blocks] == [row[:2] for row in whole]
     assert [row[2] for row in by_blocks] == pytest.approx([row[2] for row in whole], rel=1e-5)

@@ -15,7 +15,7 @@ PATIENCE = 10.0  # seconds that a failed run waits for its thread, which may wai
 class Ahead:
     """The batches of the steps before `stop`, one step ahead. Entered and left with the run, which has no thread then.
 
-    device: where the batches are used; for a CUDA device they are put into pinned memory.
+    device: where the batches are used; for an accelerator they are put into pinned memory.
     """
 
     def __init__(self, batches: Batches | StreamBatches, stop: int, device: torch.device) -> None:
@@ -59,8 +59,9 @@ class _Making(Thread):
         try:
             self.micros = self.batches.step(self.t)
             if self.device.type == "cuda":
-                with torch.cuda.device(self.device):  # each thread begins on device 0
-                    self.micros = [micro.pinned() for micro in self.micros]
+                torch.cuda.set_device(self.device)  # each thread begins on device 0
+            if self.device.type != "cpu":
+                self.micros = [micro.pinned() for micro in self.micros]
         except BaseException as error:
             self.error = error
 

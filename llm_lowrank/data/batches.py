@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,18 +46,29 @@ class MicroBatch(NamedTuple):
             labels=self.labels.pin_memory(),
         )
 
-    def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Tensor]:
+    def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Any]:
         """Return the arguments of the model's forward, on `device`.
 
-        flat: packed rows joined to one row, (1, per_device * longest), as flash-attn's variable-length path wants them.
+        flat: packed rows joined to one row, (1, per_device * longest), for a kernel that tells examples apart by their
+        lengths. The lengths go with it: the kernel would read them from the positions, and wait for the device.
         """
         if self.position_ids is None:
             assert self.attention_mask is not None
             tensors = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        else:
-            shape = (1, -1) if flat else self.input_ids.shape
-            tensors = {"input_ids": self.input_ids.reshape(shape), "position_ids": self.position_ids.reshape(shape)}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        shape = (1, -1) if flat else self.input_ids.shape
+        tensors = {"input_ids": self.input_ids.reshape(shape), "position_ids": self.position_ids.reshape(shape)}
+        inputs: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if flat:
+            starts = torch.cat(
+                [(self.position_ids.flatten() == 0).nonzero()[:, 0], torch.tensor([self.labels.numel()])]
+            )
+            on_device = (
+                starts.int() if device.type == "cpu" else starts.int().pin_memory().to(device, non_blocking=True)
+            )
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), on_device)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), int(starts.diff().max()))
+        return inputs
 
     def targets(self, flat: bool = False) -> Tensor:
         """Return the labels, in the shape of the inputs, on the host."""

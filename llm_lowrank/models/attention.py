@@ -59,15 +59,17 @@ def causal(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     groups = query.shape[1] // key.shape[1]
-    rows = (t[0].transpose(0, 1) for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value))))
-    return varlen(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
+    q, k, v = (t[0].transpose(0, 1) for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value))))
+    return varlen(q, k, v, starts=cu_seq_lens_q, longest=max_length_q, scaling=scaling)[None], None
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
     """Causal attention within each example of a joined row: (t, heads, d) each -> (t, heads, d)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
+    answer = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
+    assert isinstance(answer, Tensor)
+    return answer
 
 
 AttentionInterface.register(NAME, causal)
@@ -91,9 +93,7 @@ def with_masks(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def leave_masks_out(
-    engine: Engine, model: PreTrainedModel, wrapped: nn.Module, *, longest: int, packed: bool
-) -> str:
+def leave_masks_out(engine: Engine, model: PreTrainedModel, wrapped: nn.Module, *, longest: int, packed: bool) -> str:
     """Let the model train without masks if that changes nothing; return "" or why it keeps them. Collective.
 
     The proof: the logits of real tokens are bitwise the same whatever the padding behind them is, and equal those with

@@ -3,8 +3,8 @@
 The check runs the model itself before a run, because nobody would notice a leak between examples.
 
 An example begins where the positions start again at 0. From the positions transformers makes block-diagonal masks for
-sdpa and eager, and sequence lengths for flash-attn's variable-length path. A model with its own attention code may
-ignore them.
+sdpa and eager; kernels for rows of several lengths get the lengths. A model with its own attention code may ignore
+them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.data import Example, collate
 from llm_lowrank.engines.base import Engine
+from llm_lowrank.models.attention import joins_rows
 
 LENGTH = 6  # tokens of an example in the check
-
-
-def flat(model: PreTrainedModel) -> bool:
-    """Whether packed rows must become one row: flash-attn's variable-length path reads positions of one row only."""
-    return "flash" in str(model.config._attn_implementation)
 
 
 @torch.no_grad()
@@ -46,7 +42,7 @@ def check_apart(engine: Engine, model: PreTrainedModel, wrapped: nn.Module) -> N
             samples=(),
             packed=packed,
         )
-        inputs = batch.inputs(engine.device, flat(model))
+        inputs = batch.inputs(engine.device, joins_rows(model))
         return wrapped(**inputs, use_cache=False).logits.flatten(0, 1)[-LENGTH:].float()
 
     alone = logits([[tested]], False)

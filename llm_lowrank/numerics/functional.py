@@ -210,17 +210,24 @@ class _AdapterLinear(torch.autograd.Function):
                     if into is not None:
                         into.addmm_(v, _all_A(A, bank_A if joint else None, dtype), alpha=s)
                     if need_A:
-                        dA = (v[:, : len(A)].T @ read).to(A.dtype).mul_(s)  # (r, n)
+                        dA = product_as(v[:, : len(A)].T, read, A.dtype).mul_(s)  # (r, n)
                     if need_gate and gate is not None:
                         dgate = (u * h).to(gate.dtype).sum(0).mul_(s)  # (r,)
                 if need_B:
                     gated = h if gate is None else h * gate.to(dtype)  # (t, r)
-                    dB = (gated.T @ rows).T.to(B.dtype).mul_(s)  # (m, r); h^T g runs faster than g^T h
+                    dB = product_as(gated.T, rows, B.dtype).T.mul_(s)  # (m, r); h^T g runs faster than g^T h
                 product_gradients += [dA, dB, dgate]
         shape = (*g.shape[:-1], products[0].A.shape[1])
         dx, ddropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, ddropped))
         fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None)  # in the order of FIXED
         return *fixed, *product_gradients, *(None for _ in parts)
+
+
+def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a b in `dtype`. On CUDA a float32 product of halves is the accumulator itself, which was not rounded."""
+    if a.device.type == "cuda" and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tensor:

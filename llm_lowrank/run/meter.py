@@ -50,8 +50,10 @@ class Meter:
 
         Collective.
         """
-        totals = torch.tensor([float(self.loss), float(self.tokens)], dtype=torch.float64, device=engine.device)
-        loss, tokens = engine.sum(totals).tolist()
+        # numbers of the host are filled in by the device: a copy would wait for it
+        tokens_and_loss = [torch.full((), self.tokens, dtype=torch.float64, device=engine.device)]
+        tokens_and_loss.append(torch.as_tensor(self.loss, dtype=torch.float64, device=engine.device))
+        tokens, loss = engine.sum(torch.stack(tokens_and_loss)).tolist()
         seconds, steps, good_steps = time.perf_counter() - self.began, self.steps, self.good_steps
         self._restart()
         return {

@@ -39,7 +39,9 @@ class Signals:
 
     def anywhere(self, engine: Engine, *, saving: bool = False) -> tuple[bool, bool]:
         """Return whether any rank was asked to stop, and whether any rank still writes a checkpoint. Collective."""
-        flags = torch.tensor([float(self.asked), float(saving)], device=engine.device)
+        if engine.world == 1:
+            return self.asked, saving
+        flags = torch.tensor([float(self.asked), float(saving)])  # on the host, which need not wait for the device
         asked, writing = engine.sum(flags).tolist()
         return bool(asked), bool(writing)
 

@@ -13,8 +13,7 @@ from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.data import Ahead, MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
-from llm_lowrank.models.loss import loss_layer
-from llm_lowrank.models.packing import check_apart, flat
+from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.build import codec, optimization
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
@@ -23,6 +22,7 @@ from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_s
 from llm_lowrank.run.meter import Meter, log_step, progress_bar
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_engine, prepare
+from llm_lowrank.run.proofs import look_at
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
@@ -95,12 +95,7 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
         checkpoint.restore(engine, run.model, run.adapters, run.resume_from)
         run.skipped = run.resume_from.skipped
     signals.check(engine)
-    engine.at("looking at the model")
-    if recipe.data.packing:
-        check_apart(engine, run.model, model)
-    run.loss_layer, reason = loss_layer(engine, run.model, model)
-    if reason:
-        run.say(f"the loss is made from whole logits: {reason}")
+    look_at(run, model)
     if engine.main:
         prepare_output(run)
     return model, loaded
@@ -162,7 +157,7 @@ def optimizer_step(
     rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
     for micro in micros:
         method.batch(adapters, step - 1, micro.samples)
-        loss = batch_loss(model, micro, engine.device, run.loss_layer, flat(run.model)) / micro.tokens
+        loss = batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / micro.tokens
         engine.backward(loss)
         meter.add(loss, micro)
     finite = recipe.on_nan == "stop" or engine.finite()  # with stop, the norm of the step says it without another sum
