@@ -15,10 +15,14 @@ Writing to a DTensor by index changes nothing, without a word; every edit here g
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -125,9 +129,10 @@ class FSDP(TorchEngine):
             if self.sharding.cpu_offload
             else OffloadPolicy(),
         )
-        for layer in layers:
-            shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
-        root = shard(model, reshard_after_forward=False)
+        with _codes_are_parameters():
+            for layer in layers:
+                shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
+            root = shard(model, reshard_after_forward=False)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
         return root
 
@@ -213,6 +218,29 @@ class FSDP(TorchEngine):
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
         loss.backward()
+
+
+@contextmanager
+def _codes_are_parameters() -> Iterator[None]:
+    """Let torch 2.11 and 2.12 shard a quantized weight.
+
+    Their fully_shard makes every shard a parameter that requires a gradient before it asks whether the parameter did,
+    which no parameter of bytes can. Within this block such a parameter requires none. torch 2.13 needs no help.
+    """
+    if Version(torch.__version__) >= Version("2.13"):
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
+
+    original = _fsdp_param.nn
+    _fsdp_param.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param.nn = original
 
 
 def _local(t: Tensor) -> Tensor:
