@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from llm_lowrank.data import Ahead, Batches, Data, Stream, StreamBatches
+from llm_lowrank.data.ahead import NAME
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests.test_data import CHATML, byte_tokenizer, examples, write_jsonl
@@ -19,8 +21,8 @@ from tests.test_train_data import settings
 CPU = torch.device("cpu")
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches of step")]
+def threads() -> int:
+    return sum(thread.name == NAME for thread in threading.enumerate())
 
 
 def same(left, right) -> bool:
@@ -36,7 +38,7 @@ def test_steps_ahead_are_the_steps(ways):
     with Ahead(batches, 40, CPU) as ahead:
         for t in range(17, 40):  # from the middle of an epoch, as after a resume, over several epochs
             assert same(ahead.step(t), again.step(t)), t
-            assert len(threads()) <= 1
+            assert threads() == 1
     assert not threads()
 
 
@@ -101,6 +103,32 @@ def test_a_run_that_fails_takes_its_thread_with_it():
     with pytest.raises(RuntimeError, match="in the loop"):
         loop()
     assert not threads()
+
+
+@pytest.mark.parametrize("pack", [0, 12])
+def test_batches_of_a_cuda_device_are_pinned_there(monkeypatch, pack):
+    """Where there is no such device, its functions are replaced; tests/gpu has the device itself."""
+    at, pinned = [], []
+
+    @contextmanager
+    def device(chosen):
+        at.append(chosen)
+        yield
+        at.pop()
+
+    def pin(tensor):
+        assert at == [torch.device("cuda", 1)]
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = Batches(examples(30), 2, pad_id=0, pack=pack)
+    with Ahead(batches, 2, torch.device("cuda", 1)) as ahead:
+        micros = ahead.step(0)
+        ahead.step(1)
+    assert same(micros, batches.step(0)) and len(pinned) == 2 * 3
+    assert all(any(value is tensor for tensor in pinned) for value in micros[0] if isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize("changes", [{"data.packing": True, "data.max_length": 96}, {"data.streaming": True}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import datasets
 import pytest
@@ -335,3 +336,86 @@ def test_columns_of_a_parquet_file(tmp_path):
         load_corpus(Data(str(path), held_out=0), tokenizer, 0)
     corpus = load_corpus(Data(str(path), held_out=0, ignore=["images"]), tokenizer, 0)
     assert answers(tokenizer, corpus.train) == ["a1<|end|>", "a0<|end|>"]
+
+
+# Names written otherwise, and flags under names of other programs.
+
+
+@pytest.mark.parametrize("name", ["Images", "images ", "Loss Mask", "lossMask", "reasoning-content", "System", "LABEL"])
+def test_a_name_counts_however_it_is_written(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"the column ({name}|'{name}') .*data.ignore: \[({name}|'{name}')\]"):
+        loaded(tmp_path, [{**PAIR, name: "x"}])
+    loaded(tmp_path, [{**PAIR, name: "x"}], ignore=[name])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("ignore_loss", True),
+        ("learn", False),
+        ("is_train", 0),
+        ("isMasked", True),
+        ("calculate_loss", "false"),
+        ("Weight", 0),
+        ("weight ", 0),
+        ("token_mask", [0, 1, 1]),
+        ("skip", True),
+    ],
+)
+def test_a_flag_of_a_turn_that_nothing_reads_is_refused(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"message 1: the key ({key}|'{key}') looks like a flag .*rename it to train"):
+        loaded(tmp_path, [flagged({key: value}, {})])
+    assert trained(tmp_path, flagged({key: value}, {}), ignore=[key])[1] == "a0<|end|>a1<|end|>"
+
+
+@pytest.mark.parametrize("key, value", [("name", "train"), ("trainer", 5), ("loss_note", "see below"), ("skip", None)])
+def test_other_keys_of_a_turn_are_no_flags(tmp_path, key, value):
+    assert trained(tmp_path, flagged({key: value}))[1] == "a0<|end|>"
+
+
+@pytest.mark.parametrize("name, off, on", [("train", False, True), ("Trainable", 0, 1), ("masked", "true", "0")])
+def test_a_row_that_is_marked_as_not_trained_is_refused(tmp_path, name, off, on):
+    with pytest.raises(ValueError, match=rf"the column {name} says that the row is not trained.*remove such rows"):
+        loaded(tmp_path, [{**PAIR, name: off}])
+    assert trained(tmp_path, {**PAIR, name: on})[1] == "a<|end|>"
+    assert trained(tmp_path, {**PAIR, "loss": 1.7})[1] == "a<|end|>", "a number about the row"
+
+
+def test_a_weight_in_a_table_of_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,weight\nq,a,1\nr,b,1.0\n")
+    assert len(load_corpus(Data(str(path), held_out=0), byte_tokenizer(CHATML), 0).train) == 2
+    path.write_text("prompt,completion,weight\nq,a,1\nr,b,0\n")
+    with pytest.raises(ValueError, match=r"line 3 of .*: the column weight weighs rows or tokens"):
+        load_corpus(Data(str(path), held_out=0), byte_tokenizer(CHATML), 0)
+
+
+@pytest.mark.parametrize("empty", ["\u200b", "\ufeff", "\0", "\u00a0\u200d\n"])
+def test_an_answer_that_nobody_sees_is_empty(tmp_path, empty):
+    for row in ({**PAIR, "completion": empty}, {"instruction": "q", "output": empty}, flagged({"content": empty}, {})):
+        with pytest.raises(ValueError, match="the answer is empty"):
+            loaded(tmp_path, [row])
+    assert trained(tmp_path, {**PAIR, "completion": f"{empty}x"})[1].strip().endswith("x<|end|>")
+
+
+@pytest.mark.parametrize(
+    "row, proposal",
+    [
+        ({"question": "q", "answer": "a"}, "data.columns {prompt: question, completion: answer}"),
+        ({"Prompt": "q", "Completion": "a"}, "data.columns {prompt: Prompt, completion: Completion}"),
+        ({"prompt": "q", " completion": "a"}, "data.columns {completion: ' completion'}"),
+        ({"input": "q", "output": "a"}, "data.columns {prompt: input, completion: output}"),
+        ({"instruction": "q", "response": "a"}, "data.columns {prompt: instruction, completion: response}"),
+        ({"conversation": [TURN]}, "data.columns {messages: conversation}"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "data.columns {completion: chosen} and data.ignore: [rejected]",
+        ),
+        ({"chosen": [TURN], "rejected": [TURN]}, "data.columns {messages: chosen} and data.ignore: [rejected]"),
+        ({"version": "1", "data": [PAIR]}, "If the rows are in a list under data, write this list alone into the file"),
+        ({"a": "q", "b": "a"}, "data.columns {prompt: question}"),
+    ],
+)
+def test_columns_that_fit_no_format_are_answered_with_what_fits(tmp_path, row, proposal):
+    with pytest.raises(ValueError, match=rf"\. (Say which is which: )?{re.escape(proposal)}$"):
+        loaded(tmp_path, [row])

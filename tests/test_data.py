@@ -558,6 +558,20 @@ def test_batches_of_a_corpus_are_those_of_its_examples(tmp_path):
             assert torch.equal(left.input_ids, right.input_ids) and torch.equal(left.labels, right.labels)
 
 
+def test_examples_are_the_rows_of_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_lowrank.data.workers.BATCH", 3)  # a table of many pieces
+    names = [write_jsonl(tmp_path / f"{n}.jsonl", pairs(20 * n)) for n in (1, 2)]
+    corpus = load_corpus(Data(",".join(names), weights=[2, 0.5], held_out=3), byte_tokenizer(), 0)
+    assert len(corpus.train.table) == 60
+    for examples in (corpus.train, corpus.held_out):
+        rows = examples.table.select(examples.numbers)
+        assert [(e.input_ids, e.labels) for e in examples] == list(zip(rows["input_ids"], rows["labels"], strict=True))
+        assert examples.lengths.tolist() == rows["length"][:] and examples.trained.tolist() == rows["trained"][:]
+        for ids, labels in map(examples.arrays, range(len(examples))):
+            assert ids.dtype == labels.dtype == "int32"
+    assert max(Counter(corpus.train.numbers.tolist()).values()) == 2
+
+
 def test_the_size_of_a_file_is_refused_not_ignored(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     with pytest.raises(ValueError, match=r"data.size is for reasoning-gym:<task> only"):

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.data import IGNORE, Batches, Example, best_fit
+from llm_lowrank.data import IGNORE, Batches, Example, best_fit, collate
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models.packing import check_apart
@@ -106,6 +106,28 @@ def test_packed_rows_hold_the_tokens_of_their_examples():
         assert example in seen
     assert real == sum(map(len, left))
     assert trained == sum(example.trained for example in data)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_are_filled_token_by_token(packed):
+    """The rows written out the slow way, the padding, an empty row and every type included."""
+    rows = [examples(5), examples(2), [Example([7], [7])]]
+    micro = collate([[e.arrays for e in row] for row in rows], 4, pad_id=9, tokens=1, samples=(0, 5, 7), packed=packed)
+    rows.append([Example([9], [IGNORE])])
+    longest = max(sum(len(example.input_ids) for example in row) for row in rows)
+    for number, row in enumerate(rows):
+        gap = longest - sum(len(example.input_ids) for example in row)
+        ids = [token for example in row for token in example.input_ids]
+        labels = [label for e in row for label in ([IGNORE, *e.labels[1:]] if packed else e.labels)]
+        positions = [*(k for example in row for k in range(len(example.input_ids))), *range(gap)]
+        assert micro.input_ids[number].tolist() == ids + [9] * gap
+        assert micro.labels[number].tolist() == labels + [IGNORE] * gap
+        if packed:
+            assert micro.position_ids[number].tolist() == positions and micro.attention_mask is None
+        else:
+            assert micro.attention_mask[number].tolist() == [1] * len(ids) + [0] * gap and micro.position_ids is None
+    assert {tensor.dtype for tensor in micro if isinstance(tensor, torch.Tensor)} == {torch.int64}
+    assert micro.real == sum(len(example.input_ids) for row in rows[:3] for example in row)
 
 
 @pytest.mark.parametrize("split", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)])

@@ -125,7 +125,7 @@ BROKEN = {  # a line -> what is said about it
     "{'prompt': 'a'}": "no JSON: Expecting property name",
     "{": "an object stands on one line, or all objects stand in one list",
     '{"prompt": "a", "completion": ' + "[" * 100_000 + "]" * 100_000 + "}": "it is nested too deeply",
-    '{"prompt": "a", "completion": ' + "9" * 5000 + "}": "integer string conversion",
+    '{"prompt": "a", "completion": ' + "9" * 5000 + "}": "thousands of digits",
 }
 
 
@@ -774,3 +774,68 @@ def test_a_home_that_cannot_be_written(tmp_path, there):
         assert run.stdout.strip() == "4", run.stderr
     else:
         assert "LLM_LOWRANK_CACHE" in run.stderr and "HF_HOME" in run.stderr and "cannot be written" in run.stderr
+
+
+# What a file is in the place of what its name says, and what would be read twice or not at all.
+
+SIGNED = {
+    "compressed with gzip; give it a name that ends in .gz": gzip.compress(b'{"prompt": "a", "completion": "b"}\n'),
+    "compressed with bzip2": bz2.compress(b'{"prompt": "a", "completion": "b"}\n'),
+    "compressed with xz": lzma.compress(b'{"prompt": "a", "completion": "b"}\n'),
+    "a pointer of Git LFS in the place of the file; fetch it: git lfs pull": b"version https://git-lfs.github.com/s\n",
+    "a web page in the place of the file": b"<!DOCTYPE html><html></html>",
+    "a zip archive or a spreadsheet": b"PK\x03\x04abc",
+    "a Parquet file; give it a name that ends in .parquet": b"PAR1abcPAR1",
+    "an Arrow file; give it a name that ends in .arrow": b"ARROW1abc",
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("what", SIGNED)
+def test_a_file_that_is_something_else_is_called_so(tmp_path, what, name):
+    if (what.startswith("a Parquet") and "parquet" in name) or (what.startswith("an Arrow") and "arrow" in name):
+        return
+    (tmp_path / name).write_bytes(SIGNED[what])
+    with pytest.raises(ValueError, match=rf"{name} is {what}"):
+        loaded(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, text", [("a.jsonl", jsonl([row("b")] * 2)), ("a.csv", "prompt,completion\na,b\nc,d\n")])
+def test_line_ends_of_an_old_mac_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text.replace("\n", "\r"))
+    with pytest.raises(ValueError, match=r"lines end with a carriage return alone; convert it: tr "):
+        loaded(tmp_path / name)
+
+
+def test_columns_of_a_table_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["a"])] * 3, names=["prompt", "prompt", "completion"]), path)
+    with pytest.raises(ValueError, match=r"a.parquet: it has the column 'prompt' twice"):
+        loaded(path)
+    pairs_of = pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"], "extra": pairs_of}), path)
+    with pytest.raises(ValueError, match=r"a.parquet: the column extra holds map<.*>, which is not read"):
+        loaded(path)
+
+
+def test_copies_and_links_of_a_file_are_not_trained_twice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row("x")])
+    write_jsonl(tmp_path / "b.jsonl", [row("y")])  # of the same size
+    (tmp_path / "c.jsonl").touch()
+    (tmp_path / "d.jsonl").touch()  # empty files say nothing twice
+    assert trained(tmp_path) == ["x", "y"]
+    for make in (lambda at: at.symlink_to(tmp_path / "a.jsonl"), lambda at: at.write_bytes(b"")):
+        at = tmp_path / "a (1).jsonl"
+        make(at)
+        if not at.is_symlink():
+            at.write_bytes((tmp_path / "a.jsonl").read_bytes())
+        with pytest.raises(ValueError, match=r"a \(1\).jsonl and .*/a.jsonl are the same, and their rows would be"):
+            loaded(tmp_path)
+        at.unlink()
+    again = f"{tmp_path / 'a.jsonl'},{tmp_path}/./a.jsonl"
+    with pytest.raises(ValueError, match=r"hold the same rows, which would be trained twice; .*data.weights"):
+        loaded(again)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "part").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"linked/part is a link to a folder, and such links are not followed"):
+        loaded(tmp_path / "linked")

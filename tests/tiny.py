@@ -126,9 +126,11 @@ class Trainee:
         codec: Codec | None = None,
         total: int = 100,
         resume_from: checkpoint.Checkpoint | None = None,
+        length: int = 8,
         **changes: object,
     ) -> None:
         self.total = total  # steps of the run, as far as a method wants to know
+        self.length = length  # tokens of a sample
         self.engine, self.method, self.samples, self.accumulation = (
             engine(engine_name, **(zero or {})),
             method,
@@ -156,7 +158,8 @@ class Trainee:
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            return self.wrapped(input_ids=batch(step).to(self.engine.device), use_cache=False).logits.float()
+            ids = batch(step, length=self.length).to(self.engine.device)
+            return self.wrapped(input_ids=ids, use_cache=False).logits.float()
 
     def probe(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Answers, and the linear map that every adapted layer is, in float64, as its own forward computes it: (m, n)
@@ -178,7 +181,7 @@ class Trainee:
 
     def forward_backward(self, step: int) -> float:
         """One global batch, split over ranks and micro-batches; returns the loss of this rank's share."""
-        tokens = batch(step, self.samples)
+        tokens = batch(step, self.samples, self.length)
         engine, total = self.engine, torch.zeros(())
         self.model.train()
         parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]

@@ -1,72 +1,70 @@
 """The batches of a step, made in a thread while the step before it runs. They are the batches that they would be
-without the thread: it asks for the steps one after another, and never for one that the run does not make.
+without the thread: it makes one step after another, and none that the run does not make.
 """
 
+from contextlib import nullcontext
+from queue import SimpleQueue
 from threading import Thread
-from types import TracebackType
 
 import torch
 
 from llm_lowrank.data.batches import Batches, MicroBatch, StreamBatches
 
+NAME = "batches made ahead"  # of the thread
 PATIENCE = 10.0  # seconds that a failed run waits for its thread, which may wait for a network
 
 
 class Ahead:
-    """The batches of the steps before `stop`, one step ahead. Entered and left with the run, which has no thread then.
+    """The batches of steps up to `stop`, one step ahead. Enter it before the first step; leaving it ends the thread.
 
     device: where the batches are used; for an accelerator they are put into pinned memory.
     """
 
     def __init__(self, batches: Batches | StreamBatches, stop: int, device: torch.device) -> None:
         self.batches, self.stop, self.device = batches, stop, device
-        self.coming: _Making | None = None
+        self.asked: SimpleQueue[int | None] = SimpleQueue()  # steps to make; None: no more
+        self.made: SimpleQueue[list[MicroBatch] | BaseException] = SimpleQueue()
+        self.coming: int | None = None  # the step that was asked for last
+        # a daemon, so that a read that hangs does not keep a failed run from its end
+        self.thread = Thread(target=self._make, name=NAME, daemon=True)
 
     def __enter__(self) -> "Ahead":
+        self.thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.coming is not None:
-            self.coming.join(PATIENCE)
-            self.coming = None
+    def __exit__(self, *_: object) -> None:
+        self.asked.put(None)
+        self.thread.join(PATIENCE)
 
     def step(self, t: int) -> list[MicroBatch]:
-        """Return the micro-batches of step t and let the thread make those of the next step.
+        """Return the micro-batches of step t, and let the thread make those of the next step.
 
-        An error of the thread is raised here, at the step that it belongs to.
+        The first step may be any; each other one follows the step before. An error in the thread is raised here, at the
+        step that it belongs to.
         """
-        making = self.coming or _Making(self.batches, t, self.device)
-        assert making.t == t, (making.t, t)
-        micros = making.result()
-        self.coming = _Making(self.batches, t + 1, self.device) if t + 1 < self.stop else None
+        if self.coming is None:
+            self._ask(t)
+        assert self.coming == t, (self.coming, t)
+        micros = self.made.get()
+        if isinstance(micros, BaseException):
+            raise micros
+        if t + 1 < self.stop:
+            self._ask(t + 1)
         return micros
 
+    def _ask(self, t: int) -> None:
+        self.coming = t
+        self.asked.put(t)
 
-class _Making(Thread):
-    """A thread that makes the batches of one step."""
-
-    def __init__(self, batches: Batches | StreamBatches, t: int, device: torch.device) -> None:
-        # a daemon, so that a read that hangs does not keep a failed run from its end
-        super().__init__(name=f"batches of step {t}", daemon=True)
-        self.batches, self.t, self.device = batches, t, device
-        self.micros: list[MicroBatch] = []
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.micros = self.batches.step(self.t)
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # each thread begins on device 0
-            if self.device.type != "cpu":
-                self.micros = [micro.pinned() for micro in self.micros]
-        except BaseException as error:
-            self.error = error
-
-    def result(self) -> list[MicroBatch]:
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.micros
+    def _make(self) -> None:
+        """Make what is asked for, in the thread."""
+        while (t := self.asked.get()) is not None:
+            try:
+                micros = self.batches.step(t)
+                if self.device.type != "cpu":
+                    # a thread begins on device 0
+                    with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                        micros = [micro.pinned() for micro in micros]
+                self.made.put(micros)
+            except BaseException as error:
+                self.made.put(error)

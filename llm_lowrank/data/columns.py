@@ -4,6 +4,8 @@ A name that is in none of these tables is passed on (a chat template may read a 
 run lists it once.
 """
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +47,14 @@ _THOUGHT = Refusal(
     "looks like the reasoning before an answer, and nothing reads it",
     "put it into the answer, or give it as reasoning_content of a message to a chat template that writes it",
 )
+_ROW = Refusal(
+    "says that the row is not trained, and a run trains every row that it reads",
+    "remove such rows, and this column",
+)
+_FLAG = Refusal(
+    "looks like a flag that says whether a turn is trained, and is none that is read",
+    "rename it to train (1: trained) or masked (1: not trained)",
+)
 _PART = Refusal("marks parts of a text, and an answer is trained as a whole", "split the answer into messages")
 _SIDE = Refusal(
     "does not say which side it marks: some tools train what has mask 1, others hide it",
@@ -67,7 +77,7 @@ REFUSED = _by_name(
         "assistant_masks",
         _SYSTEM: "system system_prompt system_message",
         _HISTORY: "history",
-        _CONTEXT: "context",
+        _CONTEXT: "context input inputs passage passages document background knowledge evidence",
         _DOCUMENTS: "documents",
         _TOOLS: "tools functions tool_calls function_call",
         _THOUGHT: "reasoning_content thinking reasoning",
@@ -84,6 +94,10 @@ FLAGS = {
     ),
     "masked": False,
 }
+LIKE_A_FLAG = re.compile(  # in the names of keys that other programs read as flags
+    "(^|_)(train|trained|training|trainable|learn|learned|loss|mask|masked|unmasked|weight|supervised|skip|ignored?|"
+    "excluded?)(_|$)"
+)
 REASONING = ("reasoning_content", "thinking", "reasoning")  # a chat template may write them before the answer
 TEMPLATE_KEYS = (*REASONING, "tools", "functions", "documents")  # of a message; used if the chat template writes them
 
@@ -101,20 +115,56 @@ def check_row(row: Mapping[str, Any], used: Collection[str]) -> None:
     used: the columns that the format reads.
     """
     for name, value in row.items():
-        if name in REFUSED and name not in used and is_given(value) and not (REFUSED[name] is _WEIGHT and value == 1):
-            raise ValueError(f"the column {name} {_advice(name)}")
+        if name in used or not is_given(value):
+            continue
+        plain = _plain(name)
+        refusal = REFUSED.get(plain)
+        if refusal is None and plain in FLAGS and _truth(value) is not None and _truth(value) is not FLAGS[plain]:
+            refusal = _ROW
+        if refusal is not None and not (refusal is _WEIGHT and _truth(value)):
+            raise ValueError(f"the column {shown_name(name)} {_advice(refusal, name)}")
 
 
 def check_message(number: int, message: Mapping[str, Any], used: Collection[str]) -> None:
     """Check that no key of a message that changes what is learned is left aside. ValueError names it."""
     for name, value in message.items():
-        if name in REFUSED and name not in used and is_given(value):
-            raise ValueError(f"message {number}: the key {name} {_advice(name)}")
+        if name in used or not is_given(value):
+            continue
+        refusal = REFUSED.get(_plain(name))
+        marks = isinstance(value, bool | int | float | list) or _truth(value) is not None
+        if marks and (refusal is _WEIGHT or (refusal is None and LIKE_A_FLAG.search(_plain(name)))):
+            refusal = _FLAG
+        if refusal is not None:
+            raise ValueError(f"message {number}: the key {shown_name(name)} {_advice(refusal, name)}")
 
 
-def _advice(name: str) -> str:
-    refusal = REFUSED[name]
-    return f"{refusal.effect}; {refusal.remedy.format(name=name)}, or leave it aside with data.ignore: [{name}]"
+def is_blank(text: str) -> bool:
+    """Return whether nothing in a text can be seen: blanks, control characters, characters of no width."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
+
+
+def _plain(name: str) -> str:
+    """Return a name in small letters, its words parted by _: of is_masked, isMasked and "Is masked" the same."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())
+    return parted.lower().replace("-", "_").replace(" ", "_")
+
+
+def _truth(value: Any) -> bool | None:
+    """Return what a value of a flag says; None if it is no flag. A cell of a table of text is a text."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(word, str | bool | int | float):
+        return {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}.get(str(word).lower())
+    return None
+
+
+def shown_name(name: str) -> str:
+    """Return a name for a message, with quotation marks where blanks stand around it."""
+    return name if name == name.strip() else repr(name)
+
+
+def _advice(refusal: Refusal, name: str) -> str:
+    remedy = refusal.remedy.format(name=shown_name(name))
+    return f"{refusal.effect}; {remedy}, or leave it aside with data.ignore: [{shown_name(name)}]"
 
 
 def is_trained(number: int, message: Mapping[str, Any], is_answer: bool) -> bool:

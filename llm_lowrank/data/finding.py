@@ -144,6 +144,11 @@ def _local(name: str, path: Path) -> Folder:
         relative = file.relative_to(path).as_posix()
         if file.is_symlink() and not file.exists():
             raise ValueError(f"data.dataset: {name}/{relative} is a link to a file that is gone; mend or remove it")
+        if file.is_symlink() and file.is_dir() and _visible(relative):
+            raise ValueError(
+                f"data.dataset: {name}/{relative} is a link to a folder, and such links are not followed; name that "
+                "folder itself, as one of several datasets, or replace the link by links to its files"
+            )
         if file.is_file() and _visible(relative):
             names.append(relative)
     return Folder(name.rstrip("/"), tuple(sorted(names)), lambda relative: str(path / relative))

@@ -19,9 +19,11 @@ from llm_lowrank.data.columns import (
     TEMPLATE_KEYS,
     check_message,
     check_row,
+    is_blank,
     is_given,
     is_trained,
     names_left,
+    shown_name,
 )
 from llm_lowrank.data.reading import NO_JSON, parse
 from llm_lowrank.data.tokens import OPTIONAL, Tokens, read_tokens
@@ -156,7 +158,7 @@ def _without(message: Any, ignore: Collection[str]) -> Any:
 
 def _alpaca(row: Row) -> list[Turn]:
     instruction, output = _text(row, "instruction"), _text(row, "output")
-    if not instruction.strip():
+    if is_blank(instruction):
         raise ValueError("the instruction is empty")
     question = Turn("user", instruction, _text(row, "input", ""))
     return _with_system(row, [*_history(row), question, _answer(output)])
@@ -191,7 +193,7 @@ def _tokens(row: Row) -> list[Turn]:
 
 
 def _answer(text: str) -> Turn:
-    if not text.strip():
+    if is_blank(text):
         raise ValueError(EMPTY)
     return Turn("assistant", text)
 
@@ -207,7 +209,7 @@ def _history(row: Row) -> list[Turn]:
     for number, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"history, entry {number}: it is not [question, answer]")
-        if not pair[1].strip():
+        if is_blank(pair[1]):
             raise ValueError(f"history, entry {number}: the answer is empty")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return turns
@@ -294,7 +296,7 @@ def _turn(number: int, role: str, content: Any, rest: Row, key: str) -> Turn:
     if role == CALL or (calls and content is None):
         content = ""
     text = _content(number, content, key)
-    if answers and not calls and not text.strip():
+    if answers and not calls and is_blank(text):
         raise ValueError(f"message {number}: the answer is empty")
     return Turn("assistant" if answers else role, text, extras=extras, trained=trained, number=number)
 
@@ -397,6 +399,36 @@ MESSAGES = ("messages", "conversations", "prompt", "completion")  # columns that
 JSON_COLUMNS = ("messages", "conversations", "history", "tools", "functions", "chat_template_kwargs")
 
 
+ALIASES = {  # a column of a format -> names that others give it
+    "prompt": "question query problem input instruction user human source",
+    "completion": "answer response output solution reply target assistant",
+    "messages": "conversation dialog dialogue chat turns",
+}
+WRAPPERS = {"data", "rows", "examples", "instances", "train"}  # keys of an object that holds the list of rows
+
+
+def _proposal(column_names: list[str]) -> str:
+    """Return what to do with columns that fit no format."""
+    plain = {column.strip().lower(): column for column in reversed(column_names)}
+    chosen = plain.pop("chosen", None)
+    if chosen is not None:  # the better one of two answers, or the conversation with it
+        plain.setdefault("completion" if "prompt" in plain else "messages", chosen)
+    for format in FORMATS.values():
+        found = {
+            wanted: next((plain[name] for name in (wanted, *ALIASES.get(wanted, "").split()) if name in plain), None)
+            for wanted in format.required
+        }
+        if None in found.values():
+            continue
+        renamed = {ours: theirs for ours, theirs in found.items() if ours != theirs}
+        pairs = ", ".join(f"{ours}: {shown_name(str(theirs))}" for ours, theirs in renamed.items())
+        aside = " and data.ignore: [rejected]" if "rejected" in column_names and "chosen" in found.values() else ""
+        return f"Say which is which: data.columns {{{pairs}}}{aside}"
+    if wrapper := next((column for column in column_names if column in WRAPPERS), ""):
+        return f"If the rows are in a list under {wrapper}, write this list alone into the file"
+    return "Say which is which: data.columns {prompt: question}"
+
+
 def format_of(name: str, wanted: str, columns: dict[str, str], column_names: list[str]) -> str:
     """Return the format of the dataset `name`. ValueError if none or more than one format fits.
 
@@ -415,10 +447,8 @@ def format_of(name: str, wanted: str, columns: dict[str, str], column_names: lis
         fitting.remove("text")  # some publish the whole prompt beside its parts
     if not fitting:
         choices = "; ".join(f"{' and '.join(format.required)} ({kind})" for kind, format in formats.items())
-        raise ValueError(
-            f"{name} has the columns {', '.join(column_names) or 'none'}; wanted: {choices}. Say which is which: "
-            "data.columns {prompt: question}"
-        )
+        shown = ", ".join(map(shown_name, column_names))
+        raise ValueError(f"{name} has the columns {shown or 'none'}; wanted: {choices}. {_proposal(column_names)}")
     if len(fitting) > 1:
         raise ValueError(
             f"{name} has the columns of the formats {' and '.join(fitting)}; set data.format to one of them"

@@ -48,6 +48,20 @@ COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
     ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")),
 }
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+SIGNS = {  # how files begin that are something else than rows -> what they are, and what to do
+    b"version https://git-lfs": "a pointer of Git LFS in the place of the file; fetch it: git lfs pull",
+    b"\x1f\x8b": "compressed with gzip; give it a name that ends in .gz",
+    b"BZh": "compressed with bzip2; give it a name that ends in .bz2",
+    b"\xfd7zXZ": "compressed with xz; give it a name that ends in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstandard; give it a name that ends in .zst",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as .csv or .jsonl",
+    b"PAR1": "a Parquet file; give it a name that ends in .parquet",
+    b"ARROW1": "an Arrow file; give it a name that ends in .arrow",
+    b"<!DOCTYPE": "a web page in the place of the file; download the file itself",
+    b"<html": "a web page in the place of the file; download the file itself",
+}
+OWN_SIGNS = {"Parquet": b"PAR1", "Arrow": b"ARROW1"}
+MAC = "its lines end with a carriage return alone; convert it: tr '\\r' '\\n' < OLD > NEW"
 CHUNK = 1 << 20  # bytes of a list of objects that are read at a time
 ROWS = 1000  # rows of a typed file that are turned to Python values at a time
 NO_JSON = "this is no JSON: "
@@ -90,9 +104,19 @@ def kind_of(name: str) -> str:
 def read(file: File) -> Iterator[Lined]:
     """Yield the rows of a file with their lines. ValueError if the file or one of its rows cannot be read."""
     try:
+        _check_sign(file)
         yield from _READERS[file.kind](file)
     except DAMAGE as error:
         raise ValueError(f"{file.name}: {damage(error)}") from error
+
+
+def _check_sign(file: File) -> None:
+    """Check that a file does not begin like a file of another kind. ValueError says what it is."""
+    with file.open() as stream:
+        head = stream.read(32)
+    for sign, what in SIGNS.items():
+        if head.startswith(sign) and sign != OWN_SIGNS.get(file.kind):
+            raise ValueError(f"{file.name} is {what}")
 
 
 def damage(error: BaseException) -> str:
@@ -106,12 +130,9 @@ def damage(error: BaseException) -> str:
 def survey(file: File) -> tuple[list[str], int]:
     """Return the names of all columns of a file, in the order in which they appear, and the number of its rows."""
     if file.kind == "Parquet":
-        try:
-            with file.open() as stream:
-                parquet = pq.ParquetFile(stream)
-                return list(parquet.schema_arrow.names), int(parquet.metadata.num_rows)
-        except DAMAGE as error:
-            raise ValueError(f"{file.name}: {damage(error)}") from error
+        names_of_parquet = schema(file).names
+        with file.open() as stream:
+            return names_of_parquet, int(pq.ParquetFile(stream).metadata.num_rows)
     names: dict[str, None] = dict.fromkeys(schema(file).names) if file.kind == "Arrow" else {}
     count = 0
     for _, row in read(file):
@@ -142,6 +163,8 @@ def _json_lines(file: File) -> Iterator[Lined]:
                 why = _reason(error)
                 if isinstance(error, json.JSONDecodeError) and not ending and error.pos >= len(error.doc.rstrip()):
                     why += "; an object stands on one line, or all objects stand in one list"
+                if b"\r" in raw.rstrip():
+                    why += f"; {MAC}"
                 raise ValueError(f"{file.place(row, line)}{ending}: {why}; {MEND}") from error
             row += 1
 
@@ -285,6 +308,8 @@ def _reason(error: BaseException) -> str:
         return _not_utf8(error)
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if str(error).startswith("Exceeds the limit"):  # of Python
+        return "it holds a number of thousands of digits"
     return str(error)
 
 
@@ -315,6 +340,7 @@ def _read_csv(file: File) -> Iterator[Lined]:
             if isinstance(error, csv.Error):
                 why = f"the cells cannot be told apart ({error}); a cell with quotation marks, separators or line ends"
                 why += ' stands in quotation marks, and each of its own is written ""'
+                why = MAC if str(error).startswith("new-line character") else why
             raise ValueError(f"{where}: {why}; {MEND}") from error
 
 
@@ -372,30 +398,40 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 def schema(file: File) -> pa.Schema:
     """Return the columns of a Parquet or Arrow file with their types. ValueError if the file cannot be read."""
     try:
+        _check_sign(file)
         with file.open() as stream:
-            if file.kind == "Parquet":
-                return pq.ParquetFile(stream).schema_arrow
-            return _arrow_batches(stream)[0]
+            found = pq.ParquetFile(stream).schema_arrow if file.kind == "Parquet" else _arrow_batches(stream)[0]
     except DAMAGE as error:
         raise ValueError(f"{file.name}: {damage(error)}") from error
+    twice = {name for name in found.names if found.names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{file.name}: it has the column {min(twice)!r} twice; {MEND}")
+    return found
+
+
+def features(file: File, columns: pa.Schema) -> datasets.Features:
+    """Return the columns of a file as features of `datasets`. ValueError names a column whose type has none."""
+    try:
+        return datasets.Features.from_arrow_schema(columns)
+    except ValueError:
+        for field in columns:
+            try:
+                datasets.Features.from_arrow_schema(pa.schema([field]))
+            except ValueError as error:
+                raise ValueError(
+                    f"{file.name}: the column {field.name} holds {field.type}, which is not read; write it as text, as "
+                    "a list or as an object"
+                ) from error
+        raise
 
 
 def _read_typed(file: File) -> Iterator[Lined]:
     row = 0
+    columns = schema(file)
+    decoders = {name: decode for name, feature in features(file, columns).items() if (decode := _decoder(feature))}
     with file.open() as stream:
-        if file.kind == "Parquet":
-            parquet = pq.ParquetFile(stream)
-            columns, batches = parquet.schema_arrow, parquet.iter_batches(batch_size=ROWS)
-        else:
-            columns, batches = _arrow_batches(stream)
-        twice = {name for name in columns.names if columns.names.count(name) > 1}
-        if twice:
-            raise ValueError(f"{file.name}: it has the column {min(twice)!r} twice; {MEND}")
-        decoders = {
-            name: decode
-            for name, feature in datasets.Features.from_arrow_schema(columns).items()
-            if (decode := _decoder(feature))
-        }
+        parquet = file.kind == "Parquet"
+        batches = pq.ParquetFile(stream).iter_batches(batch_size=ROWS) if parquet else _arrow_batches(stream)[1]
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS):
                 try:

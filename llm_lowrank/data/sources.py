@@ -17,7 +17,7 @@ import pyarrow as pa
 from llm_lowrank.data import reading
 from llm_lowrank.data.finding import Found, find
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
-from llm_lowrank.data.reading import TYPED, File, damage, read, schema, survey
+from llm_lowrank.data.reading import TYPED, File, damage, features, read, schema, survey
 from llm_lowrank.data.settings import Data
 from llm_lowrank.files import cache_dir, writable_folder, write_json
 
@@ -105,7 +105,17 @@ def check_settings(settings: Data) -> None:
 
 
 def check_formats(settings: Data, opened: Sequence[OpenDataset]) -> None:
-    """Check that the formats, which are known now, use each setting that was given. ValueError otherwise."""
+    """Check that the formats, which are known now, use each setting that was given, and that no two datasets are the
+    same. ValueError otherwise.
+    """
+    seen: dict[tuple[str, ...], OpenDataset] = {}
+    for dataset in opened:
+        first = seen.setdefault((dataset.content, dataset.format, str(dataset.columns)), dataset)
+        if dataset.content and first is not dataset:
+            raise ValueError(
+                f"data.dataset: {first.name} and {dataset.name} hold the same rows, which would be trained twice; give "
+                "one of them, with data.weights for more"
+            )
     for format, kind in (("text", "plain text"), ("tokens", "tokens already")):
         if all(dataset.format == format for dataset in opened):
             for name in ("system", "prompt_style", "train_on", "chat_template"):
@@ -223,10 +233,29 @@ def _counted(found: Found, split: str) -> FileRows:
         ranges = [(part.splitname, *slice(part.from_, part.to).indices(lengths[part.splitname])[:2]) for part in chosen]
     else:
         ranges = [(name, 0, length) for name, length in lengths.items()]
+    _check_copies(found.folder.name, list(dict.fromkeys(file for name, _, _ in ranges for file in files[name])))
     count = sum(stop - start for _, start, stop in ranges)
     if not count:
         raise ValueError(f"{found.folder.name} is empty: it has no row to train on")
     return FileRows(tuple(Piece(files[name], start, stop) for name, start, stop in ranges), list(columns), count)
+
+
+def _check_copies(place: str, files: Sequence[File]) -> None:
+    """Check that no two files hold the same bytes. ValueError names two: a copy or a link of a file would be trained
+    beside it.
+    """
+    by_size: dict[int, list[File]] = {}
+    for file in files:
+        by_size.setdefault(Path(file.path).stat().st_size, []).append(file)
+    for size, alike in by_size.items():
+        seen: dict[str, File] = {}
+        for file in alike if size and len(alike) > 1 else ():
+            first = seen.setdefault(_file_digest(file), file)
+            if first is not file:
+                raise ValueError(
+                    f"data.dataset: in the folder {place}, {first.name} and {file.name} are the same, and their rows "
+                    "would be trained twice; remove one of them, or name the files themselves"
+                )
 
 
 def _names_of(found: Found, split: str) -> list[str]:
@@ -272,14 +301,14 @@ def _check_types(file: File, format: str, columns: dict[str, str]) -> None:
     number 5.
     """
     types = schema(file)
-    features = datasets.Features.from_arrow_schema(types)
+    kinds = features(file, types)
     for ours in FORMATS[format].texts:
         name = columns.get(ours, ours)
         if name not in types.names:
             continue
         kind = types.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if isinstance(features[name], datasets.Json):
+        if isinstance(kinds[name], datasets.Json):
             raise ValueError(_mixed(file.name, name))
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         if not (text or pa.types.is_nested(kind) or pa.types.is_null(kind)):
@@ -289,7 +318,7 @@ def _check_types(file: File, format: str, columns: dict[str, str]) -> None:
             )
     for ours in FORMATS[format].required:
         name = columns.get(ours, ours)
-        if name in features and (key := _json_text(features[name])):
+        if name in kinds and (key := _json_text(kinds[name])):
             raise ValueError(_mixed(file.name, f"{name}, key {key},"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llm_lowrank.codecs import Int8, Nf4
+from llm_lowrank.data import Ahead, Batches, Example
 from llm_lowrank.numerics.functional import Product, adapter_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -123,3 +124,17 @@ def test_the_demo_trains_on_every_gpu(engine, codec, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+
+
+def test_batches_made_ahead_are_pinned_and_arrive_whole():
+    device = torch.device("cuda", GPUS - 1)
+    examples = [Example(list(range(k, k + 50)), list(range(k, k + 50))) for k in range(64)]
+    batches = Batches(examples, 4, pad_id=0, pack=200)
+    with Ahead(batches, 8, device) as ahead:
+        for t in range(8):
+            (micro,), (wanted,) = ahead.step(t), batches.step(t)
+            assert micro.input_ids.is_pinned() and micro.labels.is_pinned() and micro.position_ids.is_pinned()
+            found = micro.inputs(device)
+            assert {name: tensor.cpu().tolist() for name, tensor in found.items()} == {
+                name: tensor.tolist() for name, tensor in wanted.inputs(torch.device("cpu")).items()
+            }

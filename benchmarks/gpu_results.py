@@ -1,0 +1,184 @@
+"""What benchmarks/gpu.py finds: rows that are on the disk as soon as they are known, and the table of them.
+
+    OUT/machine.json    the card, the software, the setting
+    OUT/<item>.json     the rows of one item, each a dict: {"row": name, figure: value, ...}
+    OUT/table.md        all of it, a prediction beside a figure where there is one
+
+A row of a law has "good": true or false. A row that could not be made has "skipped" or "error" with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+# What was expected of one H100 before anything had run on one, for LLaMA-3.1-8B's shapes and 4096 tokens: bytes and
+# operations over the two ceilings, 3.0 TB/s and 790 TFLOP/s, with what the kernels are known to reach of them.
+PREDICTIONS: dict[tuple[str, str, str], str] = {
+    ("ceilings", "copy", "TB/s"): "3.0",
+    ("ceilings", "bf16 product", "TFLOP/s"): "790",
+    ("decode", "nf4", "decode ms"): "0.06-0.08",
+    ("decode", "int8", "decode ms"): "0.06",
+    ("layer", "linear, lora", "ratio"): "1.15",
+    ("layer", "attention, causal", "ms"): "1.3",
+    ("layer", "attention, a mask", "ms"): "6",
+    ("layer", "loss, 261 rows", "ms"): "25",
+    ("layer", "loss, 1024 rows", "ms"): "18",
+    ("dense", "lora", "ratio"): "1.10-1.14",
+    ("dense", "lora", "tokens/s"): "8500-9000",
+    ("dense", "lora", "MFU %"): "36-38",
+    ("dense", "lora", "peak GB"): "20.5",
+    ("dense", "lora, masks", "tokens/s"): "6000-6500",
+    ("dense", "peft, our loss", "ratio"): "1.20-1.35",
+    ("dense", "peft", "peak GB"): "25",
+    ("nf4", "lora", "of bf16"): "1.04-1.06",
+    ("nf4", "lora", "peak GB"): "9.7",
+    ("nf4", "int8 lora", "of bf16"): "1.05",
+    ("exchange", "bf16", "exchange s"): "0.4-1",
+    ("exchange", "bf16", "load s"): "10-20",
+}
+
+
+@dataclass
+class Results:
+    """The rows of one item."""
+
+    item: str
+    out: Path
+    card: str
+    seconds: float  # after which no further row is begun
+    small: bool = False  # shapes that the predictions are not about
+    rows: list[Row] = field(default_factory=list)
+    silent: bool = False  # of all ranks but the first
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+
+    def add(self, name: str, /, **figures: Any) -> None:
+        """Keep a row, write the item's file, print the row."""
+        row: Row = {"row": name, **figures}
+        self.rows.append(row)
+        if self.silent:
+            return
+        write(self.out, self.item, self.card, self.rows, time.monotonic() - self.began)
+        cells = "  ".join(f"{key} {self._beside(name, key, value)}" for key, value in figures.items())
+        print(f"[{self.card}] {self.item}: {name:30} {cells}", flush=True)
+
+    def _beside(self, row: str, figure: str, value: Any) -> str:
+        prediction = None if self.small else PREDICTIONS.get((self.item, row, figure))
+        return shown(value) + (f" (predicted {prediction})" if prediction else "")
+
+    def cell(self, name: str, call: Callable[[], Row]) -> None:
+        """Add the row that the call returns. One that fails is a row too, and what comes next is done all the same.
+
+        An error of the device is raised, because a process cannot go on after it.
+        """
+        if time.monotonic() - self.began > self.seconds:
+            self.add(name, skipped=f"the item's {self.seconds:g} s were over")
+            return
+        began = time.monotonic()
+        try:
+            figures = call()
+        except Exception as error:
+            self.add(name, **failure(error))
+            if "CUDA error" in str(error) or "NCCL" in str(error):
+                raise
+        else:
+            self.add(name, **figures, s=round(time.monotonic() - began, 2))
+
+
+def failure(error: BaseException) -> Row:
+    """The figures of a row that failed."""
+    return {"error": f"{type(error).__name__}: {str(error)[:400]}", "good": False}
+
+
+def write(out: Path, item: str, card: str, rows: list[Row], seconds: float, **more: Any) -> None:
+    found = {"item": item, "card": card, "seconds": round(seconds, 1), **more, "rows": rows}
+    (out / f"{item}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    return f"{value:.1e}"
+
+
+def bad_rows(items: list[dict[str, Any]]) -> list[str]:
+    """The items that failed and the rows that are wrong, by name."""
+    failed = [f"{found['item']}: {found['error']}" for found in items if "error" in found]
+    wrong = [
+        f"{found['item']}: {row['row']}: {row.get('error') or row}"
+        for found in items
+        for row in found["rows"]
+        if row.get("good") is False
+    ]
+    return failed + wrong
+
+
+def read(out: Path, names: list[str]) -> list[dict[str, Any]]:
+    return [json.loads((out / f"{name}.json").read_text()) for name in names if (out / f"{name}.json").is_file()]
+
+
+def table(out: Path, names: list[str], titles: dict[str, str]) -> str:
+    """The Markdown of everything that is in a folder of results."""
+    machine = json.loads((out / "machine.json").read_text())
+    items, small = read(out, names), bool(machine["small"])
+    lines = [f"# {machine['card']}", "", f"`{machine['command']}`", ""]
+    lines += [", ".join(f"{name} {version}" for name, version in machine["software"].items()) + ".", ""]
+    if small:
+        lines += ["Tiny shapes, to see that the script works: these are no figures of the product.", ""]
+    else:
+        lines += ["In brackets is what was predicted for one H100 before the run. Memory is the peak of a step.", ""]
+    if bad := bad_rows(items):
+        lines += ["**Failed**", "", *(f"- {line}".replace("\n", " ") for line in bad), ""]
+    for found in items:
+        name = found["item"]
+        lines += [f"## {name}", "", f"{titles[name]} ({found['card']}, {found['seconds']:g} s)", ""]
+        lines += list(_laws(found["rows"]) if _is_law(found["rows"]) else _figures(name, found, small))
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_law(rows: list[Row]) -> bool:
+    return bool(rows) and all("good" in row or "skipped" in row for row in rows)
+
+
+def _laws(rows: list[Row]) -> Iterator[str]:
+    good, skipped = (sum(bool(row.get(key)) for row in rows) for key in ("good", "skipped"))
+    yield f"{len(rows)} cells: {good} good, {skipped} skipped, {len(rows) - good - skipped} failed."
+    apart = [row for row in rows if row.get("apart") is not None]
+    if apart:
+        worst = max(apart, key=lambda row: row["apart"])
+        yield f"Furthest from what was wanted: {worst['row']}, {shown(worst['apart'])}."
+    for reason in sorted({row["skipped"] for row in rows if "skipped" in row}):
+        count = sum(row.get("skipped") == reason for row in rows)
+        yield f"Skipped ({count}): {reason}."
+
+
+def _figures(item: str, found: dict[str, Any], small: bool) -> Iterator[str]:
+    rows = [{key: value for key, value in row.items() if key != "s"} for row in found["rows"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
+    yield f"| card | row | {' | '.join(columns)} |"
+    yield f"|---|---|{'---:|' * len(columns)}"
+    for row in rows:
+        cells = []
+        for column in columns:
+            prediction = None if small else PREDICTIONS.get((item, row["row"], column))
+            cells.append((shown(row[column]) if column in row else "") + (f" ({prediction})" if prediction else ""))
+        yield f"| {found['card']} | {row['row']} | {' | '.join(cells)} |"
+
+
+@contextmanager
+def seconds_into(times: Row, name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - began
