@@ -30,7 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_results import Results, bad_rows, failure, read, table, write  # noqa: E402
+from benchmarks.gpu_results import Results, bad_rows, count, failure, is_law, read, table, write  # noqa: E402
 
 START = 120.0  # seconds until a process must have begun its first item
 GRACE = 15.0  # seconds over an item's limit after which its process is ended
@@ -125,6 +125,8 @@ def command() -> str:
 
 def work(names: list[str], args: argparse.Namespace, pipe: Connection) -> None:
     """Do items one after the other, and say which has begun and which has ended."""
+    # warnings and progress go to a file: of the output on a machine that is lent, often only the end comes back
+    os.dup2(os.open(args.out / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     import gc
 
     import torch
@@ -140,12 +142,17 @@ def work(names: list[str], args: argparse.Namespace, pipe: Connection) -> None:
         except Exception as error:
             broken = "CUDA error" in str(error) or "NCCL" in str(error)
             fail(args, name, failure(error)["error"], results.rows, time.monotonic() - began, card)
+        print(f"[{card}] {name}: {time.monotonic() - began:.0f} s. {said(results.rows)}", flush=True)
         pipe.send(("ended", name))
         if broken:
             return  # nothing can be done on the device any more by this process
         gc.collect()  # models hang together in circles
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def said(rows: list) -> str:
+    return " ".join(count(rows)) if is_law(rows) else ""
 
 
 def fail(args: argparse.Namespace, name: str, error: str, rows: list, seconds: float, card: str) -> None:
@@ -186,6 +193,7 @@ def follow(names: list[str], args: argparse.Namespace) -> list[str]:
         card = json.loads(known.read_text())["card"] if known.is_file() else "unknown card"
         rows = [row for found in read(args.out, [name]) for row in found["rows"]]
         fail(args, name, reason or "no process could be started", rows, limit, card)
+    worker.join(0 if left else GRACE)
     worker.kill()
     worker.join()
     return left
@@ -203,7 +211,7 @@ def main() -> int:
         from benchmarks.gpu_ranks import main as ranks
 
         return ranks(args, machine)
-    for old in (*(f"{name}.json" for name in args.only), "machine.json"):
+    for old in (*(f"{name}.json" for name in args.only), "machine.json", "stderr.txt"):
         (args.out / old).unlink(missing_ok=True)
     began, left = time.monotonic(), [name for name in ITEMS if name in args.only]
     while left:

@@ -217,12 +217,12 @@ def codecs(args: argparse.Namespace, results: Results) -> None:
 
 
 def launcher(args: argparse.Namespace, results: Results) -> None:
-    """torchrun launch/train.py on a model of its own: stopped by SIGUSR1, resumed, and merged by nobody."""
+    """torchrun launch/train.py on a model of its own: stopped by SIGUSR1, then resumed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         soak.place(folder)
         output = folder / "out"
-        changes = {"codec": "nf4", "dtype": "bfloat16", "max_steps": 300, "save_steps": 2}
+        changes = {"codec": "nf4", "dtype": "bfloat16", "max_steps": 60, "save_steps": 2}
         train = soak.arguments_of(folder, output, "deepspeed", **changes)
         results.cell("started, stopped by SIGUSR1", partial(stopped, train, output))
         results.cell("resumed", partial(finished, train, output))

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ class Results:
         if self.silent:
             return
         write(self.out, self.item, self.card, self.rows, time.monotonic() - self.began)
-        cells = "  ".join(f"{key} {self._beside(name, key, value)}" for key, value in figures.items())
+        if figures.get("good") is True:
+            return  # the end of the item says how many there are
+        shown_ones = {key: value for key, value in figures.items() if key != "trace"}
+        cells = "  ".join(f"{key} {self._beside(name, key, value)}" for key, value in shown_ones.items())
         print(f"[{self.card}] {self.item}: {name:30} {cells}", flush=True)
 
     def _beside(self, row: str, figure: str, value: Any) -> str:
@@ -96,7 +99,8 @@ class Results:
 
 def failure(error: BaseException) -> Row:
     """The figures of a row that failed."""
-    return {"error": f"{type(error).__name__}: {str(error)[:400]}", "good": False}
+    where = "".join(traceback.format_tb(error.__traceback__)[-4:])
+    return {"error": f"{type(error).__name__}: {str(error)[:400]}", "trace": where, "good": False}
 
 
 def write(out: Path, item: str, card: str, rows: list[Row], seconds: float, **more: Any) -> None:
@@ -143,29 +147,31 @@ def table(out: Path, names: list[str], titles: dict[str, str]) -> str:
     for found in items:
         name = found["item"]
         lines += [f"## {name}", "", f"{titles[name]} ({found['card']}, {found['seconds']:g} s)", ""]
-        lines += list(_laws(found["rows"]) if _is_law(found["rows"]) else _figures(name, found, small))
+        lines += count(found["rows"]) if is_law(found["rows"]) else list(_figures(name, found, small))
         lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _is_law(rows: list[Row]) -> bool:
+def is_law(rows: list[Row]) -> bool:
     return bool(rows) and all("good" in row or "skipped" in row for row in rows)
 
 
-def _laws(rows: list[Row]) -> Iterator[str]:
+def count(rows: list[Row]) -> list[str]:
+    """What to say of the cells of laws."""
     good, skipped = (sum(bool(row.get(key)) for row in rows) for key in ("good", "skipped"))
-    yield f"{len(rows)} cells: {good} good, {skipped} skipped, {len(rows) - good - skipped} failed."
+    said = [f"{len(rows)} cells: {good} good, {skipped} skipped, {len(rows) - good - skipped} failed."]
     apart = [row for row in rows if row.get("apart") is not None]
     if apart:
         worst = max(apart, key=lambda row: row["apart"])
-        yield f"Furthest from what was wanted: {worst['row']}, {shown(worst['apart'])}."
+        said.append(f"Furthest from what was wanted: {worst['row']}, {shown(worst['apart'])}.")
     for reason in sorted({row["skipped"] for row in rows if "skipped" in row}):
-        count = sum(row.get("skipped") == reason for row in rows)
-        yield f"Skipped ({count}): {reason}."
+        said.append(f"Skipped ({sum(row.get('skipped') == reason for row in rows)}): {reason}.")
+    return said
 
 
 def _figures(item: str, found: dict[str, Any], small: bool) -> Iterator[str]:
-    rows = [{key: value for key, value in row.items() if key != "s"} for row in found["rows"]]
+    unwanted = ("s", "trace", "good")
+    rows = [{key: value for key, value in row.items() if key not in unwanted} for row in found["rows"]]
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
     yield f"| card | row | {' | '.join(columns)} |"
     yield f"|---|---|{'---:|' * len(columns)}"
@@ -175,10 +181,3 @@ def _figures(item: str, found: dict[str, Any], small: bool) -> Iterator[str]:
             prediction = None if small else PREDICTIONS.get((item, row["row"], column))
             cells.append((shown(row[column]) if column in row else "") + (f" ({prediction})" if prediction else ""))
         yield f"| {found['card']} | {row['row']} | {' | '.join(cells)} |"
-
-
-@contextmanager
-def seconds_into(times: Row, name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    times[name] = time.perf_counter() - began
