@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out OUT                          one GPU: laws, then figures, about five minutes
     python benchmarks/gpu.py --out OUT --only methods dense     some items
     torchrun --nproc_per_node N benchmarks/gpu.py --out OUT --ranks       what one GPU cannot show
-    python benchmarks/gpu.py --out OUT --device cpu --small     whether the script itself works; on two cores, two minutes
+    python benchmarks/gpu.py --out OUT --device cpu --small     whether the script itself works; two minutes on 2 cores
 
 Items are in the order of their value. Each has a limit of time and fails alone: they run in a process of their own, and
 if this hangs or dies, that costs the item that it was in, and another process goes on with the next one. One process
@@ -53,7 +53,12 @@ ITEMS: dict[str, Item] = {
     "decode": Item("gpu_figures", "decode", 15, "One W of 14336 x 4096 to bfloat16; copy: its rate of the ceiling's."),
     "layer": Item("gpu_figures", "layer", 30, "Forward and backward of one linear, of attention and of the loss."),
     "dense": Item("gpu_models", "dense", 75, "Forward and backward of the model in bf16; ratio: to the frozen model."),
-    "nf4": Item("gpu_models", "nf4", 80, "The same over nf4 and int8; bitsandbytes' own layer is the frozen one."),
+    "nf4": Item(
+        "gpu_models",
+        "nf4",
+        80,
+        "The same in nf4, beside PEFT over bitsandbytes, and in int8; of bf16: to lora in bf16.",
+    ),
     "speeds": Item("gpu_models", "speeds", 40, "Every method on four layers; ratio: to the frozen model."),
     "exchange": Item("gpu_models", "exchange", 60, "SRLoRA's start and exchange, of the whole model."),
     "launcher": Item("gpu_laws", "launcher", 90, "torchrun launch/train.py, ZeRO-3 and nf4, stopped and resumed."),
@@ -84,7 +89,8 @@ def prepare(args: argparse.Namespace) -> None:
     """Set what must be in the environment before torch is imported."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, asked for before CUDA starts
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
     if args.device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -120,7 +126,7 @@ def command() -> str:
     return " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
 
 
-# --- the process that does the work ------------------------------------------------------------------------------------
+# --- the process that does the work -----------------------------------------------------------------------------------
 
 
 def work(names: list[str], args: argparse.Namespace, pipe: Connection) -> None:
@@ -160,7 +166,7 @@ def fail(args: argparse.Namespace, name: str, error: str, rows: list, seconds: f
     write(args.out, name, card, rows, seconds, error=error)
 
 
-# --- the process that watches ------------------------------------------------------------------------------------------
+# --- the process that watches -----------------------------------------------------------------------------------------
 
 
 def follow(names: list[str], args: argparse.Namespace) -> list[str]:

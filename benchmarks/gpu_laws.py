@@ -33,7 +33,8 @@ from tests.tiny import Trainee
 
 ROOT = Path(__file__).parents[1]
 TYPES = ("fp32", "bf16", "nf4", "int8")
-# |logits - those on the CPU| / |those on the CPU|: what a wrong term would be far above, after four steps
+# |logits - those on the CPU| / |those on the CPU| after four steps. On the CPU alone the logits of bf16 are 1.1 % to
+# 3.1 % from those of float32, by method.
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 1e-2, "int8": 1e-2}
 STEPS = 4
 SHARDED = ("lora", "srlora-bank", "relora-weight", "losia-bank", "rasa")  # methods that the engines are tried with

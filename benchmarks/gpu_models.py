@@ -43,7 +43,7 @@ from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.codecs.base import from_bytes
 from llm_lowrank.codecs.nf4 import levels
-from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.models.architectures import skeleton
@@ -99,34 +99,37 @@ class Drawn:
 class Trained(NamedTuple):
     """A model that is ready to be trained, and how long that took."""
 
-    engine: Plain
+    engine: Engine
     model: PreTrainedModel
+    wrapped: nn.Module  # the one to call
     adapters: list[Adapter]
-    method: Method
     seconds: float
 
 
-def loaded(args: argparse.Namespace, method: Method, codec: Codec, layers: int) -> Trained:
+def loaded(
+    args: argparse.Namespace, method: Method, codec: Codec, layers: int, engine: Engine | None = None
+) -> Trained:
     """A model of the config's shapes under a method, as a run has it: checkpointed, and without masks."""
     config = json.loads((ROOT / "tests/configs" / args.config / "config.json").read_text())
     config |= {"num_hidden_layers": layers} | (SMALL if args.small else {})
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         model = skeleton(folder, BF16, "sdpa")
-    source, engine = Drawn(model), Plain()
+    source, engine = Drawn(model), engine or Plain()
     adapters = attach(model, method, codec, 0)
     bind(model, adapters, source)
     began = time.perf_counter()
-    load(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization())
+    wrapped, _ = load(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization())
     wait()
     seconds = time.perf_counter() - began
     for adapter in adapters:
         adapter.source = None  # or copies of the model would copy the last tensor that was drawn
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    leave_masks_out(engine, model, model, longest=args.tokens, packed=False)
+    leave_masks_out(engine, model, wrapped, longest=args.tokens, packed=False)
     method.batch(adapters, 0, [0])
-    return Trained(engine, model.train(), adapters, method, seconds)
+    wrapped.train()  # of DeepSpeed's engine it returns nothing
+    return Trained(engine, model, wrapped, adapters, seconds)
 
 
 def tokens(args: argparse.Namespace, count: int = 0, rows: int = 1) -> Tensor:
@@ -135,7 +138,7 @@ def tokens(args: argparse.Namespace, count: int = 0, rows: int = 1) -> Tensor:
     return torch.randint(words, (rows, count or args.tokens), generator=generator).to(DEVICE)
 
 
-# --- other layers over the same frozen weights --------------------------------------------------------------------------
+# --- other layers over the same frozen weights ------------------------------------------------------------------------
 
 
 def sharing(model: nn.Module, change: Callable[[FrozenLinear], nn.Module]) -> Any:
@@ -372,7 +375,7 @@ def exchange(args: argparse.Namespace, results: Results) -> None:
     method = KINDS["srlora"](rank=args.rank, target_rank=2 * args.rank, gamma=1.0, svd_cache="", svd_niter=1)
 
     def cell(codec: Codec) -> Row:
-        engine, model, adapters, _, seconds = loaded(args, method, codec, args.layers)
+        engine, model, _, adapters, seconds = loaded(args, method, codec, args.layers)
         ids = tokens(args, 64)
         engine.backward(sum_loss(model, {"input_ids": ids}, ids.cpu(), model.get_output_embeddings()))
         observing = seconds_of(lambda: method.observe(adapters, engine))
