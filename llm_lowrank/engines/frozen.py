@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from llm_lowrank.codecs import Codec, empty_parts
+from llm_lowrank.codecs import Codec, empty_parts, opaque
 from llm_lowrank.numerics.functional import frozen_linear
 
 
@@ -24,7 +25,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:
         super().__init__()
         self.shape = (linear.out_features, linear.in_features)  # (m, n)
-        self.codec = codec
+        self.codec, self.codec_name = codec, opaque.name_of(codec)
         self.stored_rows = self.shape[0]
         self.part_names = tuple(codec.layout(self.shape[1]))
         w = linear.weight
@@ -51,6 +52,8 @@ class FrozenLinear(nn.Module):
         return tuple(self.named_parts().values())
 
     def decode(self, *parts: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not self.codec.writable:
+            return opaque.decode(list(parts), self.codec_name, self.shape[1])[: self.shape[0]]
         return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
 
     def forward(self, x: Tensor) -> Tensor:

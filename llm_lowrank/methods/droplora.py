@@ -60,6 +60,8 @@ class Coming:
 class DropAdapter(PairAdapter):
     """A PairAdapter that leaves pairs out of its products during training."""
 
+    forward = torch.compiler.disable(PairAdapter.forward)  # what is dropped is drawn on the host, outside of a graph
+
     def __init__(
         self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings, *, p: float, mask: Mask
     ) -> None:

@@ -88,6 +88,7 @@ class Subnet(Adapter):
         live = zip(self.memory["live_rows"], self.memory["live_columns"], strict=True)
         return [(slice(k * p, (k + 1) * p), rows, columns) for k, (rows, columns) in enumerate(live)]
 
+    @torch.compiler.disable  # backward records the gradient of W
     def forward(self, x: Tensor) -> Tensor:
         at = self.memory["rows"], self.memory["columns"]
         record = self.record if self.training else None

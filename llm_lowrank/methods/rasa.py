@@ -196,6 +196,7 @@ class RaSALayer(Adapter):
             products.append(Product(pool.read("A", self.first), pool.read("B", self.first), self.e))
         return products
 
+    @torch.compiler.disable  # the pool asks autograd which backward is running
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
         return adapter_linear(

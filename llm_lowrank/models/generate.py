@@ -20,6 +20,7 @@ from transformers import (
 from llm_lowrank.data import Question, pad_id
 from llm_lowrank.models.architectures import limits_of
 from llm_lowrank.models.attention import with_masks
+from llm_lowrank.models.compiling import eagerly
 from llm_lowrank.models.stopping import stops_of
 
 
@@ -61,7 +62,7 @@ def answer(
     # similar lengths need little padding, and with the longest first a lack of memory shows at once
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))
     answers = [""] * len(questions)
-    with _evaluating(model), with_masks(model):
+    with _evaluating(model), with_masks(model), eagerly():
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
             prompts = [questions[index].prompt_ids for index in batch]

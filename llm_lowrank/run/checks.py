@@ -26,7 +26,7 @@ RANGES: dict[str, Check] = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE
     ),
-    **dict.fromkeys(("logging_steps", "save_total_limit"), POSITIVE),
+    **dict.fromkeys(("logging_steps", "save_total_limit", "nodes"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
@@ -47,6 +47,10 @@ def validate(recipe: Recipe) -> None:
     ]
     errors += _optimizer_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
+    errors += profile_errors(recipe, recipe.max_steps)
+    for key, given in (("gpu", recipe.gpu != "none"), ("nodes", recipe.nodes is not None)):
+        if given and not recipe.dry_run:
+            errors.append(f"{key} is for a dry run, which predicts with it; add --dry_run or remove {key}")
     if recipe.codec_double_quant and recipe.codec != "nf4":
         errors.append(f"codec_double_quant: true is for codec: nf4, not {recipe.codec}")
     if recipe.merge_base == "dequantized" and recipe.codec == "dense":
@@ -83,6 +87,18 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("\n".join(errors))
 
 
+def profile_errors(recipe: Recipe, total: int) -> list[str]:
+    """What is wrong with profile_steps in a run of `total` steps; a total of -1 is not known yet."""
+    asked = recipe.profile_steps
+    if not asked:
+        return []
+    if len(asked) != 2 or not 1 <= asked[0] <= asked[1]:
+        return [f"profile_steps: {asked} is not a first and a last step, counted from 1; write 10,12"]
+    if 1 <= total < asked[1]:
+        return [f"profile_steps: {asked} ends behind the run, which has {total} steps; name earlier steps"]
+    return []
+
+
 def _optimizer_errors(recipe: Recipe) -> list[str]:
     """Settings that this optimizer does not take, where they are not at their defaults."""
     known = OPTIMIZERS[recipe.optim].settings
@@ -98,11 +114,18 @@ def _deepspeed_errors(recipe: Recipe) -> list[str]:
     if importlib.util.find_spec("deepspeed") is None:
         return ["engine: deepspeed is not installed; pip install deepspeed or --engine plain"]
     try:
-        json.loads(deepspeed_config(recipe).read_text(encoding="utf-8"))
+        config = json.loads(deepspeed_config(recipe).read_text(encoding="utf-8"))
     except RecipeError as error:
         return [str(error)]
     except ValueError as error:
         return [f"deepspeed: {recipe.deepspeed} is not JSON: {error}"]
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if recipe.torch_compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        return [
+            "torch_compile: true and ZeRO stage 3 do not go together: stage 3 gathers parameters between modules of "
+            "a layer, and each time the compiled graph would end; use engine: fsdp, ds_configs/zero2.json or "
+            "torch_compile: false"
+        ]
     return []
 
 

@@ -20,10 +20,14 @@ from llm_lowrank.engines import Engine
 from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.compiling import compile_layers
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of
+from llm_lowrank.run.checks import profile_errors
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.flops import Work, work_of
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.resuming import check_ranks_alike, check_same_run, facts_of
 
@@ -45,6 +49,7 @@ class Run:
     exchange_steps: tuple[int, ...]  # completed steps after which pairs are exchanged
     tensors: InModel  # the checkpoint under the model's names
     unused: list[str]  # tensors of the checkpoint that the model has no place for
+    work: Work  # what the model multiplies a token by
     facts: dict[str, Any]  # about the model and the data; a run that resumes must find the same ones
     resume_from: Checkpoint | None = None
     loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
@@ -105,11 +110,15 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     model, adapters = build_model(recipe, source.path)
     schedule = schedule_of(recipe, total)
+    if errors := profile_errors(recipe, total):
+        raise RecipeError("\n".join(errors))
     exchange_steps = recipe.method.schedule(total, adapters)
     tensors = source.in_model(model)
     unused = loading.bind(model, adapters, tensors)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.torch_compile:
+        compile_layers(model)
     model.train()
     stop_at(model, corpus.ends)
     if engine.main:
@@ -128,6 +137,7 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
         exchange_steps=exchange_steps,
         tensors=tensors,
         unused=unused,
+        work=work_of(model, recipe.gradient_checkpointing),
         facts={
             "global_batch": batches.global_batch,
             "total_steps": total,

@@ -23,6 +23,7 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.optimizers import OptimizerName
 from llm_lowrank.numerics.schedule import Shape
 from llm_lowrank.run.command_line import help_text, read
+from llm_lowrank.run.hardware import GpuName
 from llm_lowrank.run.synonyms import REFUSALS
 
 HEADINGS = {  # above the field in --help
@@ -59,6 +60,11 @@ class Recipe:
     trained on, decoded. The run prints how far either merged model is from the trained one."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
+    gpu: GpuName = "none"
+    """With dry_run: also predict the time and the traffic of a step on this GPU, from data sheets."""
+    nodes: int | None = None
+    """With dry_run: the number of nodes. Without a launcher each node has 8 ranks; by default there are the launcher's
+    ranks, 8 to a node."""
 
     engine: EngineName = "deepspeed"
     """How the model is spread over ranks. deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process,
@@ -78,6 +84,8 @@ class Recipe:
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """The attention of transformers. auto: flash_attention_2 on CUDA in bfloat16 if flash-attn is installed, otherwise
     sdpa, and eager for models that have neither."""
+    torch_compile: bool = False
+    """Compile each decoder layer with torch.compile, about a minute before the first step. Not for ZeRO stage 3."""
     allow_partial: bool = False
     """Train a model that keeps more than half of its layer weights where adapters or the codec do not reach them, such
     as the fused experts of a mixture. The run says which share it adapts."""
@@ -94,6 +102,9 @@ class Recipe:
     """Optimizer steps. -1: as many as num_train_epochs take."""
     seed: int = 42
     """The seed of the split, of the order of the samples, of dropout and of the adapters' start."""
+    deterministic: bool = False
+    """Use only algorithms of torch that give the same bits every time: a resumed run on CUDA is then bitwise the
+    uninterrupted one. Steps may take longer. On a CPU runs are so in any case."""
 
     optim: OptimizerName = "adamw"
     """The optimizer. lion (arXiv 2302.06675) steps by the sign of a mean gradient, keeps one moment instead of two, and
@@ -121,12 +132,15 @@ class Recipe:
     """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
 
     logging_steps: int = 10
-    """Report loss, learning rate and tokens/s every so many steps."""
+    """Report loss, learning rate, tokens/s, FLOP/s and peak memory every so many steps."""
     eval_steps: int = 0
     """Measure the loss on the held-out examples and answer the held-out questions every so many steps. 0: only before
     and after training."""
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """The tracker that gets the numbers. metrics.jsonl is written in any case."""
+    profile_steps: list[int] = field(default_factory=list)
+    """The first and the last step to trace on rank 0, such as 10,12: output_dir/profile/ gets a trace of torch's
+    profiler (Chrome's JSON), and the heaviest operations are printed. Empty: none."""
 
     save_steps: int = 0
     """Write a checkpoint of the run, output_dir/checkpoints/step-..., every so many steps and at the end. 0: only at a

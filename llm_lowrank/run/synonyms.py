@@ -126,6 +126,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "fsdp.reshard_after_forward": "fsdp_reshard_after_forward",
         "fsdp.cpu_offload": "fsdp_offload_params offload_params",
         "config_path": "config recipe",
+        "deterministic": "full_determinism",
     }
 )
 
@@ -182,7 +183,7 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "enable_liger_kernel liger_kernel_config cut_cross_entropy",
         "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",
         "activations stay on the device; gradient_checkpointing keeps fewer of them": "activation_offloading",
-        "compiled models are not offered": "torch_compile torch_compile_backend",
+        "the backend of torch_compile is torch's inductor": "torch_compile_backend torch_compile_mode",
         "Unsloth's kernels are not used": "use_unsloth use_unsloth_gc",
         "only the model's states are sharded (ZeRO, FSDP2), not sequences, tensors or layers": "context_parallel_size "
         "sequence_parallel_size sequence_parallel_degree tensor_parallel_size pipeline_parallel_size "
@@ -241,8 +242,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "a checkpoint always holds what a resume needs; adapter/ holds the adapter alone": "save_only_model",
         "a run saves at SIGTERM or SIGUSR1, in any case": "enable_jit_checkpoint",
         "a resumed run takes up the data where it stopped": "ignore_data_skip",
-        "the seed decides the data, the start and dropout; PyTorch's deterministic kernels are not switched on": ""
-        "full_determinism",
         "launch/merge.py --checkpoint OUTPUT_DIR --output FOLDER writes the merged model": "export_dir "
         "export_quantization_bit lora_on_cpu",
         # engines

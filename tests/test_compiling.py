@@ -1,0 +1,102 @@
+"""torch.compile: no break in the graph of a layer, whatever stores its weights, and the same training."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llm_lowrank.models import compiling
+from llm_lowrank.run.checks import validate
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
+from tests import ranks, tiny
+from tests.test_launch import place, records  # noqa: F401 - place is a fixture
+from tests.test_runs import settings
+from tests.test_simulated import CODECS, METHODS
+
+LAYERS = 4
+# one graph for the first layer, whose input needs no gradient, and one for all the others
+GRAPHS = 2
+
+
+def losses(name: str, engine: str, codec: str, compiled: bool, backend: str) -> tuple[list[float], int, int]:
+    """Three steps; the losses, the graphs and what broke them."""
+    torch._dynamo.reset()
+    counters.clear()
+    load, compile_layers = tiny.load, compiling.compile_layers
+    if compiled:
+
+        def compiled_load(engine, model, **arguments):
+            compile_ = torch.nn.Module.compile
+            torch.nn.Module.compile = partial_method(compile_, backend=backend)
+            try:
+                compile_layers(model)
+            finally:
+                torch.nn.Module.compile = compile_
+            return load(engine, model, **arguments)
+
+        tiny.load = compiled_load
+    try:
+        dtype = "fp32" if codec == "fp32" else "bf16"
+        trainee = tiny.Trainee(METHODS[name], engine, dtype, codec=CODECS[codec], total=12, num_hidden_layers=LAYERS)
+    finally:
+        tiny.load = load
+    found = [trainee.step(step) for step in range(3)]
+    return found, counters["stats"].get("unique_graphs", 0), sum(counters["graph_break"].values())
+
+
+def partial_method(method, **arguments):
+    return lambda self: method(self, **arguments)
+
+
+def compare(name: str, engine: str, codec: str, backend: str, breaks: bool) -> None:
+    eager, *_ = losses(name, engine, codec, False, backend)
+    compiled, graphs, broken = losses(name, engine, codec, True, backend)
+    assert compiled == pytest.approx(eager, rel=1e-5 if codec == "fp32" else 2e-3)
+    if breaks:
+        # Around each of the 7 linear layers of both kinds of decoder layers, and no more with more decoder layers.
+        assert graphs <= 7 * GRAPHS and broken <= 16
+    else:
+        assert (graphs, broken) == (GRAPHS, 0)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "nf4", "int8"])
+def test_a_layer_is_one_graph_over_every_codec(codec):
+    compare("lora", "plain", codec, "aot_eager", breaks=False)
+
+
+@pytest.mark.parametrize("name", ["srlora-bank", "dora", "relora-bank"])
+def test_a_layer_is_one_graph_with_these_methods(name):
+    compare(name, "plain", "fp32", "aot_eager", breaks=False)
+
+
+@pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token"])
+def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
+    compare(name, "plain", "fp32", "aot_eager", breaks=True)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp"])
+def test_a_layer_is_one_graph_on_these_engines(engine):
+    ranks.run(1, partial(compare, "lora", engine, "nf4", "aot_eager", breaks=False), timeout=200)
+
+
+def test_a_compiled_run_exchanges_answers_and_ends_as_the_eager_one(place, tmp_path, monkeypatch):  # noqa: F811
+    for compiled in (False, True):
+        output = tmp_path / str(compiled)
+        train(parse(settings(place, "srlora", output, engine="plain", report_to="none", torch_compile=compiled)))
+    one, two = (records(tmp_path / str(compiled), "train") for compiled in (False, True))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+    one, two = (records(tmp_path / str(compiled), "eval") for compiled in (False, True))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+
+
+def test_stage_3_is_refused(place, tmp_path):  # noqa: F811
+    arguments = settings(
+        place, "lora", tmp_path / "out", engine="deepspeed", deepspeed="ds_configs/zero3.json", torch_compile=True
+    )
+    with pytest.raises(RecipeError, match="torch_compile: true and ZeRO stage 3 do not go together"):
+        validate(parse(arguments))
