@@ -17,7 +17,6 @@ Without pip, put the repository before the wheels (benchmarks/wheels.sh): some w
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing as mp
 import os
 import sys
@@ -30,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_results import Results, bad_rows, count, failure, is_law, read, table, write  # noqa: E402
+from benchmarks.gpu_results import Results, bad_rows, count, failure, is_law, keep, read, table, write  # noqa: E402
 
 START = 120.0  # seconds until a process must have begun its first item
 GRACE = 15.0  # seconds over an item's limit after which its process is ended
@@ -99,7 +98,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def machine(args: argparse.Namespace) -> str:
-    """Write OUT/machine.json; return the card's name."""
+    """Note the machine in the results; return the card's name."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -118,7 +117,8 @@ def machine(args: argparse.Namespace) -> str:
     software |= {name: installed(name) for name in names}
     setting = {key: str(value) for key, value in vars(args).items()}
     found = {"card": card_name(), "small": args.small, "command": command(), "software": software, "setting": setting}
-    (args.out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
+    if os.environ.get("RANK", "0") == "0":
+        write(args.out, read(args.out) | {"machine": found})
     return str(found["card"])
 
 
@@ -163,7 +163,7 @@ def said(rows: list) -> str:
 
 def fail(args: argparse.Namespace, name: str, error: str, rows: list, seconds: float, card: str) -> None:
     print(f"[{card}] {name}: FAILED: {error}", flush=True)
-    write(args.out, name, card, rows, seconds, error=error)
+    keep(args.out, name, rows, seconds, error=error)
 
 
 # --- the process that watches -----------------------------------------------------------------------------------------
@@ -192,12 +192,11 @@ def follow(names: list[str], args: argparse.Namespace) -> list[str]:
         else:
             left.remove(name)
             current, limit = "", START
-            (args.out / "table.md").write_text(everything(args))
+            write_table(args)
     if left and (current or len(left) == len(names)):  # in an item, or before any of them
         name = left.pop(0)
-        known = args.out / "machine.json"
-        card = json.loads(known.read_text())["card"] if known.is_file() else "unknown card"
-        rows = [row for found in read(args.out, [name]) for row in found["rows"]]
+        known = read(args.out)
+        card, rows = known.get("machine", {}).get("card", "unknown card"), known.get(name, {}).get("rows", [])
         fail(args, name, reason or "no process could be started", rows, limit, card)
     worker.join(0 if left else GRACE)
     worker.kill()
@@ -205,8 +204,9 @@ def follow(names: list[str], args: argparse.Namespace) -> list[str]:
     return left
 
 
-def everything(args: argparse.Namespace) -> str:
-    return table(args.out, list(ITEMS), {name: item.title for name, item in ITEMS.items()})
+def write_table(args: argparse.Namespace) -> None:
+    text = table(read(args.out), {name: item.title for name, item in ITEMS.items()})
+    (args.out / "table.md").write_text(text)
 
 
 def main() -> int:
@@ -217,15 +217,14 @@ def main() -> int:
         from benchmarks.gpu_ranks import main as ranks
 
         return ranks(args, machine)
-    for old in (*(f"{name}.json" for name in args.only), "machine.json", "stderr.txt"):
-        (args.out / old).unlink(missing_ok=True)
+    write(args.out, {key: value for key, value in read(args.out).items() if key not in (*args.only, "machine")})
     began, left = time.monotonic(), [name for name in ITEMS if name in args.only]
     while left:
         left = follow(left, args)
-    if not (args.out / "machine.json").is_file():
-        return 1
-    (args.out / "table.md").write_text(everything(args))
-    bad = bad_rows(read(args.out, args.only))
+    known = read(args.out)
+    if "machine" in known:
+        write_table(args)
+    bad = bad_rows(known, args.only)
     print(f"{time.monotonic() - began:.0f} s, {len(bad)} failed" + "".join(f"\n  {line}" for line in bad))
     print(f"the table: {args.out / 'table.md'}")
     return 1 if bad else 0

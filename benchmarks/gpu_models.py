@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 import llm_lowrank.methods  # noqa: F401 - registers them
 from benchmarks.gpu_device import CUDA, DEVICE, median_of, peak, reset_peak, seconds_of, wait
-from benchmarks.gpu_results import Results, Row, failure
+from benchmarks.gpu_results import Results, Row, failure, read
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.method import Method, attach
@@ -45,6 +45,7 @@ from llm_lowrank.codecs.base import from_bytes
 from llm_lowrank.codecs.nf4 import levels
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.attention import leave_masks_out, with_masks
@@ -311,7 +312,8 @@ def dense(args: argparse.Namespace, results: Results) -> None:
 def nf4(args: argparse.Namespace, results: Results) -> None:
     """The model in nf4 beside PEFT over bitsandbytes, and in int8."""
     method = KINDS["lora"](rank=args.rank)
-    dense = [row for row in _rows(results, "dense") if row["row"] == "lora"]
+    earlier = read(results.out).get("dense", {"rows": []})["rows"]
+    in_bf16 = [row["ms"] for row in earlier if row["row"] == "lora" and "ms" in row]
     ids = tokens(args)
     for name, codec in (("", Nf4(BF16)), ("int8 ", Int8(BF16))):
         trained = loaded(args, method, codec, args.layers)
@@ -333,16 +335,10 @@ def nf4(args: argparse.Namespace, results: Results) -> None:
         rate = rates(args, model)
 
         def figures(seconds: float, rate: Callable[[float], Row] = rate) -> Row:
-            return rate(seconds) | ({"of bf16": 1e3 * seconds / dense[0]["ms"]} if dense else {})
+            return rate(seconds) | ({"of bf16": 1e3 * seconds / in_bf16[0]} if in_bf16 else {})
 
         turns(results, arms, args.rounds, figures)
         del trained, model, arms
-
-
-def _rows(results: Results, item: str) -> list[Row]:
-    """The rows of an earlier item of the same run."""
-    path = results.out / f"{item}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def speeds(args: argparse.Namespace, results: Results) -> None:
@@ -400,7 +396,7 @@ def compiled(args: argparse.Namespace, results: Results) -> None:
         torch._dynamo.reset()
         model = loaded(args, KINDS["lora"](rank=args.rank), codec, 1 if args.small else 4).model
         twin = sharing(model, lambda layer: layer)
-        for decoder_layer in twin.model.layers:
+        for decoder_layer in decoder_layers(twin):
             decoder_layer.compile()
         arms = {f"{name} lora": stepping(model, ids), f"{name} lora, compiled": stepping(twin, ids)}
         began = time.perf_counter()

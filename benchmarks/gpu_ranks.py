@@ -1,14 +1,14 @@
 """What one GPU cannot show.  torchrun --nproc_per_node N benchmarks/gpu.py --out OUT --ranks
 
-    law       short runs of the tests' tiny LLaMA over all ranks: DDP, ZeRO-1, 2 and 3, FSDP2, FSDP2 with replicas, and
+    laws      short runs of the tests' tiny LLaMA over all ranks: DDP, ZeRO-1, 2 and 3, FSDP2, FSDP2 with replicas, and
               the offloads, each compared with the plain engine of one rank on the same global batch
-    bytes     codes and scales that ZeRO-3 and FSDP2 gather: the bytes of the plain engine
+              and, with LoRA, the codes and scales that the engines gather with that engine's, bitwise
     links     how fast the ranks gather bytes and sum floats
     steps     seconds of a training step of a few layers of --config, beside those of one rank without the others
 
 What one rank computes alone is computed before the ranks meet. They meet once; a collective that stands still ends all
-ranks after PATIENCE seconds, and what was found until then is in OUT/ranks_*.json and OUT/ranks.md. Not tried: ranks
-that die, several nodes.
+ranks after PATIENCE seconds, and what was found until then is in OUT/results.json. Not tried: ranks that die, several
+nodes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ def main(args: argparse.Namespace, machine: Callable[[argparse.Namespace], str])
     dist.destroy_process_group()
     if os.environ["RANK"] != "0":
         return 0
-    (args.out / "ranks.md").write_text(table(args.out, list(TITLES), TITLES))
-    bad = bad_rows(read(args.out, list(TITLES)))
+    known = read(args.out)
+    known["machine"]["card"] = card
+    (args.out / "ranks.md").write_text(table(known, TITLES))
+    bad = bad_rows(known, TITLES)
     print(f"{len(bad)} failed" + "".join(f"\n  {line}" for line in bad))
     return 1 if bad else 0
 

@@ -1,23 +1,25 @@
 """What benchmarks/gpu.py finds: rows that are on the disk as soon as they are known, and the table of them.
 
-    OUT/machine.json    the card, the software, the setting
-    OUT/<item>.json     the rows of one item, each a dict: {"row": name, figure: value, ...}
+    OUT/results.json    {"machine": the card, the software and the setting, item: {"rows": [...], "seconds": ...}, ...}
     OUT/table.md        all of it, a prediction beside a figure where there is one
 
-A row of a law has "good": true or false. A row that could not be made has "skipped" or "error" with the reason.
+A row is a dict: {"row": name, figure: value, ...}. A row of a law has "good": true or false. A row that could not be
+made has "skipped" or "error" with the reason.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+RESULTS = "results.json"
 
 # What was expected of one H100 before anything had run on one, for LLaMA-3.1-8B's shapes and 4096 tokens: bytes and
 # operations over the two ceilings, 3.0 TB/s and 790 TFLOP/s, with what the kernels are known to reach of them.
@@ -67,7 +69,7 @@ class Results:
         self.rows.append(row)
         if self.silent:
             return
-        write(self.out, self.item, self.card, self.rows, time.monotonic() - self.began)
+        keep(self.out, self.item, self.rows, time.monotonic() - self.began)
         if figures.get("good") is True:
             return  # the end of the item says how many there are
         shown_ones = {key: value for key, value in figures.items() if key != "trace"}
@@ -103,9 +105,22 @@ def failure(error: BaseException) -> Row:
     return {"error": f"{type(error).__name__}: {str(error)[:400]}", "trace": where, "good": False}
 
 
-def write(out: Path, item: str, card: str, rows: list[Row], seconds: float, **more: Any) -> None:
-    found = {"item": item, "card": card, "seconds": round(seconds, 1), **more, "rows": rows}
-    (out / f"{item}.json").write_text(json.dumps(found, indent=1) + "\n")
+def read(out: Path) -> dict[str, Any]:
+    """What is in a folder of results."""
+    path = out / RESULTS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write(out: Path, known: dict[str, Any]) -> None:
+    """Replace the file at once: the process may be ended at any time."""
+    aside = out / f"{RESULTS}.tmp"
+    aside.write_text(json.dumps(known, indent=1) + "\n")
+    os.replace(aside, out / RESULTS)
+
+
+def keep(out: Path, item: str, rows: list[Row], seconds: float, **more: Any) -> None:
+    """Write what is known of an item."""
+    write(out, read(out) | {item: {"seconds": round(seconds, 1), **more, "rows": rows}})
 
 
 def shown(value: Any) -> str:
@@ -116,39 +131,33 @@ def shown(value: Any) -> str:
     return f"{value:.1e}"
 
 
-def bad_rows(items: list[dict[str, Any]]) -> list[str]:
+def bad_rows(known: dict[str, Any], names: Collection[str]) -> list[str]:
     """The items that failed and the rows that are wrong, by name."""
-    failed = [f"{found['item']}: {found['error']}" for found in items if "error" in found]
-    wrong = [
-        f"{found['item']}: {row['row']}: {row.get('error') or row}"
-        for found in items
-        for row in found["rows"]
-        if row.get("good") is False
-    ]
-    return failed + wrong
+    bad = []
+    for item in [name for name in names if name in known]:
+        bad += [f"{item}: {known[item]['error']}"] if "error" in known[item] else []
+        wrong = [row for row in known[item]["rows"] if row.get("good") is False]
+        bad += [f"{item}: {row['row']}: {row.get('error') or row}" for row in wrong]
+    return bad
 
 
-def read(out: Path, names: list[str]) -> list[dict[str, Any]]:
-    return [json.loads((out / f"{name}.json").read_text()) for name in names if (out / f"{name}.json").is_file()]
-
-
-def table(out: Path, names: list[str], titles: dict[str, str]) -> str:
-    """The Markdown of everything that is in a folder of results."""
-    machine = json.loads((out / "machine.json").read_text())
-    items, small = read(out, names), bool(machine["small"])
+def table(known: dict[str, Any], titles: dict[str, str]) -> str:
+    """The Markdown of everything that is known of these items."""
+    machine = known["machine"]
     lines = [f"# {machine['card']}", "", f"`{machine['command']}`", ""]
     lines += [", ".join(f"{name} {version}" for name, version in machine["software"].items()) + ".", ""]
-    if small:
+    if machine["small"]:
         lines += ["Tiny shapes, to see that the script works: these are no figures of the product.", ""]
     else:
         lines += ["In brackets is what was predicted for one H100 before the run. Memory is the peak of a step.", ""]
-    if bad := bad_rows(items):
+    if bad := bad_rows(known, titles):
         lines += ["**Failed**", "", *(f"- {line}".replace("\n", " ") for line in bad), ""]
-    for found in items:
-        name = found["item"]
-        lines += [f"## {name}", "", f"{titles[name]} ({found['card']}, {found['seconds']:g} s)", ""]
-        lines += count(found["rows"]) if is_law(found["rows"]) else list(_figures(name, found, small))
-        lines += [""]
+    for name, title in titles.items():
+        if name in known:
+            rows = known[name]["rows"]
+            lines += [f"## {name}", "", f"{title} ({machine['card']}, {known[name]['seconds']:g} s)", ""]
+            lines += count(rows) if is_law(rows) else list(_figures(name, rows, machine))
+            lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -169,15 +178,13 @@ def count(rows: list[Row]) -> list[str]:
     return said
 
 
-def _figures(item: str, found: dict[str, Any], small: bool) -> Iterator[str]:
-    unwanted = ("s", "trace", "good")
-    rows = [{key: value for key, value in row.items() if key not in unwanted} for row in found["rows"]]
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
+def _figures(item: str, rows: list[Row], machine: dict[str, Any]) -> Iterator[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("row", "s", "trace", "good")))
     yield f"| card | row | {' | '.join(columns)} |"
     yield f"|---|---|{'---:|' * len(columns)}"
     for row in rows:
         cells = []
         for column in columns:
-            prediction = None if small else PREDICTIONS.get((item, row["row"], column))
+            prediction = None if machine["small"] else PREDICTIONS.get((item, row["row"], column))
             cells.append((shown(row[column]) if column in row else "") + (f" ({prediction})" if prediction else ""))
-        yield f"| {found['card']} | {row['row']} | {' | '.join(cells)} |"
+        yield f"| {machine['card']} | {row['row']} | {' | '.join(cells)} |"
