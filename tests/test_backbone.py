@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_dequantized_merge_is_what_was_trained(method, engine, world, codec,
     for name, w in told["stored"].items():  # decode(encode(W0 + C)) again, from the checkpoint
         again = backbone.base(name, source.tensor(f"{name}.weight")).double() + told["change"].get(name, 0)
         assert torch.allclose(again, w.double(), rtol=0, atol=1e-7), name
-    merge(source, tmp_path / "adapter", tmp_path / "merged", backbone=backbone)
+    assert "on a GPU" not in str(merge(source, tmp_path / "adapter", tmp_path / "merged", backbone=backbone))
     assert (answers(tmp_path / "merged") - told["logits"]).abs().max() < 1e-4
     measured = told["gaps"]
     assert measured["dequantized"].logits < 1e-5 and measured["dequantized"].agreement == 1.0
@@ -80,6 +81,8 @@ def test_the_dequantized_merge_is_what_was_trained(method, engine, world, codec,
     # the gap is the one that the files have
     assert found == pytest.approx(float((wanted - exact).norm() / exact.norm()), rel=1e-3)
     assert all(other["gaps"] == {"original": None, "dequantized": None} for other in others)
+    elsewhere = merge(source, tmp_path / "adapter", tmp_path / "moved", backbone=replace(backbone, device="cuda"))
+    assert "the base was quantized on a GPU and now again on the CPU" in str(elsewhere)
 
 
 def answers(folder: Path, step: int = 99) -> Tensor:

@@ -271,3 +271,14 @@ def test_a_sharded_weight_gives_the_pairs_of_the_whole_matrix(dtype, exact):
             torch.testing.assert_close(found.S, alone.S, rtol=0, atol=20 * EPS * float(alone.S[0]))
             torch.testing.assert_close(found.U, alone.U, rtol=0, atol=tolerance)
             torch.testing.assert_close(found.V, alone.V, rtol=0, atol=tolerance)
+
+
+def test_the_cache_tells_devices_apart(tmp_path, monkeypatch):
+    """A GPU rounds in another way; its entry is not the CPU's."""
+    w = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    arguments = dict(niter=1, exact=True, seed=0, cache=tmp_path)
+    cached_triplets(w, 3, device="cpu", **arguments)
+    monkeypatch.setattr(spectrum, "top_triplets", lambda matrix, k, **_: Triplets(*torch.zeros(3, 2, 2)))
+    assert cached_triplets(w, 3, device="cpu", **arguments).S.any()  # the entry of the CPU
+    assert not cached_triplets(w, 3, device="meta", **arguments).S.any()
+    assert len(list(tmp_path.iterdir())) == 2

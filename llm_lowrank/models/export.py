@@ -108,7 +108,8 @@ def save_adapter(
                 extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
         elif (change := _change(engine, adapter)) is not None:
             name = outer_name(adapter.name)
-            factors[name], dropped = change.compress()
+            small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
+            factors[name] = small.to("cpu")
             cut = _norm(factors[name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
             error = max(error, math.hypot(dropped, cut) / max(_norm(change), torch.finfo(torch.float64).tiny))
     if not engine.main:

@@ -40,13 +40,13 @@ class Update:
     magnitude: Tensor | None = None  # (m,)
 
     def change(self, w: Tensor) -> Tensor:
-        """The matrix that is added to a float32 W: (m, n) -> (m, n)."""
-        added = self.scaling * self.pairs.to(dtype=torch.float32).product()
+        """The matrix that is added to a float32 W, on its device: (m, n) -> (m, n)."""
+        added = self.scaling * self.pairs.to(w.device, torch.float32).product()
         if self.magnitude is None:
             return added
         updated = w + added
         lengths = updated.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # (m,)
-        return updated * (self.magnitude.float() / lengths)[:, None] - w
+        return updated * (self.magnitude.to(w.device, torch.float32) / lengths)[:, None] - w
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Merged:
     path: Path
     lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
     replaced: list[str] = field(default_factory=list)  # tensors that the adapter brought and the base has otherwise
+    moved: bool = False  # whether the base was quantized on another device than here
 
     @property
     def worst(self) -> str:
@@ -60,7 +61,13 @@ class Merged:
         error = f"rounding error at most {most:.2%} of an update ({self.worst})"
         names = ", ".join(self.replaced)
         replaced = f"; {names} as the adapter brings it, which the base has otherwise" if names else ""
-        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}"
+        again = (
+            "; the base was quantized on a GPU and now again on the CPU, where a value between two codes may get the "
+            "other one"
+            if self.moved
+            else ""
+        )
+        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}{again}"
 
 
 @dataclass
@@ -74,6 +81,8 @@ class Merging:
     lora: Lora
     dtype: torch.dtype | None = None  # of every floating-point tensor; None: each keeps its dtype
     backbone: Backbone | None = None
+    # Where the sums are made. A checkpoint is merged on the CPU, so that it does not depend on who merges it.
+    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         self.updated = _find_weights(self.source, self.lora)
@@ -105,7 +114,7 @@ class Merging:
                 self.replaced.append(name)
         if name not in self.updated:
             return weight.to(target)
-        module = self.updated[name]
+        module, weight = self.updated[name], weight.to(self.device)
         merged, self.lost[module], self.sizes[module] = add_rounded(weight, self.lora.update(module), target)
         return merged
 
@@ -156,7 +165,8 @@ def merge(
     finally:
         progress.close()
         shutil.rmtree(aside, ignore_errors=True)
-    return Merged(output, merging.lost, merging.replaced)
+    moved = backbone is not None and backbone.device != "cpu" and not torch.cuda.is_available()
+    return Merged(output, merging.lost, merging.replaced, moved)
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def cached_triplets(
 ) -> Triplets:
     """Return top_triplets of a matrix in memory, computed on `device` and stored in the folder `cache` (None: nowhere).
 
-    The key is the content of W (SHA-256) with k, niter, exact and seed, so that a changed checkpoint never hits an old
-    entry.
+    The key is the content of W (SHA-256) with k, niter, exact, seed and the kind of device: a changed checkpoint never
+    hits an old entry.
     """
 
     def compute() -> Triplets:
@@ -107,6 +107,8 @@ def cached_triplets(
     if cache is None:
         return compute()
     settings = f"{ALGORITHM}-{w.dtype}-{tuple(w.shape)}-{k}-{niter}-{exact}-{seed}"
+    if (kind := torch.device(device).type) != "cpu":  # which rounds in another way
+        settings += f"-{kind}"
     file = cache / f"{sha256(w)[:32]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     try:
         factors = load_file(file)

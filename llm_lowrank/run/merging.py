@@ -69,8 +69,8 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
             lora = Lora.open(output / "adapter")
             backbone = Backbone.open(output / BACKBONE)
             merges = {
-                "original": Merging(run.source, lora),
-                "dequantized": Merging(run.source, lora, backbone=backbone),
+                "original": Merging(run.source, lora, device=run.engine.device),
+                "dequantized": Merging(run.source, lora, backbone=backbone, device=run.engine.device),
             }
     model.eval()
     lines = []
