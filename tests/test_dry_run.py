@@ -17,7 +17,7 @@ from llm_lowrank.engines import ENGINES
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.optimizers import Optimization
-from llm_lowrank.run import dry_run
+from llm_lowrank.run import dry_run, memory
 from llm_lowrank.run.recipe import Recipe
 from tests import ranks, tiny
 
@@ -224,7 +224,7 @@ def test_expected_bytes_are_those_that_two_ranks_hold(title, engine_name, settin
     adapters = attach(model, METHOD, codec)
     assert all(isinstance(a, Adapter) and a.bank_A is not None for a in adapters)
     kind, made = tiny.ENGINES[engine_name]
-    sizes = dry_run.sizes_of(model, METHOD)
+    sizes = memory.sizes_of(model, METHOD)
     columns = {c.title: c for c in ENGINES[kind].held(sizes, 2, made(**settings), Optimization())}
     expected = {label: nbytes for label, (nbytes, _) in columns[title].rows(sizes, 2).items()}
     measured = ranks.run(2, held, engine_name, settings, codec)

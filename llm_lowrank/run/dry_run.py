@@ -1,5 +1,5 @@
-"""What a run would do, before anything is loaded: settings, parameter counts, schedule and memory, from the model's
-config alone.
+"""What a run would do, before anything is loaded: settings, parameter counts, schedule, memory and, for a named GPU,
+time, from the model's config alone.
 
 The model is built on torch's meta device: names, shapes and dtypes, no bytes.
 """
@@ -10,33 +10,37 @@ from pathlib import Path
 from torch import nn
 
 from llm_lowrank.adapters.adapter import Adapter
-from llm_lowrank.adapters.method import Method
-from llm_lowrank.engines import ENGINES, Sizes
-from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
-from llm_lowrank.engines.fsdp import decoder_layers
-from llm_lowrank.engines.memory import Amount
+from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.models.source import config_folder
-from llm_lowrank.run.build import attention, build_model, engine_settings, optimization, read_data, schedule_of
+from llm_lowrank.run import memory
+from llm_lowrank.run.build import attention, build_model, read_data, schedule_of
 from llm_lowrank.run.checks import output_dir_conflict
+from llm_lowrank.run.flops import work_of
+from llm_lowrank.run.forecast import forecast, ranks
 from llm_lowrank.run.recipe import Recipe, dump
-
-GIB = 2**30
 
 
 def describe(recipe: Recipe, world: int) -> str:
-    """Return the resolved recipe, the parameters, the exchanges and the memory per rank of a run on `world` ranks."""
+    """Return the resolved recipe, the parameters, the exchanges and the memory per rank of a run on `world` ranks.
+
+    With `gpu` the time of a step and its traffic too; `nodes` may say how many ranks there are.
+    """
+    world, nodes = ranks(recipe, world)
     folder = config_folder(recipe.model_name_or_path, recipe.model_revision)
     model, adapters = build_model(recipe, folder)
-    sizes = sizes_of(model, recipe.method)
+    sizes = memory.sizes_of(model, recipe.method)
     notes = [message] if (message := output_dir_conflict(recipe)) else []
     kernel = "attention on this machine: " + ", ".join(attention(recipe, model))
     plan = [
         kernel,
         f"{parameters(model)}\n{coverage(model).describe(recipe.codec)}",
         schedule(recipe, folder, world, adapters),
-        memory(recipe, sizes, world),
+        memory.table(recipe, sizes, world),
     ]
+    if recipe.gpu != "none":
+        work = work_of(model, recipe.gradient_checkpointing)
+        plan.append(forecast(recipe, work, memory.columns(recipe, sizes, world), sizes, world, nodes))
     return "\n\n".join([dump(recipe).rstrip(), *plan, *notes])
 
 
@@ -76,7 +80,7 @@ class Row:
         self.modules += 1
         for name, p in module.named_parameters(recurse=False):
             if id(p) not in seen:
-                part = _part(name, p)
+                part = memory.part_of(name, p)
                 setattr(self, part, getattr(self, part) + p.numel())
                 seen.add(id(p))
 
@@ -87,11 +91,6 @@ class Row:
 
 def _columns(kind: str, modules: str, shape: str, frozen: str, bank: str, trained: str) -> str:
     return f"{kind:<24}{modules:>8}{shape:>16}{frozen:>18}{bank:>14}{trained:>14}"
-
-
-def _part(name: str, p: nn.Parameter) -> str:
-    """Return what a parameter is to the run: trained, bank or frozen."""
-    return "trained" if p.requires_grad else "bank" if name.rpartition(".")[2].startswith("bank_") else "frozen"
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -132,58 +131,3 @@ def total_steps(recipe: Recipe, folder: Path, world: int) -> int:
     if recipe.max_steps > 0:
         return recipe.max_steps
     return read_data(recipe, folder, 0, world)[2].total_steps
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def sizes_of(model: nn.Module, method: Method) -> Sizes:
-    """Return the sizes of a model with its adapters; it needs no values."""
-    parts: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
-    for name, p in model.named_parameters():
-        parts[_part(name, p)].append((p.numel(), p.nbytes))
-    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
-    quantized = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
-    return Sizes(
-        **parts,
-        statistics=method.statistics([m for m in model.modules() if isinstance(m, Adapter)]),
-        layer=max(layers),
-        layers=sum(layers),
-        decoded=max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in quantized), default=0),
-        persistent=persistent_size(model),
-    )
-
-
-def memory(recipe: Recipe, sizes: Sizes, world: int) -> str:
-    """Return what every rank holds under each engine, and the formulas, as two tables; a star marks the recipe's."""
-    columns: dict[str, dict[str, Amount]] = {}  # heading -> label -> bytes and formula
-    legends: list[str] = []
-    notes: list[str] = []
-    for name, kind in ENGINES.items():
-        settings = engine_settings(recipe) if name == recipe.engine else None
-        for held in kind.held(sizes, world, settings, optimization(recipe)):
-            chosen = name == recipe.engine and held.chosen
-            columns[f"*{held.title}" if chosen else held.title] = held.rows(sizes, world)
-            legends += [held.legend] if held.legend else []
-            notes += held.notes if chosen else ()
-    labels = list(next(iter(columns.values())))
-    totals = [sum(nbytes for nbytes, _ in rows.values()) for rows in columns.values()]
-    lines = [_cells(f"memory per rank, GiB, {world} rank(s)", list(columns))]
-    lines += [_cells(label, [f"{rows[label][0] / GIB:.3f}" for rows in columns.values()]) for label in labels]
-    lines += [_cells("total", [f"{total / GIB:.3f}" for total in totals]), ""]
-    lines += [_cells("formulas", list(columns))]
-    lines += [_cells(label, [rows[label][1] for rows in columns.values()]) for label in labels]
-    return "\n".join([*lines, *LETTERS, *legends, NOT_COUNTED, *notes])
-
-
-LETTERS = (
-    "W, K, T: bytes of the frozen weights, of the bank, of what is trained (both float32). N: ranks",
-    "S, E: what the method remembers of gradients, over all ranks, on each. D: the largest quantized W, decoded",
-)
-NOT_COUNTED = (
-    "Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host"
-)
-
-
-def _cells(label: str, cells: list[str]) -> str:
-    return label.ljust(36) + "".join(f"{cell:>10}" for cell in cells)

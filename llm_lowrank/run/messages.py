@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unused
@@ -9,6 +11,7 @@ from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.models.stopping import stops_of
 from llm_lowrank.run.build import attention
+from llm_lowrank.run.hardware import find
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe
@@ -35,6 +38,7 @@ def opening(run: Run) -> str:
         "attention: " + ", ".join(attention(recipe, run.model)),
         f"learning rate: {run.schedule}",
     ]
+    lines += describe_speed(recipe, engine.device)
     lines += run.notes
     lines += _beyond_positions(run)
     if mistaken := names_of_experts(run.model, [adapter.name for adapter in run.adapters]):
@@ -54,6 +58,25 @@ def opening(run: Run) -> str:
     if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
         lines.append(_exchanges(run, run.adapters[0]))
     return "\n".join(lines)
+
+
+def describe_speed(recipe: Recipe, device: torch.device) -> list[str]:
+    """Lines about what a GPU can do in the recipe's dtype, and what to set if that is little."""
+    if device.type != "cuda":
+        return []
+    name = torch.cuda.get_device_name(device)
+    gpu = find(name)
+    if gpu is None:
+        lines = [f"MFU is not given: there is no peak figure for {name}"]
+    else:
+        lines = [f"MFU is the share of {gpu.peak(recipe.dtype):g} TFLOP/s, the peak of {name} in {recipe.dtype}"]
+    if recipe.dtype == "float32" and torch.get_float32_matmul_precision() == "highest":
+        fast = f", which has {gpu.bfloat16:g} TFLOP/s here" if gpu else ""
+        lines.append(
+            "float32 on CUDA: TF32 is off, so that no product uses tensor cores. For speed set dtype: bfloat16"
+            f"{fast}; adapters are trained in float32 in any case"
+        )
+    return lines
 
 
 def _beyond_positions(run: Run) -> list[str]:

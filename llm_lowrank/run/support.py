@@ -26,7 +26,7 @@ from llm_lowrank.engines.zero_config import resolve
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run.build import ROOT, codec, engine_settings, optimization
 from llm_lowrank.run.checks import validate
-from llm_lowrank.run.dry_run import sizes_of
+from llm_lowrank.run.memory import sizes_of
 from llm_lowrank.run.recipe import Recipe
 
 Settings = dict[str, Any]

@@ -16,12 +16,15 @@ from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.build import codec, optimization
+from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
+from llm_lowrank.run.memory import compare, predict
 from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
-from llm_lowrank.run.meter import Meter, log_step, progress_bar
+from llm_lowrank.run.meter import Meter, log_step, meter_of, progress_bar
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_engine, prepare
+from llm_lowrank.run.profiling import profiled
 from llm_lowrank.run.proofs import look_at
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.saving import Saving, prepare_output
@@ -35,14 +38,15 @@ def train(recipe: Recipe) -> None:
 
     Collective: every rank calls it.
     """
-    engine = make_engine(recipe)
-    try:
-        with Signals() as signals, engine.guard():
-            source = _train(recipe, engine, signals)
-    except Preempted:
-        engine.close()
-        raise
-    engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
+    with algorithms(recipe.deterministic):
+        engine = make_engine(recipe)
+        try:
+            with Signals() as signals, engine.guard():
+                source = _train(recipe, engine, signals)
+        except Preempted:
+            engine.close()
+            raise
+        engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
     if recipe.save_merged and engine.main:
         tqdm.write(f"merged:  {merge_adapter(recipe, source)}")
 
@@ -56,6 +60,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     find_checkpoint(run)
     signals.check(engine)
     run.say(opening(run))
+    predicted = predict(run)
     model, loaded = load(run, signals)
     with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
         metrics.write("load", run.resume_step or 0, **loaded.figures())
@@ -66,6 +71,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
             run.say(f"before training: {before}")
         train_steps(run, model, metrics, signals)
         after(run, model, metrics, before)
+        run.say(compare(engine, predicted, metrics, run.total_steps))
     return run.source
 
 
@@ -107,10 +113,10 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
 def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) -> None:
     """Make every step that is left, with what follows a step: exchange, report, evaluation, checkpoint. Collective."""
     recipe, engine, total = run.recipe, run.engine, run.total_steps
-    saving, meter = Saving(run, metrics), Meter()
+    saving, meter = Saving(run, metrics), meter_of(run)
     skipped_in_a_row = 0
     with progress_bar(run) as bar, Ahead(run.batches, total, engine.device) as ahead:
-        for step in range((run.resume_step or 0) + 1, total + 1):
+        for step in profiled(run, range((run.resume_step or 0) + 1, total + 1)):
             engine.at(f"step {step}")
             rates, norm, good = optimizer_step(run, model, step, ahead.step(step - 1), meter)
             skipped_in_a_row = 0 if good else skipped_in_a_row + 1
