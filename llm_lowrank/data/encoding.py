@@ -84,8 +84,16 @@ def style_of(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto", without_t
 
 
 def tokenizer_of(folder: str | Path, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """Return a checkpoint's tokenizer, with the chat template of a file if one is given."""
-    return with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chat_template)
+    """Return a checkpoint's tokenizer, with the chat template of a file if one is given. ValueError if it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries of tokenizers raise what they like
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read; it needs tokenizer.json and tokenizer_config.json, as "
+            f"save_pretrained of its tokenizer writes them ({type(error).__name__}: {reason[:300]})"
+        ) from error
+    return with_template(tokenizer, chat_template)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
