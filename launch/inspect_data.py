@@ -5,6 +5,7 @@ settings of launch/train.py
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog="All other settings are those of launch/train.py."
     )
-    parser.add_argument("--examples", type=int, default=3, help="Number of examples to print.")
+    parser.add_argument("--examples", type=natural, default=3, help="Number of examples to print.")
     parser.add_argument(
         "--color", choices=["auto", "always", "never"], default="auto", help="auto: colour on a terminal."
     )
@@ -72,6 +73,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def natural(text: str) -> int:
+    """Read a number that is not negative. ValueError for anything else."""
+    if (number := int(text)) < 0:
+        raise ValueError(text)
+    return number
+
+
 def paint(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool) -> str:
     """Return the text of an example with its trained tokens in colour or in brackets."""
     from llm_lowrank.data import IGNORE
@@ -92,16 +100,18 @@ def paint(tokenizer, ids: Sequence[int], labels: Sequence[int], colored: bool) -
 
 def histogram(lengths: np.ndarray) -> str:
     """Return a bar for each range of lengths, and percentiles. lengths (examples,): tokens."""
-    counts, edges = np.histogram(lengths, bins=min(BARS, int(lengths.max() - lengths.min()) + 1))
+    low, high = int(lengths.min()), int(lengths.max())
+    counts, edges = np.histogram(lengths, bins=min(BARS, high - low + 1), range=(low - 0.5, high + 0.5))
     rows = [
-        f"{round(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}" for k, count in enumerate(counts)
+        f"{math.ceil(edges[k]):>8} {count:>8} {'#' * round(WIDTH * count / counts.max())}"
+        for k, count in enumerate(counts)
     ]
-    low, middle, high = np.percentile(lengths, [5, 50, 95])
+    few, half, most = np.percentile(lengths, [5, 50, 95])
     return "\n".join(
         [
             f"{'tokens':>8} {'examples':>8}",
             *rows,
-            f"5 % below {low:.0f}, half below {middle:.0f}, 95 % below {high:.0f}",
+            f"5 % below {few:.0f}, half below {half:.0f}, 95 % below {most:.0f}",
         ]
     )
 

@@ -4,12 +4,12 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
+from llm_lowrank.files import read_object
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.foreign import CONFIG
 from llm_lowrank.models.merging import merge
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         adapter = find_adapter(args.checkpoint)
-        config = json.loads((adapter / CONFIG).read_text())
+        config = read_object(adapter / CONFIG)
         if not args.model_name_or_path and not config.get("base_model_name_or_path"):
             raise ValueError(f"{adapter / CONFIG} names no base model; give --model_name_or_path")
         backbone = Backbone.open(args.checkpoint / BACKBONE) if args.merge_base == "dequantized" else None

@@ -91,6 +91,17 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, which has to be an object. ValueError names the file if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error}); download or write it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} and no object; download or write it again")
+    return content
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, complete or not at all."""
     with write_aside(path) as aside:

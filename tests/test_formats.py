@@ -230,7 +230,9 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=r"row 1 .*begin with the user"):
         loaded(path, strict)
-    assert loaded(path, strict, bad_rows="drop")[1].dropped == {"begin with the user": 1}
+    assert loaded(path, strict, bad_rows="drop")[1].dropped == {
+        "the chat template refuses this conversation: begin with the user": 1
+    }
 
 
 # Prompt styles and presets.

@@ -12,7 +12,7 @@ from tokenizers import processors
 from launch.inspect_data import paint
 from llm_lowrank.data import Data, encode_prompt, load_corpus
 from llm_lowrank.data import templates as module
-from llm_lowrank.data.encoding import encode_text
+from llm_lowrank.data.encoding import encode_text, with_template
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 from tests.test_formats import answers, chat
 
@@ -662,3 +662,99 @@ def test_a_run_that_resumes_on_another_day_with_another_cache_trains_the_same_to
     assert train.main([*arguments, f"--resume_from_checkpoint={first}"]) == 0
     assert "the chat template writes the date: 2026-11-05" in capsys.readouterr().out
     assert next(Someday.days) == Date(2026, 11, 6)  # today was not asked for
+
+
+# What a model is asked with after the training is what stands before the answers in training.
+
+
+def marked(header: str) -> str:
+    """CHATML with marks around answers, and with another header before them than its generation prompt."""
+    return MARKED.replace("{% generation %}", f"{header}{{% generation %}}")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (CHATML.replace(TAIL, ""), r"message 1: the chat template has no generation prompt .* write '<\|start\|>assis"),
+        (MARKED.replace(TAIL, ""), r"message 1: the chat template has no generation prompt .* write '<\|start\|>assis"),
+        (
+            CHATML.replace(TAIL, TAIL.replace("assistant", "bot")),
+            r"generation prompt, '<\|start\|>bot\\n', is not what",
+        ),
+        (
+            MARKED.replace(TAIL, TAIL.replace("assistant", "bot")),
+            r"generation prompt, '<\|start\|>bot\\n', is not what",
+        ),
+        (marked("Answer: "), r"generation prompt, '<\|start\|>assistant\\n', is not what it writes before an answer"),
+    ],
+    ids=["none", "none with marks", "another", "another with marks", "text before the mark"],
+)
+def test_a_generation_prompt_that_is_not_before_the_answers_is_refused(tmp_path, template, message):
+    assert template not in (CHATML, MARKED)
+    for row in ({"messages": [user("q"), assistant("a")]}, {"prompt": "q", "completion": "a"}):
+        with pytest.raises(ValueError, match=message.removeprefix("message 1: ")):
+            loaded(tmp_path, [row], template)
+
+
+def test_a_template_without_headers_needs_no_generation_prompt(tmp_path):
+    plain = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    row = {"messages": [user("q"), assistant("a"), user("r"), assistant("b")]}
+    assert painted(tmp_path, row, plain) == "[INST] q [/INST][ a<|end|>][INST] r [/INST][ b<|end|>]"
+
+
+def test_a_question_that_the_template_changes_is_refused(tmp_path):
+    row = {"messages": [user("What is in Rome?"), assistant("much")]}
+    for change in ("| lower", "| replace('Rome', '')", "| truncate(9)"):
+        template = CHATML.replace("message['content'] }}", f"message['content'] {change} }}}}")
+        assert template != CHATML
+        with pytest.raises(
+            ValueError, match=r"message 0: the chat template (changes|does not write) the content of a turn"
+        ):
+            loaded(tmp_path, [row], template)
+    loaded(tmp_path, [row], CHATML.replace("message['content'] }}", "message['content'] | trim }}"))
+
+
+ENDED = (  # marks around the text and the end of an answer
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{{ '\n' }}{% endfor %}" + TAIL
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, ENDED])
+def test_an_end_of_turn_that_is_not_eos_stands_once(tmp_path, template):
+    """A base tokenizer: its eos is another token than the end of a turn, which the data and the template both write."""
+    base = byte_tokenizer(template)
+    base.add_special_tokens({"eos_token": "<|other|>"})
+    for ending in ("", "<|end|>", "<|end|>\n"):
+        row = {"messages": [user("q"), assistant(f"a{ending}"), user("r"), assistant(f"b{ending}")]}
+        tokenizer, corpus = loaded(tmp_path, [row], tokenizer=base)
+        assert texts(tokenizer, corpus.train)[0].count("<|end|>") == 4
+        assert answers(tokenizer, corpus.train)[0].replace("\n", "") == "a<|end|>b<|end|>"
+    for content, message in (("a<|end|><|end|>", "ends with <|end|> twice"), ("<|end|>", "the answer is empty")):
+        with pytest.raises(ValueError, match=f"message 1: .*{message}".replace("|", r"\|")):
+            loaded(tmp_path, [{"messages": [user("q"), assistant(content)]}], tokenizer=base)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% for m in messages %}", r"the chat template is no Jinja \(line 1: .*\); correct it"),
+        ("\n{{ messages | nofilter }}", r"the chat template is no Jinja \(line \d: No filter named 'nofilter'"),
+        ("{{ raise_exception('only pairs') }}", "the chat template refuses this conversation: only pairs"),
+        ("{{ raise_exception('') }}", "the chat template refuses this conversation: it does not say why"),
+        ("{{ messages[0].nothing.more }}", "the chat template fails on this conversation: .* no attribute 'nothing'"),
+        ({"rag": CHATML, "tool_use": CHATML}, "chat templates rag, tool_use, and none is called default; give the one"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named(tmp_path, template, message):
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path, [{"prompt": "q", "completion": "a"}], template)
+
+
+def test_an_empty_template_file_is_refused(tmp_path):
+    (tmp_path / "t.jinja").write_text(" \n")
+    with pytest.raises(ValueError, match=r"data.chat_template: .*t.jinja is empty"):
+        with_template(byte_tokenizer(CHATML), str(tmp_path / "t.jinja"))

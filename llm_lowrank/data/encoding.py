@@ -6,6 +6,7 @@ answer, and the answer ends with the eos token. A pad token is never needed: pad
 (IGNORE), so eos may be used for padding, and an eos that ends an answer is trained all the same.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_lowrank.data.columns import TEMPLATE_KEYS
 from llm_lowrank.data.formats import EMPTY, NO_ANSWER, TEXT, Turn
-from llm_lowrank.data.templates import Message, Template, check_answer, check_system, check_written, with_calls
+from llm_lowrank.data.stops import end_of
+from llm_lowrank.data.templates import (
+    Message,
+    Template,
+    check_answer,
+    check_prompt,
+    check_system,
+    check_written,
+    with_calls,
+)
 
 IGNORE = -100  # label of a token that is not trained
 CHAT = "chat"
@@ -74,17 +84,28 @@ def style_of(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto", without_t
 
 
 def tokenizer_of(folder: str | Path, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """Return a checkpoint's tokenizer, with the chat template of a file if one is given."""
-    return with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chat_template)
+    """Return a checkpoint's tokenizer, with the chat template of a file if one is given. ValueError if it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries of tokenizers raise what they like
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read; it needs tokenizer.json and tokenizer_config.json, as "
+            f"save_pretrained of its tokenizer writes them ({type(error).__name__}: {reason[:300]})"
+        ) from error
+    return with_template(tokenizer, chat_template)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
     """Set the tokenizer's chat template from a file, if `path` names one. ValueError if the file cannot be read."""
     if path:
         try:
-            tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
+            template = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data.chat_template: cannot read {path}: {error}") from error
+        if not template.strip():
+            raise ValueError(f"data.chat_template: {path} is empty")
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -269,6 +290,9 @@ def _by_marks(
                 "the template"
             )
         check_answer(template, messages, number, "".join(marked), places[number])
+        if number == wanted[0]:
+            before = text[: of_answer[number][0][0]]
+            check_prompt(template, messages, number, before, "".join(marked), places[number])
         for start, end in of_answer[number]:
             # A token without characters is a blank whose offsets the tokenizer trimmed: it lies at its end.
             inside = [k for k, (a, b) in enumerate(offsets) if (a < end and b > start) or (a == b and start < a <= end)]
@@ -301,6 +325,9 @@ def _by_prefixes(
     whole = template.text(messages)
     if wanted[0] == 0:
         raise ValueError(f"{places[0]}: the conversation begins with an answer; remove it, or mark it with train: 0")
+    history = template.text(messages[: wanted[0]])
+    if whole.startswith(history):
+        check_prompt(template, messages, wanted[0], history, whole[len(history) :], places[wanted[0]])
     texts = {
         number: (
             template.text(messages[:number], add_generation_prompt=True),
@@ -381,9 +408,9 @@ def _cut_at_answers(
 
 
 def _with_one_end(template: Template, messages: list[Message], places: Sequence[str]) -> list[Message]:
-    """Return the messages without the eos that an answer ends with, where the template writes eos after the answer.
+    """Return the messages without the end of turn that an answer ends with, where the template writes it, too.
 
-    ValueError if a message begins with bos and the template writes bos, too.
+    ValueError if a message begins with bos and the template writes bos, too, or if nothing but its end is in an answer.
     """
     bos, eos = template.tokenizer.bos_token, template.tokenizer.eos_token
     if bos and bos != eos:
@@ -396,19 +423,23 @@ def _with_one_end(template: Template, messages: list[Message], places: Sequence[
                     f"{places[first]}: the content begins with {bos}, which the chat template writes, too; remove it "
                     "from the data"
                 )
-    ending = [n for n, m in enumerate(messages) if m["role"] == "assistant" and _ends_with_eos(template.tokenizer, m)]
+    answers = {n: m.get("content") or "" for n, m in enumerate(messages) if m["role"] == "assistant"}
+    ending = {n: end for n, said in answers.items() if (end := end_of(template.tokenizer, said))}
     if ending:
         text = template.text(messages)
-        for number in ending:
-            content = messages[number]["content"].rstrip()
-            _, found, behind = text.partition(content)
-            if found and behind.lstrip().startswith(eos):
-                messages[number] = {**messages[number], "content": content.removesuffix(eos)}
+        for number, end in ending.items():
+            content = answers[number].rstrip()
+            if re.search(rf"{re.escape(content)}\s*{re.escape(end)}", text):
+                content = content.removesuffix(end)
+                if content.rstrip().endswith(end):
+                    raise ValueError(f"{places[number]}: the text ends with {end} twice; remove one of them")
+                if not content.strip():
+                    raise ValueError(f"{places[number]}: the answer is empty")
+                messages[number] = {**messages[number], "content": content}
     return messages
 
 
-def _ends_with_eos(tokenizer: PreTrainedTokenizerBase, said: str | Message) -> bool:
-    text = said if isinstance(said, str) else said.get("content") or ""
+def _ends_with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return bool(tokenizer.eos_token) and text.rstrip().endswith(tokenizer.eos_token)
 
 

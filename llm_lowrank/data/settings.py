@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_TIMES = 1000  # that an epoch takes an example
+
 
 @dataclass(frozen=True)
 class Data:
@@ -84,8 +86,11 @@ class Data:
             for name, values in {"subset": self.subsets, "revision": self.revisions}.items()
             if len(values) != len(self.names)
         ]
-        if any(weight <= 0 for weight in self.weights):
-            errors.append(f"data.weights={self.weights}: must be above 0; leave a dataset out of data.dataset instead")
+        if any(not 0 < weight <= MOST_TIMES for weight in self.weights):
+            errors.append(
+                f"data.weights={self.weights}: must be above 0 and at most {MOST_TIMES}; leave a dataset out of "
+                "data.dataset instead of a weight of 0"
+            )
         if self.packing and self.group_by_length:
             errors.append("data.group_by_length: packed rows are all of one length; remove it or data.packing")
         if self.chat_template and self.prompt_style not in ("auto", "chat"):

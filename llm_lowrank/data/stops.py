@@ -52,8 +52,18 @@ def describe_ends(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], oth
     return f"answers end with {_names(tokenizer, ends)}, where generation stops" + (f", as at {also}" if also else "")
 
 
+def end_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return the special token that a text ends with, blanks behind it aside; empty if there is none."""
+    text = text.rstrip()
+    return next((end for end in _texts(tokenizer) if text.endswith(end)), "")
+
+
 def _names(tokenizer: PreTrainedTokenizerBase, tokens: Collection[int]) -> str:
-    return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens)
+    known = len(tokenizer)
+    return ", ".join(
+        f"{tokenizer.convert_ids_to_tokens(token) if token < known else 'no token of the tokenizer'} ({token})"
+        for token in tokens
+    )
 
 
 def _stretches(trained: Sequence[bool]) -> Iterable[tuple[int, int]]:
@@ -92,3 +102,10 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     ends = {number for number, token in added if token.special or not token.content.strip().startswith("</")}
     return frozenset({*ends, *tokenizer.all_special_ids})
+
+
+@lru_cache(maxsize=8)
+def _texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of these tokens, the longest first."""
+    texts = (str(tokenizer.convert_ids_to_tokens(token)) for token in _special(tokenizer))
+    return tuple(sorted(filter(str.strip, texts), key=len, reverse=True))

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -31,6 +31,7 @@ FROZEN_CLOCK = (
     "{% macro strftime_now(format) %}{% set made = namespace(text=format) %}{% for code in run_date %}"
     "{% set made.text = made.text.replace(code, run_date[code]) %}{% endfor %}{{ made.text }}{% endmacro %}\n"
 )
+REFUSES = "the chat template refuses this conversation: "
 OTHER_TEMPLATE = "give one that does with data.chat_template FILE.jinja"
 
 
@@ -45,8 +46,16 @@ class Template:
 
     @property
     def source(self) -> str:
-        """The text of the template; a tokenizer may have another one for tools."""
-        return str(self.tokenizer.get_chat_template(None, list(self.tools) or None))
+        """The text of the template; a tokenizer may have another one for tools. ValueError if it has several and none
+        by default.
+        """
+        try:
+            return str(self.tokenizer.get_chat_template(None, list(self.tools) or None))
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer has the chat templates {', '.join(sorted(self.tokenizer.chat_template))}, and none is "
+                "called default; give the one to use with data.chat_template FILE.jinja"
+            ) from error
 
     @property
     def marks_answers(self) -> bool:
@@ -75,8 +84,12 @@ class Template:
                 **flags,
                 **variables,
             )
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is no Jinja (line {error.lineno}: {error}); correct it") from error
         except TemplateError as error:
-            raise ValueError(str(error) or f"the chat template fails: {type(error).__name__}") from error
+            refused = type(error) is TemplateError  # by raise_exception; another class says that an expression failed
+            start = REFUSES if refused else "the chat template fails on this conversation: "
+            raise ValueError(f"{start}{str(error) or 'it does not say why'}") from error
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of an expression in the template
             raise ValueError(f"the chat template fails on this conversation: {error}") from error
         return text, [(int(start), int(end)) for start, end in (spans[0] if spans else ())]
@@ -161,6 +174,46 @@ def check_written(template: Template, messages: Sequence[Message], places: Seque
                 f"{places[number]}: the chat template does not write the content of a turn of {role}{beside}; "
                 f"{OTHER_TEMPLATE}, or remove such turns"
             )
+    written = _squeezed(text)
+    for number, message in enumerate(messages):
+        said = message.get("content") if message["role"] == "user" else None
+        if isinstance(said, str) and not any(_squeezed(form) in written for form in _forms(said)):
+            raise ValueError(
+                f"{places[number]}: the chat template changes the content of a turn of user; {OTHER_TEMPLATE}"
+            )
+
+
+def check_prompt(
+    template: Template, messages: Sequence[Message], number: int, before: str, answer: str, place: str
+) -> None:
+    """Check that the text before a trained answer ends with the generation prompt, after which a model answers.
+
+    before, answer: the text up to what is trained of the answer, and this. The generation prompt may hold the
+    beginning of the answer, such as <think>. ValueError otherwise.
+    """
+    message, history = messages[number], template.text(messages[:number])
+    prompt = template.text(messages[:number], add_generation_prompt=True)
+    head = _squeezed(prompt.removeprefix(history)) if prompt.startswith(history) else ""
+    start, end = _squeezed(before), _squeezed(answer)
+    if head and not any(start.endswith(head[:k]) and end.startswith(head[k:]) for k in range(len(head), -1, -1)):
+        raise ValueError(
+            f"{place}: the chat template's generation prompt, {prompt.removeprefix(history)!r}, is not what it writes "
+            f"before an answer, so that the trained model would be asked in another way; {OTHER_TEMPLATE}"
+        )
+    content = message.get("content") or ""
+    if head or not content.strip() or message.get("tool_calls") or any(message.get(name) for name in REASONING):
+        return
+    mark = "qzx0xzq"  # where a content as short as "a" would be found in any header
+    try:
+        marked = template.text([*messages[:number], {**message, "content": mark}])
+    except ValueError:  # a template that wants certain words
+        return
+    lead = marked.removeprefix(history).partition(mark)[0].strip() if marked.startswith(history) else ""
+    if lead:
+        raise ValueError(
+            f"{place}: the chat template has no generation prompt (add_generation_prompt changes nothing), so that a "
+            f"model would have to write {lead!r} itself before it answers; {OTHER_TEMPLATE}"
+        )
 
 
 def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
@@ -170,7 +223,8 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
     try:
         text = template.text([{"role": "system", "content": system}, *question])
     except ValueError as error:
-        raise ValueError(f"data.system: the chat template refuses a system prompt: {error}; remove it") from error
+        why = str(error).removeprefix(REFUSES)
+        raise ValueError(f"data.system: the chat template refuses a system prompt: {why}; remove it") from error
     if text == template.text(question):
         raise ValueError(
             f"data.system: the chat template does not write a system prompt; remove it, or {OTHER_TEMPLATE}"

@@ -52,10 +52,9 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """Read a checkpoint's config. ValueError if transformers cannot."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model_name_or_path: cannot read the config of {folder}: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # the checks of a config raise what they like
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model_name_or_path: cannot read the config of {folder}: {reason}") from error
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # the codec stores the weights, not transformers
@@ -99,6 +98,11 @@ def skeleton(folder: str | Path, dtype: torch.dtype, *attention: str) -> PreTrai
             break
         except (ValueError, ImportError) as error:
             reason = error
+        except Exception as error:  # of a model that its config does not fit
+            raise ValueError(
+                f"model_name_or_path: {kind.__name__} cannot be made from config.json of {folder} "
+                f"({type(error).__name__}: {error}); is it that of this checkpoint and this version of transformers?"
+            ) from error
     else:
         raise ValueError(
             f"attn_implementation: {kind.__name__} cannot be built with {' or '.join(attention)}; use auto or eager "

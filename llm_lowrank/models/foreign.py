@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_lowrank.adapters.method import match_pattern
-from llm_lowrank.files import file_sha256, stored_names
+from llm_lowrank.files import file_sha256, read_object, stored_names
 from llm_lowrank.numerics.pairs import Pairs
 
 CONFIG = "adapter_config.json"
@@ -65,7 +65,7 @@ class Lora:
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise ValueError(f"{path} has no {CONFIG}: not a PEFT adapter folder")
-        config = json.loads((path / CONFIG).read_text())
+        config = read_object(path / CONFIG)
         _refuse_unknown(path, config)
         if not (path / WEIGHTS).is_file():
             pickled = (
@@ -83,7 +83,7 @@ class Lora:
         if strange or not modules:
             raise ValueError(
                 f"{path / WEIGHTS} is not made of {' and '.join(parts)} of every module: see "
-                f"{strange[:3] or 'no tensors'}"
+                f"{strange[:3] or 'no tensors'}; use PEFT's merge_and_unload instead"
             )
         if (path / ALL).is_file():
             with safe_open(path / ALL, framework="pt") as handle:
@@ -147,6 +147,9 @@ KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # other starting
 
 
 def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
+    for name in ("r", "lora_alpha"):
+        if config.get("peft_type") == "LORA" and not isinstance(config.get(name), int | float):
+            raise ValueError(f"{path / CONFIG}: {name} is {config.get(name)!r}, not a number")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is a PEFT adapter of type {config.get('peft_type')}; only LORA can be merged here")
     off: tuple[Any, ...] = (None, False, {}, [], "", "none")

@@ -10,6 +10,8 @@ rank that decomposes a weight holds the whole of it.
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -89,6 +91,9 @@ class Loaded:
         )
 
 
+PART_OF_A_LAYER = re.compile(r"(.+?)\.(bias|weight_g|weight_v|lora_[^.]+(?:\..+)?)")
+
+
 def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> list[str]:
     """Check that the checkpoint holds every tensor of the model, and give each adapter its source.
 
@@ -101,6 +106,15 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
             f"in {type(model).__name__} or under one that transformers would rename: nothing to load, nowhere to merge "
             "back; is config.json that of this checkpoint?"
         )
+    modules = dict(model.named_modules())
+    for name in sorted(stored - set(asked)):
+        part = PART_OF_A_LAYER.fullmatch(name)
+        if part and isinstance(modules.get(part[1]), nn.Linear | FrozenLinear):
+            remedy = "merge the adapter first" if "lora_" in part[2] else "is config.json that of this checkpoint?"
+            raise ValueError(
+                f"the checkpoint holds {name}, for which {type(model).__name__} has no place: without it, {part[1]} "
+                f"would compute something else; {remedy}"
+            )
     for name in asked:
         dtype = tensors.layout(name)[0]
         if dtype not in PLAIN:
@@ -331,6 +345,11 @@ class _Reader:
         sums = self.engine.sum(torch.stack([squares for squares, _ in self.squares.values()]))  # (modules, 2)
         for (name, (_, codec)), (lost, total) in zip(self.squares.items(), sums.tolist(), strict=True):
             error = (lost / total) ** 0.5 if total else float(lost > 0)
+            if not math.isfinite(total) or math.isnan(lost):
+                raise ValueError(
+                    f"{name}: its weight in the checkpoint holds NaN or infinity; take another checkpoint, or download "
+                    "it again"
+                )
             limit = EXACT if codec.holds_small_updates else ROUNDED if codec.writable else QUANTIZED
             if not error <= limit:
                 raise RuntimeError(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.files import stream_safetensors, sync, write_json
+from llm_lowrank.files import read_object, stream_safetensors, sync, write_json
 from llm_lowrank.models.backbone import Backbone
 from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora, Update
 from llm_lowrank.models.prequantized import without_announcement
@@ -48,6 +48,7 @@ class Merged:
     path: Path
     lost: dict[str, float]  # module -> |realized - wanted| / |wanted|: the share of its update that rounding took
     replaced: list[str] = field(default_factory=list)  # tensors that the adapter brought and the base has otherwise
+    tokens: list[str] = field(default_factory=list)  # that the adapter's tokenizer has and the base's has not
     moved: bool = False  # whether the base was quantized on another device than here
 
     @property
@@ -61,13 +62,12 @@ class Merged:
         error = f"rounding error at most {most:.2%} of an update ({self.worst})"
         names = ", ".join(self.replaced)
         replaced = f"; {names} as the adapter brings it, which the base has otherwise" if names else ""
-        again = (
-            "; the base was quantized on a GPU and now again on the CPU, where a value between two codes may get the "
-            "other one"
-            if self.moved
-            else ""
-        )
-        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}{again}"
+        plural = "s" * (len(self.tokens) != 1)
+        more = f"; the tokenizer is the adapter's, with {len(self.tokens)} token{plural} more than the base's"
+        again = "; the base was quantized on a GPU and now again on the CPU, where a value between two codes may get "
+        again += "the other one"
+        notes = f"{more if self.tokens else ''}{again if self.moved else ''}"
+        return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}{notes}"
 
 
 @dataclass
@@ -143,6 +143,7 @@ def merge(
     output = Path(output)
     _check_output(output)
     merging = Merging(source, Lora.open(adapter_dir), dtype, backbone)
+    more = _more_tokens(Path(adapter_dir), source)
     progress = tqdm(total=len(merging.layout), desc="merging", unit="tensor", disable=None)
 
     def produce(name: str) -> Tensor:
@@ -159,6 +160,9 @@ def merge(
         _check_lost(merging, output)
         _copy_the_rest(source, aside, dtype)
         _copy_answering(Path(adapter_dir), source, aside)
+        for kept in TOKENIZER_FILES if more else ():
+            if (own := Path(adapter_dir) / kept).is_file():
+                shutil.copyfile(own, aside / kept)
         sync(aside)
         os.replace(aside, output)  # over an empty folder too
         sync(output.parent)
@@ -166,7 +170,7 @@ def merge(
         progress.close()
         shutil.rmtree(aside, ignore_errors=True)
     moved = backbone is not None and backbone.device != "cpu" and not torch.cuda.is_available()
-    return Merged(output, merging.lost, merging.replaced, moved)
+    return Merged(output, merging.lost, merging.replaced, more, moved)
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,8 @@ def add_rounded(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Ten
     merged = (weight.float() + wanted).to(dtype)
     realized = merged.float() - weight.to(dtype).float()
     size = float(wanted.norm())
+    if not math.isfinite(size):
+        raise ValueError("the adapter or the base holds NaN or infinity; use another checkpoint of the run")
     return merged, float((realized - wanted).norm()) / size if size else 0.0, size
 
 
@@ -301,6 +307,36 @@ def _copy_answering(adapter: Path, source: Source, output: Path) -> None:
         shutil.copyfile(template, output / TEMPLATE)
     if ends := read_ends(adapter):
         write_json(output / GENERATION, with_ends(source.path, ends))
+
+
+def _more_tokens(adapter: Path, source: Source) -> list[str]:
+    """Return the tokens that the tokenizer in the folder of an adapter has and that of the base has not.
+
+    Those for which the base has no row do not count. ValueError if they differ in more than that.
+    """
+    own, base = adapter / "tokenizer.json", source.path / "tokenizer.json"
+    if not own.is_file() or not base.is_file() or own.read_bytes() == base.read_bytes():
+        return []
+    mine, theirs = _tokens(own), _tokens(base)
+    more = sorted(mine.keys() - theirs.keys(), key=mine.__getitem__)
+    other = next((token for token, number in theirs.items() if mine.get(token) != number), None)
+    if other is not None:
+        raise ValueError(
+            f"{adapter} was trained with another tokenizer than that of {source.path}: {other!r} is {mine.get(other)} "
+            f"there and {theirs[other]} here; is that the right base?"
+        )
+    rows = read_object(source.path / "config.json").get("vocab_size")
+    # a token without a row, which is mostly one for padding, was in no example
+    return [token for token in more if not isinstance(rows, int) or mine[token] < rows]
+
+
+def _tokens(file: Path) -> dict[str, int]:
+    """Return token -> number of a tokenizer.json."""
+    content = read_object(file)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # of a Unigram model: [token, score]
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
 
 
 def _templates(folder: Path) -> list[str]:

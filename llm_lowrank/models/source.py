@@ -24,8 +24,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, stored_names, writable_folder
+from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, read_object, stored_names, writable_folder
 from llm_lowrank.models import architectures
+from llm_lowrank.models.folder import check_small_files
 from llm_lowrank.models.part import refuse_codes
 from llm_lowrank.models.prequantized import Nf4Weight, announcement, decode_all
 from llm_lowrank.models.scaled import ScaledWeight
@@ -114,6 +115,7 @@ class Source:
                 raise ValueError(f"model_revision: {revision} is for models of the hub, and {name} is here; remove it")
             name = str(path)
         files = _tensor_files(path)
+        check_small_files(path)
         tensors = _tensors(path, files)
         return cls(name, path, {name: file for name, file in files.items() if name in tensors}, tensors, revision)
 
@@ -292,7 +294,9 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and templ
 
 def config_folder(name: str, revision: str = "") -> Path:
     """Return where config and tokenizer are; of a model of the hub nothing else is downloaded."""
-    return _local(name) or _download(name, revision, SMALL)
+    folder = _local(name) or _download(name, revision, SMALL)
+    check_small_files(folder)
+    return folder
 
 
 def _download(name: str, revision: str, wanted: tuple[str, ...] = ("*.safetensors", *SMALL)) -> Path:
@@ -317,7 +321,9 @@ def _tensor_files(path: Path) -> dict[str, str]:
     Raise ValueError if the folder is not a complete safetensors checkpoint.
     """
     if (path / INDEX).is_file():
-        indexed = json.loads((path / INDEX).read_text())["weight_map"]
+        indexed = read_object(path / INDEX).get("weight_map")
+        if not isinstance(indexed, dict):
+            raise ValueError(f"{path / INDEX} has no weight_map; download or write it again")
         if elsewhere := sorted({file for file in indexed.values() if Path(file).name != file}):
             raise ValueError(f"{path}: {INDEX} names {elsewhere[0]}, which is not a file of this folder")
     elif (path / SINGLE).is_file():
@@ -333,17 +339,22 @@ def _tensor_files(path: Path) -> dict[str, str]:
             f"them: AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)"
         )
     else:
-        raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: not a Hugging Face safetensors checkpoint")
+        of_a_run = f"; it is the output_dir of a run, so give {path / 'merged'}" if (path / "merged").is_dir() else ""
+        raise ValueError(
+            f"{path} holds neither {SINGLE} nor {INDEX}: not a Hugging Face safetensors checkpoint{of_a_run}"
+        )
     missing = sorted({file for file in indexed.values() if not (path / file).is_file()})
     if missing:
         raise ValueError(
-            f"{path} is incomplete: {INDEX} names {', '.join(missing)}, not there; download the checkpoint again"
+            f"{path} is incomplete: {INDEX} names {', '.join(missing)}, not there; download or write the checkpoint "
+            "again"
         )
     stored = [(name, file) for file in sorted(set(indexed.values())) for name in stored_names(path / file)]
     if sorted(stored) != sorted(indexed.items()):
         name, file = min(set(stored) ^ set(indexed.items()))
         raise ValueError(
-            f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download the checkpoint again"
+            f"{path}: {INDEX} and the files disagree, for one about {name} in {file}; download or write the "
+            "checkpoint again"
         )
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: not a Hugging Face checkpoint")
@@ -446,7 +457,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ValueError(f'reading {gguf.name} needs the package gguf: pip install "llm_lowrank[demo]"')
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:  # the reader of the format raises what it likes
+        raise ValueError(
+            f"{gguf} cannot be read as a GGUF model ({type(error).__name__}: {error}); download it again, or start "
+            "from a safetensors checkpoint"
+        ) from error
     # the weights are plain now, but transformers refuses to save a model whose attributes still say "gguf"
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)

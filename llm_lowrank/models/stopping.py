@@ -6,12 +6,13 @@ end of texts), so that it stays as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_lowrank.files import read_object
 
 GENERATION = "generation_config.json"
 
@@ -25,7 +26,7 @@ def stop_at(model: PreTrainedModel, ends: Iterable[int]) -> None:
 def read_ends(folder: Path) -> list[int]:
     """Return the tokens at which the generation_config.json of a folder stops; none without such a file."""
     file = folder / GENERATION
-    return _union([], json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")) if file.is_file() else []
+    return _union([], read_object(file).get("eos_token_id")) if file.is_file() else []
 
 
 def with_ends(folder: Path, ends: Iterable[int]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def with_ends(folder: Path, ends: Iterable[int]) -> dict[str, Any]:
     """
     file = folder / GENERATION
     if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_object(file)
     else:
         settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).to_diff_dict()
     return {**settings, "eos_token_id": _union(ends, settings.get("eos_token_id"))}

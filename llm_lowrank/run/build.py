@@ -141,8 +141,8 @@ def read_data(
 
     date: as in load_corpus.
     """
-    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
     limits = limits_of(skeleton(folder, torch.float32, "eager"))
+    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
     corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date, limits)
     batches = training_batches(
         corpus,
