@@ -17,6 +17,7 @@ Without pip, put the repository before the wheels (benchmarks/wheels.sh): some w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing as mp
 import os
 import sys
@@ -36,33 +37,34 @@ GRACE = 15.0  # seconds over an item's limit after which its process is ended
 
 
 class Item(NamedTuple):
-    module: str  # of benchmarks/
-    function: str
+    module: str
+    function: str  # of (arguments, Results)
     seconds: float  # that it may take
     title: str
 
 
+LAWS, FIGURES, MODELS = (f"benchmarks.gpu_{name}" for name in ("laws", "figures", "models"))
 ITEMS: dict[str, Item] = {
-    "methods": Item("gpu_laws", "methods", 50, "Four steps of every method, compared with the same steps on the CPU."),
-    "engines": Item("gpu_laws", "engines", 80, "The same over ZeRO and FSDP2 in a group of one rank, and offloaded."),
-    "resume": Item("gpu_laws", "resume", 30, "Saved and resumed: whether two further steps are bitwise the same."),
-    "peft": Item("gpu_laws", "peft", 20, "Exported adapters, loaded by PEFT: logits."),
-    "codecs": Item("gpu_laws", "codecs", 25, "The kernels of nf4 and int8 (tests/gpu/test_codecs.py)."),
-    "ceilings": Item("gpu_figures", "ceilings", 15, "A copy and a large product: what nothing is faster than."),
-    "decode": Item("gpu_figures", "decode", 15, "One W of 14336 x 4096 to bfloat16; copy: its rate of the ceiling's."),
-    "layer": Item("gpu_figures", "layer", 30, "Forward and backward of one linear, of attention and of the loss."),
-    "dense": Item("gpu_models", "dense", 75, "Forward and backward of the model in bf16; ratio: to the frozen model."),
+    "methods": Item(LAWS, "methods", 50, "Four steps of every method, compared with the same steps on the CPU."),
+    "engines": Item(LAWS, "engines", 80, "The same over ZeRO and FSDP2 in a group of one rank, and offloaded."),
+    "resume": Item(LAWS, "resume", 30, "Saved and resumed: whether two further steps are bitwise the same."),
+    "peft": Item(LAWS, "peft", 20, "Exported adapters, loaded by PEFT: logits."),
+    "codecs": Item(LAWS, "codecs", 25, "The kernels of nf4 and int8 (tests/gpu/test_codecs.py)."),
+    "ceilings": Item(FIGURES, "ceilings", 15, "A copy and a large product: what nothing is faster than."),
+    "decode": Item(FIGURES, "decode", 15, "One W of 14336 x 4096 to bfloat16; copy: its rate of the ceiling's."),
+    "layer": Item(FIGURES, "layer", 30, "Forward and backward of one linear, of attention and of the loss."),
+    "dense": Item(MODELS, "dense", 75, "Forward and backward of the model in bf16; ratio: to the frozen model."),
     "nf4": Item(
-        "gpu_models",
+        MODELS,
         "nf4",
         80,
         "The same in nf4, beside PEFT over bitsandbytes, and in int8; of bf16: to lora in bf16.",
     ),
-    "speeds": Item("gpu_models", "speeds", 40, "Every method on four layers; ratio: to the frozen model."),
-    "exchange": Item("gpu_models", "exchange", 60, "SRLoRA's start and exchange, of the whole model."),
-    "launcher": Item("gpu_laws", "launcher", 90, "torchrun launch/train.py, ZeRO-3 and nf4, stopped and resumed."),
-    "compile": Item("gpu_models", "compiled", 60, "torch.compile of each decoder layer, four layers."),
-    "generation": Item("gpu_models", "generation", 40, "Answers of the model in nf4, and the linear of few rows."),
+    "speeds": Item(MODELS, "speeds", 40, "Every method on four layers; ratio: to the frozen model."),
+    "exchange": Item(MODELS, "exchange", 60, "SRLoRA's start and exchange, of the whole model."),
+    "launcher": Item(LAWS, "launcher", 90, "torchrun launch/train.py, ZeRO-3 and nf4, stopped and resumed."),
+    "compile": Item(MODELS, "compiled", 60, "torch.compile of each decoder layer, four layers."),
+    "generation": Item(MODELS, "generation", 40, "Answers of the model in nf4, and the linear of few rows."),
 }
 
 
@@ -129,7 +131,7 @@ def command() -> str:
 # --- the process that does the work -----------------------------------------------------------------------------------
 
 
-def work(names: list[str], args: argparse.Namespace, pipe: Connection) -> None:
+def work(items: dict[str, Item], args: argparse.Namespace, pipe: Connection) -> None:
     """Do items one after the other, and say which has begun and which has ended."""
     # warnings and progress go to a file: of the output on a machine that is lent, often only the end comes back
     os.dup2(os.open(args.out / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
@@ -138,13 +140,15 @@ def work(names: list[str], args: argparse.Namespace, pipe: Connection) -> None:
     import torch
 
     card = machine(args)
-    for name in names:
-        item = ITEMS[name]
+    for module in {item.module for item in items.values()}:
+        with contextlib.suppress(Exception):  # an item that needs it will say what is wrong
+            import_module(module)  # now, for it takes the time of no item
+    for name, item in items.items():
         pipe.send(("began", name))
         results, began = Results(name, args.out, card, item.seconds, args.small), time.monotonic()
         broken = False
         try:
-            getattr(import_module(f"benchmarks.{item.module}"), item.function)(args, results)
+            getattr(import_module(item.module), item.function)(args, results)
         except Exception as error:
             broken = "CUDA error" in str(error) or "NCCL" in str(error)
             fail(args, name, failure(error)["error"], results.rows, time.monotonic() - began, card)
@@ -169,14 +173,14 @@ def fail(args: argparse.Namespace, name: str, error: str, rows: list, seconds: f
 # --- the process that watches -----------------------------------------------------------------------------------------
 
 
-def follow(names: list[str], args: argparse.Namespace) -> list[str]:
+def follow(items: dict[str, Item], args: argparse.Namespace) -> dict[str, Item]:
     """Let one process do the items; return those that are left when it is gone."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    worker = context.Process(target=work, args=(names, args, theirs))
+    worker = context.Process(target=work, args=(items, args, theirs))
     worker.start()
     theirs.close()
-    left, current, limit = list(names), "", START
+    left, current, limit = dict(items), "", START
     while left:
         if not ours.poll(limit):
             reason = f"more than {limit:g} s, the process was ended"
@@ -188,13 +192,14 @@ def follow(names: list[str], args: argparse.Namespace) -> list[str]:
             reason = f"the process died with exit code {worker.exitcode}" if current else ""
             break
         if kind == "began":
-            current, limit = name, ITEMS[name].seconds + GRACE
+            current, limit = name, items[name].seconds + GRACE
         else:
-            left.remove(name)
+            del left[name]
             current, limit = "", START
             write_table(args)
-    if left and (current or len(left) == len(names)):  # in an item, or before any of them
-        name = left.pop(0)
+    if left and (current or len(left) == len(items)):  # in an item, or before any of them
+        name = next(iter(left))
+        del left[name]
         known = read(args.out)
         card, rows = known.get("machine", {}).get("card", "unknown card"), known.get(name, {}).get("rows", [])
         fail(args, name, reason or "no process could be started", rows, limit, card)
@@ -218,7 +223,7 @@ def main() -> int:
 
         return ranks(args, machine)
     write(args.out, {key: value for key, value in read(args.out).items() if key not in (*args.only, "machine")})
-    began, left = time.monotonic(), [name for name in ITEMS if name in args.only]
+    began, left = time.monotonic(), {name: item for name, item in ITEMS.items() if name in args.only}
     while left:
         left = follow(left, args)
     known = read(args.out)

@@ -397,7 +397,7 @@ def compiled(args: argparse.Namespace, results: Results) -> None:
         model = loaded(args, KINDS["lora"](rank=args.rank), codec, 1 if args.small else 4).model
         twin = sharing(model, lambda layer: layer)
         for decoder_layer in decoder_layers(twin):
-            decoder_layer.compile()
+            decoder_layer.compile(backend="aot_eager" if args.small else "inductor")
         arms = {f"{name} lora": stepping(model, ids), f"{name} lora, compiled": stepping(twin, ids)}
         began = time.perf_counter()
         try:
