@@ -8,11 +8,8 @@ Arms of one table share the frozen weights and take turns, so that what else a m
 the median of the rounds' ratios. Every step is a forward and a backward with activation checkpointing; the optimizer's
 step is not part of it. Weights are drawn on the device when the loader asks for them.
 
-    model FLOPs = 2 t (2 P + V n) + 3 L 2 t^2 h        P elements of the frozen linears, V n of the output layer
-
-with t tokens: a forward and the gradient of the input of each linear, of the output layer too (2 t V n each; the
-output layer's second half is counted with the first), and causal attention three times (h: heads x their width). What
-checkpointing computes again is not counted. MFU is that over the seconds and over the rate of a large product.
+TFLOP/s are llm_lowrank.run.flops' model FLOPs: what checkpointing computes again is not counted. "of product" is their
+share of what a large product reaches in the same process; MFU in a run's log is a share of the data sheet's peak.
 """
 
 from __future__ import annotations
@@ -49,8 +46,10 @@ from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.attention import leave_masks_out, with_masks
+from llm_lowrank.models.compiling import compile_layers
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.loss import sum_loss
+from llm_lowrank.run.flops import full_shape, work_of
 
 ROOT = Path(__file__).parents[1]
 KINDS = Method.get_known_choices()
@@ -248,25 +247,16 @@ def turns(results: Results, arms: dict[str, Callable[[], float]], rounds: int, f
         results.add(name, ms=1e3 * seconds, ratio=statistics.median(ratios), **figures(seconds), **known[name])
 
 
-def model_flops(model: Any, t: int) -> float:
-    """The operations of a forward and a backward over frozen weights, see above."""
-    config, output = model.config, model.get_output_embeddings()
-    linears = sum(m.shape[0] * m.shape[1] for m in model.modules() if isinstance(m, FrozenLinear))
-    width = config.num_attention_heads * model.config.head_dim
-    products = 2 * t * (linears + output.weight.numel())
-    return 2.0 * products + 3 * config.num_hidden_layers * 2 * t**2 * width
-
-
 def rates(args: argparse.Namespace, model: Any, count: int = 0) -> Callable[[float], Row]:
     t = count or args.tokens
-    flops = model_flops(model, t)
+    flops = work_of(model, recomputed=True).model(full_shape(1, t))
     k = 256 if args.small else 8192
     x, y = (torch.randn(k, k, device=DEVICE, dtype=BF16) for _ in range(2))
     best = 2 * k**3 / median_of(lambda: x @ y)
     return lambda seconds: {
         "tokens/s": t / seconds,
         "TFLOP/s": flops / seconds / 1e12,
-        "MFU %": 100 * flops / seconds / best,
+        "of product": flops / seconds / best,
     }
 
 
@@ -396,8 +386,11 @@ def compiled(args: argparse.Namespace, results: Results) -> None:
         torch._dynamo.reset()
         model = loaded(args, KINDS["lora"](rank=args.rank), codec, 1 if args.small else 4).model
         twin = sharing(model, lambda layer: layer)
-        for decoder_layer in decoder_layers(twin):
-            decoder_layer.compile(backend="aot_eager" if args.small else "inductor")
+        if args.small:
+            for decoder_layer in decoder_layers(twin):
+                decoder_layer.compile(backend="aot_eager")
+        else:
+            compile_layers(twin)
         arms = {f"{name} lora": stepping(model, ids), f"{name} lora, compiled": stepping(twin, ids)}
         began = time.perf_counter()
         try:

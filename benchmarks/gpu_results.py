@@ -35,7 +35,7 @@ PREDICTIONS: dict[tuple[str, str, str], str] = {
     ("layer", "loss, 1024 rows", "ms"): "18",
     ("dense", "lora", "ratio"): "1.10-1.14",
     ("dense", "lora", "tokens/s"): "8500-9000",
-    ("dense", "lora", "MFU %"): "36-38",
+    ("dense", "lora", "of product"): "0.36-0.38",
     ("dense", "lora", "peak GB"): "20.5",
     ("dense", "lora, masks", "tokens/s"): "6000-6500",
     ("dense", "peft, our loss", "ratio"): "1.20-1.35",
