@@ -14,11 +14,15 @@ from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import Data
 from llm_lowrank.engines import ENGINES
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run import dry_run, memory
-from llm_lowrank.run.recipe import Recipe
+from llm_lowrank.run.checks import validate
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.forecast import ranks as ranks_of_run
+from llm_lowrank.run.recipe import Recipe, parse
 from tests import ranks, tiny
 
 METHOD = SRLoRA(rank=4, target_rank=8, svd_cache="")
@@ -165,6 +169,101 @@ def test_the_recipes_engine_is_starred(recipe):
     assert heads(deepspeed="ds_configs/zero2.json") == ["plain", "ZeRO-1", "*ZeRO-2", "ZeRO-3", "FSDP2"]
     assert heads(engine="plain") == ["*plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
     assert heads(engine="fsdp") == ["plain", "ZeRO-1", "ZeRO-2", "ZeRO-3", "*FSDP2"]
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+LARGE = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+
+
+def predicted(text: str) -> dict[str, dict[str, float]]:
+    """label -> heading -> number, of the table of a step."""
+    head, *rows = text.partition("predicted step on ")[2].partition("A prediction")[0].strip().splitlines()
+    names = [name.lstrip("*") for name in head.partition("rank(s)")[2].split()]
+    table = {}
+    for line in rows:
+        numbers = line[36:].replace(",", "").split()
+        table[line[:36].strip()] = dict(zip(names, map(float, numbers), strict=True))
+    return table
+
+
+@pytest.fixture
+def large(recipe):
+    """Four layers of LLaMA-3.1-8B's shapes."""
+    tiny.config(**LARGE, num_hidden_layers=4, vocab_size=32000).save_pretrained(recipe.model_name_or_path)
+    data = replace(recipe.data, max_length=1024)
+    return replace(recipe, method=LoRA(rank=16), dtype="bfloat16", data=data, gpu="h100", dry_run=True)
+
+
+def test_a_step_is_predicted_from_its_operations_and_bytes(large):
+    text = dry_run.describe(replace(large, nodes=2), world=1)
+    assert "predicted step on h100, 16 rank(s)" in text and "memory per rank, GiB, 16 rank(s)" in text
+    assert "2 node(s) of 8 GPUs" in text and "nothing of it was measured" in text and "40% of 989 TFLOP/s" in text
+    assert max(map(len, text.splitlines())) <= 120
+    model, _ = dry_run.build_model(large, large.model_name_or_path)
+    w, k, t = memory.sizes_of(model, large.method).parts
+    step = predicted(text)
+    received = step["received over links, GB a rank"]
+    f = 15 / 16
+    assert received["plain"] == received["ZeRO-1"] == received["ZeRO-2"] == pytest.approx(2 * f * t / 1e9, rel=0.01)
+    assert received["ZeRO-3"] == pytest.approx(f * (2 * (w + k + t) + t) / 1e9, rel=0.05)  # less what stays gathered
+    elements, tokens = w / 2 - 32000 * 4096, 8 * 1024
+    products = (4 * elements + 6 * t / 4 + 4 * 32000 * 4096) * tokens
+    assert step["computing, s"]["plain"] == pytest.approx(products / (0.4 * 989e12), rel=0.06)  # and attention
+    for way in received:
+        computing, links = step["computing, s"][way], step["links, s"][way]
+        assert links == pytest.approx(received[way] / (0.7 * 400), rel=0.01)  # the network of a node
+        assert step["step, links hidden, s"][way] == max(computing, links)
+        assert step["step, links not hidden, s"][way] == pytest.approx(computing + links, rel=0.01)
+        assert step["tokens/s per GPU, links hidden"][way] == pytest.approx(tokens / max(computing, links), rel=0.01)
+
+
+def test_what_changes_a_prediction(large):
+    def column(world: int = 8, way: str = "ZeRO-3", **changes) -> dict[str, float]:
+        text = dry_run.describe(replace(large, **changes), world=world)
+        return {label: ways[way] for label, ways in predicted(text).items()}
+
+    base = column()
+    received, computing, links = "received over links, GB a rank", "computing, s", "links, s"
+    assert column(1)[links] == column(1)[received] == 0
+    assert base[links] == pytest.approx(base[received] / (0.7 * 450), rel=0.01)  # within a node
+    assert column(gpu="l4")[computing] == pytest.approx(base[computing] * 989 / 121, rel=0.01)
+    assert column(dtype="float32")[computing] == pytest.approx(base[computing] * 989 / 67, rel=0.01)
+    again = column(gradient_checkpointing=True)
+    assert 1.3 < again[computing] / base[computing] < 1.5 and again[received] == base[received]
+    twice = column(gradient_accumulation_steps=2)
+    assert twice[computing] == pytest.approx(2 * base[computing], rel=0.01)
+    assert 1.9 < twice[received] / base[received] < 2
+    assert column(way="plain", gradient_accumulation_steps=2)[received] == column(way="plain")[received]
+    nf4 = column(codec="nf4")
+    assert nf4[computing] > base[computing] and nf4[received] < base[received] / 2
+    # with one short row a step is bounded by reading the weights
+    few = column(way="plain", per_device_train_batch_size=1, data=replace(large.data, max_length=2))
+    w = 2 * (4 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336) + 32000 * 4096)
+    assert few[computing] == pytest.approx(2 * w / (0.8 * 3350e9), rel=0.01)
+    # FSDP2
+    fsdp = {"way": "FSDP2", "engine": "fsdp", "deepspeed": large.deepspeed}
+    kept, shared = column(**fsdp, fsdp=Sharding(reshard_after_forward=False)), column(**fsdp)
+    assert 1.4 < shared[received] / kept[received] < 2
+    copies = column(16, **fsdp, fsdp=Sharding(shard_size=8))
+    assert copies[received] == pytest.approx(shared[received], rel=0.02)
+    assert copies[links] < column(16, **fsdp)[links]  # what is gathered stays within a node
+
+
+def test_ranks_of_a_launcher_fill_the_nodes(large):
+    assert ranks_of_run(large, 16) == (16, 2) and ranks_of_run(large, 1) == (1, 1)
+    assert ranks_of_run(replace(large, nodes=4), 1) == (32, 4) and ranks_of_run(replace(large, nodes=4), 8) == (8, 4)
+    with pytest.raises(RecipeError, match="nodes: 8 ranks do not fill 3 nodes evenly"):
+        dry_run.describe(replace(large, nodes=3), world=8)
+
+
+def test_a_gpu_is_for_a_dry_run(recipe):
+    with pytest.raises(RecipeError) as refused:
+        validate(replace(recipe, gpu="h100", nodes=2, engine="plain"))
+    assert "gpu is for a dry run" in str(refused.value) and "nodes is for a dry run" in str(refused.value)
+    with pytest.raises(RecipeError, match="gpu: 'h101' is not one of none, a100"):
+        parse(["--dry_run", "--gpu", "h101"])
+    assert parse(["--dry_run", "--gpu", "h100", "--nodes", "2"]).nodes == 2
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

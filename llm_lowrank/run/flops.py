@@ -104,7 +104,8 @@ class Work:
     output: Matrices
     attention: tuple[Attention, ...]
     recomputed: bool  # gradient checkpointing
-    weights: float  # bytes of memory that one pass over the layers and the output layer moves for the weights
+    weights: float  # bytes of the weights that the products of one pass read
+    decoding: float  # bytes that one pass reads and writes to decode quantized weights
 
     def model(self, shape: Shape) -> float:
         """FLOPs that the training of these examples needs."""
@@ -143,7 +144,7 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
     """Count a model whose adapters are attached; it needs no values, and must not be sharded yet."""
     config, output = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     layers, last = Matrices(), Matrices()
-    behind, weights = False, 0.0
+    behind, weights, decoding = False, 0.0, 0.0
     started: list[str] = []  # the trained modules, in the model's order
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
@@ -154,11 +155,12 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
             last += count
         else:
             layers += count
-        weights += _moved(module)
+        read, decoded = _moved(module)
+        weights, decoding = weights + read, decoding + decoded
         if count.trained:
             behind = True
             started.append(name)
-    return Work(layers, last, _attention_of(config, started), recomputed, weights)
+    return Work(layers, last, _attention_of(config, started), recomputed, weights, decoding)
 
 
 def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set[nn.Parameter]) -> Matrices:
@@ -181,12 +183,13 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
     return Matrices(frozen, frozen * behind)
 
 
-def _moved(module: nn.Module) -> float:
-    """Bytes that one use of a module's frozen weight moves: it is read, or decoded (read, written) and read."""
-    if isinstance(module, FrozenLinear):
-        decoded = 0 if module.codec.writable else 2 * module.shape[0] * module.shape[1] * module.codec.dtype.itemsize
-        return float(sum(part.nbytes for part in module.parts()) + decoded)
-    return float(sum(p.nbytes for p in module.parameters(recurse=False) if p.ndim > 1))
+def _moved(module: nn.Module) -> tuple[float, float]:
+    """Bytes that a product with a module's frozen weight reads of it, and that decoding it first reads and writes."""
+    if isinstance(module, FrozenLinear) and not module.codec.writable:
+        decoded = float(module.shape[0] * module.shape[1] * module.codec.dtype.itemsize)
+        return decoded, decoded + sum(part.nbytes for part in module.parts())
+    params = module.parts() if isinstance(module, FrozenLinear) else module.parameters(recurse=False)
+    return float(sum(p.nbytes for p in params if p.ndim > 1)), 0.0
 
 
 def _attention_of(config: Any, trained: list[str]) -> tuple[Attention, ...]:

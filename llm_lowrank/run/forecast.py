@@ -1,7 +1,7 @@
 """The time of a step on a GPU that is not at hand, and the bytes that it sends, from data sheets. A prediction.
 
     computing   hardware FLOPs (flops.py) / (PRODUCTS x peak), or where it takes longer the bytes of the weights in all
-                passes / (MEMORY x bandwidth)
+                passes / (MEMORY x bandwidth); then the bytes that decoding reads and writes / (MEMORY x bandwidth)
     links       bytes that a rank receives / (LINKS x speed); over several nodes the speed of a ring is that of a GPU's
                 link or of its node's network, whichever is less
     a step      between max(computing, links), if everything is hidden behind the products, and their sum
@@ -70,7 +70,7 @@ def forecast(recipe: Recipe, work: Work, ways: Sequence[Column], sizes: Sizes, w
         received = sum(nbytes for nbytes, _ in sent) / 1e9
         columns.append([received, computing, links, least, most, tokens / least, 100 * mfu])
     labels = ["received over links, GB a rank", "computing, s", "links, s", "step, links hidden, s"]
-    labels += ["step, links not hidden, s", "tokens/s per GPU, at most", "MFU, at most, %"]
+    labels += ["step, links not hidden, s", "tokens/s per GPU, links hidden", "MFU, links hidden, %"]
     for label, row in zip(labels, zip(*columns, strict=True), strict=True):
         lines.append(cells(label, [_number(value) for value in row]))
     return "\n".join([*lines, *_assumptions(recipe, gpu, world, nodes)])
@@ -81,7 +81,8 @@ def computing_time(work: Work, recipe: Recipe, gpu: Gpu) -> float:
     shape = full_shape(recipe.per_device_train_batch_size, recipe.data.max_length)
     passes = 3 if recipe.gradient_checkpointing else 2
     products = work.hardware(shape) / (PRODUCTS * gpu.peak(recipe.dtype) * 1e12)
-    return max(products, passes * work.weights / (MEMORY * gpu.memory * 1e9))
+    bandwidth = MEMORY * gpu.memory * 1e9
+    return max(products, passes * work.weights / bandwidth) + passes * work.decoding / bandwidth
 
 
 def speed(gpu: Gpu, among: int, world: int, nodes: int) -> float:
@@ -115,7 +116,7 @@ def _assumptions(recipe: Recipe, gpu: Gpu, world: int, nodes: int) -> list[str]:
         "A prediction from data sheets; nothing of it was measured. Assumed:",
         f"  rows: {rows} of data.max_length = {length} tokens, all trained; with shorter rows a step takes less",
         f"  products: {PRODUCTS:.0%} of {gpu.peak(recipe.dtype):g} TFLOP/s ({gpu.names[0]}, dense, {recipe.dtype}); "
-        f"weights: {MEMORY:.0%} of {gpu.memory:g} GB/s",
+        f"weights and decoding: {MEMORY:.0%} of {gpu.memory:g} GB/s",
     ]
     if world > 1:
         over = f" and {gpu.network:g} GB/s for a node's network" if nodes > 1 else ""
