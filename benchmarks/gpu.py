@@ -51,7 +51,7 @@ ITEMS: dict[str, Item] = {
     "peft": Item(LAWS, "peft", 20, "Exported adapters, loaded by PEFT: logits."),
     "codecs": Item(LAWS, "codecs", 25, "The kernels of nf4 and int8 (tests/gpu/test_codecs.py)."),
     "ceilings": Item(FIGURES, "ceilings", 15, "A copy and a large product: what nothing is faster than."),
-    "decode": Item(FIGURES, "decode", 15, "Decoding one W; of copy: bytes read and written per second, as a share of a copy."),
+    "decode": Item(FIGURES, "decode", 15, "Decoding one W; of copy: the rate of its bytes over that of a copy."),
     "layer": Item(FIGURES, "layer", 30, "Forward and backward of one linear, of attention and of the loss."),
     "dense": Item(MODELS, "dense", 75, "Forward and backward of the model in bf16; ratio: to the frozen model."),
     "nf4": Item(
