@@ -26,7 +26,7 @@ def sizes_of(model: nn.Module, method: Method) -> Sizes:
     parts: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
     for name, p in model.named_parameters():
         parts[part_of(name, p)].append((p.numel(), p.nbytes))
-    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)]
     quantized = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
     return Sizes(
         **parts,
@@ -36,6 +36,14 @@ def sizes_of(model: nn.Module, method: Method) -> Sizes:
         decoded=max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in quantized), default=0),
         persistent=persistent_size(model),
     )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers, or the whole model where they are not known: FSDP2, which needs them, refuses it."""
+    try:
+        return decoder_layers(model)
+    except ValueError:
+        return [model]
 
 
 def part_of(name: str, p: nn.Parameter) -> str:

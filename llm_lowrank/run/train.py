@@ -60,7 +60,8 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
     find_checkpoint(run)
     signals.check(engine)
     run.say(opening(run))
-    predicted = predict(run)
+    with engine.together():
+        predicted = predict(run)
     model, loaded = load(run, signals)
     with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
         metrics.write("load", run.resume_step or 0, **loaded.figures())
