@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from llm_lowrank.codecs import Int8, Nf4
-from llm_lowrank.data import Ahead, Batches, Example
+from llm_lowrank.data import Batches, Example
 from llm_lowrank.numerics.functional import Product, adapter_linear
+from llm_lowrank.run.ahead import Ahead
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).parents[2]
