@@ -26,8 +26,9 @@ from llm_lowrank.data import PRESETS
 from llm_lowrank.data.sources import REASONING_GYM, check_settings
 from llm_lowrank.run import dry_run
 from llm_lowrank.run.build import schedule_of
-from llm_lowrank.run.checks import FREE, validate
+from llm_lowrank.run.checks import validate
 from llm_lowrank.run.recipe import Recipe, parse
+from llm_lowrank.run.resuming import FREE
 from llm_lowrank.run.train import train
 
 ROOT = Path(__file__).parents[1]
