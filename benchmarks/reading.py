@@ -33,11 +33,12 @@ import torch
 from step_time import cpu_name
 from transformers import AutoTokenizer
 
-from llm_lowrank.data import IGNORE, Ahead, Batches, Data, ExampleTable, MicroBatch, load_corpus
+from llm_lowrank.data import IGNORE, Batches, Data, ExampleTable, MicroBatch, load_corpus
 from llm_lowrank.data.rows import row_options
 from llm_lowrank.data.sources import OpenDataset, open_dataset
 from llm_lowrank.data.workers import encode_all
 from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.run.ahead import Ahead
 
 LENGTH, PER_DEVICE = 2048, 8
 STEP = 0.2  # seconds

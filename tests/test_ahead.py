@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_lowrank.data import Ahead, Batches, Data, Stream, StreamBatches
-from llm_lowrank.data.ahead import NAME
+from llm_lowrank.data import Batches, Data, Stream, StreamBatches
+from llm_lowrank.run.ahead import NAME, Ahead
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests.test_data import CHATML, byte_tokenizer, examples, write_jsonl
@@ -145,7 +145,7 @@ def test_a_run_has_the_losses_that_it_has_without_the_thread(place, tmp_path, mo
     step = f"--resume_from_checkpoint={ahead / 'checkpoints/step-000010'}"
     workers = {} if "data.streaming" in changes else {"data.workers": 2}  # may differ when a run resumes
     train(parse([*settings(place, resumed, **chosen, **workers), step]))
-    monkeypatch.setattr("llm_lowrank.data.Ahead.step", lambda self, t: self.batches.step(t))
+    monkeypatch.setattr("llm_lowrank.run.ahead.Ahead.step", lambda self, t: self.batches.step(t))
     alone = tmp_path / "alone"
     train(parse(settings(place, alone, **chosen)))
     assert losses(ahead) == losses(alone) and len(losses(alone)) == 12

@@ -743,16 +743,16 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path, bad, reason):
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
-    from llm_lowrank.data import corpus
+    from llm_lowrank.data import rows
 
     path = Path(write_jsonl(tmp_path / "a.jsonl", pairs(4)))
-    real = corpus.encode_row
+    real = rows.encode_row
 
     def changes(row, **options):
         path.write_text(jsonl(pairs(5)))
         return real(row, **options)
 
-    monkeypatch.setattr(corpus, "encode_row", changes)
+    monkeypatch.setattr(rows, "encode_row", changes)
     with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was read"):
         loaded(path)
     monkeypatch.undo()

@@ -17,10 +17,8 @@ workers    rows become tokens in several processes
 corpus     all datasets encoded, cached, split and mixed
 streaming  examples of a dataset that is read while a run trains on it
 batches    the rows of a step: padded, grouped by length or packed
-ahead      the batches of the next step, made while a step runs
 """
 
-from llm_lowrank.data.ahead import Ahead
 from llm_lowrank.data.batches import Batches, MicroBatch, StreamBatches, best_fit, collate, training_batches
 from llm_lowrank.data.columns import describe_unused
 from llm_lowrank.data.corpus import Corpus, ExampleTable, Question, load_corpus
@@ -45,7 +43,6 @@ __all__ = [
     "FORMATS",
     "IGNORE",
     "PRESETS",
-    "Ahead",
     "Batches",
     "Corpus",
     "Data",

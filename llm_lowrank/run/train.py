@@ -10,11 +10,12 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
-from llm_lowrank.data import Ahead, MicroBatch, Stream
+from llm_lowrank.data import MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
+from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
 from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
