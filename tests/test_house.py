@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -183,3 +184,15 @@ def test_contributing_names_the_files_of_every_room():
     named = {room: set(re.findall(r"`(\w+\.py)`", files)) for room, files in rows}
     rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
     assert named == {room.name: {p.name for p in room.glob("*.py")} - {"__init__.py"} for room in rooms}
+
+
+@pytest.mark.parametrize(
+    "arguments, hidden", [([], True), (["-m", "wide"], True), (["-m", "gpu"], False), (["-mgpu"], False)]
+)
+def test_tests_see_gpus_only_when_they_are_asked_for(arguments, hidden):
+    code = "import os, tests.conftest; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "PYTEST_XDIST_WORKER")}
+    said = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert said.stdout.splitlines()[-1] == ("" if hidden else "all"), said.stderr
