@@ -10,8 +10,8 @@ from pathlib import Path
 # One thread a rank, before torch is imported, here and in every process that a test starts: the launchers give each
 # rank one thread or all of them, and bitwise comparisons need sums in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ranks of gloo and tensors of the host: without -m gpu no test knows of a GPU, so that a machine that has some runs what
-# every other machine runs. A worker of xdist has its environment from the process that read the command line.
+# Ranks of gloo and tensors of the host: without -m gpu no test knows of a GPU, so that a machine that has some runs
+# what every other machine runs. A worker of xdist has the environment of the process that read the command line.
 if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"-m[ =]?['\"]?gpu", " ".join(sys.argv)):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
