@@ -54,7 +54,9 @@ def test_going_on_over_other_data_is_refused(place, tmp_path):  # noqa: F811
     train(parse(start))
     write_jsonl(path, [*rows[:-1], {"prompt": "39 + 1 =", "completion": "41"}])
     again = [*start, f"--resume_from_checkpoint={tmp_path / 'out/checkpoints/step-000002'}"]
-    with pytest.raises(ValueError, match=r"written by another run:\n  data.dataset: .*: the examples of .*data.jsonl are not those"):
+    with pytest.raises(
+        ValueError, match=r"written by another run:\n  data.dataset: .*: the examples of .*data.jsonl are not those"
+    ):
         train(parse(again))
     write_jsonl(path, rows)
     train(parse(again))
