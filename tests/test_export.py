@@ -445,6 +445,22 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, base, changes, says
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"target_modules": ["up_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A.*use PEFT's merge_and_unload"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=.*use PEFT's merge_and_unload"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save=.*use PEFT's merge_and_unload"),
+    ],
+)
+def test_adapters_of_other_layers_as_peft_writes_them_are_refused_with_what_to_do(tmp_path, base, settings, says):
+    wanted = {"r": 2, "target_modules": ["up_proj"], **settings}
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**wanted))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=says):
+        merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_module_that_the_base_does_not_have_is_refused(tmp_path, base):
     adapter = write_adapter(tmp_path / "adapter", peft_config())
     tensors = load_file(adapter / WEIGHTS)

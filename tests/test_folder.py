@@ -114,6 +114,19 @@ def test_weights_that_would_make_another_model_are_refused(model, tmp_path, caps
     assert all(part in said for part in message.split(".* "))
 
 
+def test_types_that_differ_and_tensors_that_transformers_leaves_out_too(model, tmp_path, capsys):
+    """Weights in bfloat16 with norms in float16, and the rotary frequencies that older versions stored."""
+    file = model / "model.safetensors"
+    weights = {key: value.half() if "norm" in key else value.bfloat16() for key, value in load_file(file).items()}
+    save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file, {"format": "pt"})
+    assert train.main(settings(model, tmp_path, max_steps=1)) == 0
+    assert "not used of the checkpoint: 1 tensors, model.layers.0.self_attn.rotary" in capsys.readouterr().out
+    stored = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert {key: value.dtype for key, value in weights.items()}.items() <= {
+        k: v.dtype for k, v in stored.items()
+    }.items()
+
+
 # An adapter's folder, merged.
 
 

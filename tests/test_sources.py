@@ -839,3 +839,13 @@ def test_copies_and_links_of_a_file_are_not_trained_twice(tmp_path):
     (tmp_path / "linked" / "part").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"linked/part is a link to a folder, and such links are not followed"):
         loaded(tmp_path / "linked")
+
+
+def test_a_column_of_categories_is_text(tmp_path):
+    column = pa.array(["q", "q", "r"]).dictionary_encode()
+    pq.write_table(pa.table({"prompt": column, "completion": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    assert trained(tmp_path / "a.parquet") == ["a", "b", "c"]
+    numbers = pa.array([1, 1, 2]).dictionary_encode()
+    pq.write_table(pa.table({"prompt": ["q"] * 3, "completion": numbers}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"the column completion holds int64, not text"):
+        loaded(tmp_path / "a.parquet")
