@@ -65,6 +65,7 @@ from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
+from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model
@@ -323,7 +324,7 @@ class Result:
 def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
     """Adapt the small model once."""
     source, engine = Source.open(checkpoint), Plain()
-    model = loading.skeleton(checkpoint, torch.float32, "sdpa")
+    model = skeleton(checkpoint, torch.float32, "sdpa")
     method = methods(model, small.rank, small.steps, svd_cache="")[spec.method]
     adapters = attach(model, method, Dense(torch.float32), spec.seed)
     loading.bind(model, adapters, source)
@@ -410,9 +411,7 @@ class Real:
 def run_real(real: Real, spec: Spec) -> Result:
     """Run the library's own loop once."""
     folder = Source.open(real.model).path
-    method = methods(loading.skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[
-        spec.method
-    ]
+    method = methods(skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[spec.method]
     demo = Recipe()
     with tempfile.TemporaryDirectory() as output:
         recipe = replace(
@@ -672,13 +671,13 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def small_comparison(folder: Path, small: Small) -> Comparison:
     checkpoint = pretrained(folder / "pretrained", small.base)
-    model = loading.skeleton(checkpoint, torch.float32, "sdpa")
+    model = skeleton(checkpoint, torch.float32, "sdpa")
     settings = {k: asdict(m) for k, m in methods(model, small.rank, small.steps, svd_cache="").items()}
     return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small))
 
 
 def real_comparison(folder: Path, real: Real) -> Comparison:
-    model = loading.skeleton(Source.open(real.model).path, torch.float32, "sdpa")
+    model = skeleton(Source.open(real.model).path, torch.float32, "sdpa")
     settings, tuning = (
         {k: asdict(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"}
         for short in (False, True)
