@@ -558,6 +558,7 @@ def test_real_tokenizer_through_the_formats(tmp_path):
     from llm_lowrank.models.source import DEMO, Source
 
     tokenizer = AutoTokenizer.from_pretrained(Source.open(DEMO).path)
+    assert tokenizer.eos_token == "<|im_end|>"  # as the GGUF file says
     path = write_jsonl(tmp_path / "a.jsonl", ALPACA)
     corpus = load_corpus(Data(path, held_out=0), tokenizer, 0)
     assert answers(tokenizer, corpus.train) == [f"{HELLO}<|im_end|>", "5<|im_end|>", "fine<|im_end|>"]

@@ -468,4 +468,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes another token for the end of an answer than the file says
+    end = _end_of_answer(gguf)
+    if end is not None and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
+
+
+def _end_of_answer(gguf: Path) -> int | None:
+    """Return the id of the token that ends an answer, as a GGUF file says, or None if it does not."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id")
+    return None if field is None else int(field.contents())
