@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -393,6 +394,9 @@ def test_what_is_no_causal_language_model_is_refused_in_one_line(tmp_path):
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="transformers 5.17 stores this model as it holds it"
+)
 def test_a_tensor_that_would_have_to_be_computed_is_refused(tmp_path):
     layers = ["linear_attention", "full_attention"]
     config = transformers.CONFIG_MAPPING["olmo_hybrid"](**SIZES, layer_types=layers)
