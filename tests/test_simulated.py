@@ -183,7 +183,7 @@ def test_a_whole_run_stays_on_the_device_and_a_step_waits_for_it_twice(place, tm
         assert sum(steps["step 2"].values()) <= allowed + 3 and sum(steps["step 4"].values()) <= allowed + 3, steps
 
 
-def offloaded(name: str) -> None:
+def offloaded(name: str, folder: str) -> None:
     """FSDP2 with its shards on the host: forward and backward on the CPU, everything else with an engine on a device.
 
     The results are those of the same run on the CPU alone.
@@ -204,6 +204,27 @@ def offloaded(name: str) -> None:
             if step + 1 in exchanges:
                 method.exchange(trainee.adapters, engine, step + 1)
         assert exchanges
+        # a checkpoint gives each statistic back where the parameter lies that it is about
+        saved = checkpoint.save(
+            engine,
+            trainee.model,
+            adapters=trainee.adapters,
+            output=Path(folder) / device.type,
+            step=6,
+            skipped=0,
+            recipe={},
+            base="model",
+            data={},
+            keep=1,
+        ).finish()
+        opened = checkpoint.Checkpoint.open(saved)
+        for adapter in trainee.adapters:
+            again = checkpoint._my_memory(engine, adapter, opened)
+            assert again.keys() == adapter.memory.keys()
+            for key, value in again.items():
+                now = adapter.memory[key]
+                assert key not in adapter.spans or value.device == now.device, (key, value.device, now.device)
+                assert torch.equal(value, now.to(value.device)), key
         return trainee.values()
 
     wanted = trained(torch.device("cpu"))
@@ -220,5 +241,5 @@ def offloaded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["srlora-bank", "relora-bank"])
-def test_methods_that_read_gradients_and_edit_moments_work_over_offloaded_shards(name):
-    ranks.run(1, offloaded, name)
+def test_methods_that_read_gradients_and_edit_moments_work_over_offloaded_shards(name, tmp_path):
+    ranks.run(1, offloaded, name, str(tmp_path))

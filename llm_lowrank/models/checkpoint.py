@@ -405,8 +405,8 @@ def _my_memory(engine: Engine, adapter: Adapter, checkpoint: Checkpoint) -> dict
             part = engine.part(adapter)
             value = part.mine_(value[part.rows].clone())
         elif along is not None:
-            span = engine.span(getattr(adapter, along))
-            value = value[span.start : span.start + span.value.numel()].clone()
+            span = engine.span(getattr(adapter, along))  # on the host, where the parameter is offloaded
+            value = value[span.start : span.start + span.value.numel()].to(span.value.device, copy=True)
         memory[key] = value
     return memory
 
