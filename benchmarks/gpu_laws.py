@@ -26,7 +26,7 @@ from benchmarks.gpu_device import CPU, DEVICE
 from benchmarks.gpu_results import Results, Row
 from llm_lowrank.engines import fsdp
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.models import checkpoint, export
+from llm_lowrank.models import export
 from tests import tiny
 from tests.test_laws import METHODS, refused
 from tests.tiny import Trainee
@@ -149,19 +149,7 @@ def resumed(label: str, engine: str, dtype: str, must: bool) -> Row:
     method = METHODS[label]
     first, _ = lived(label, engine, dtype, 2, **WIDE)
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint.save(
-            first.engine,
-            first.model,
-            adapters=first.adapters,
-            output=Path(folder),
-            step=2,
-            skipped=0,
-            recipe={},
-            base="",
-            data={},
-            keep=1,
-        ).finish()
-        resume_from = checkpoint.Checkpoint.open(path)
+        resume_from = first.save(Path(folder), 2)
         second = Trainee(method, engine, dtype, total=3, resume_from=resume_from, **WIDE)  # type: ignore[arg-type]
         values = []
         for t in (first, second):

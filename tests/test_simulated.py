@@ -83,25 +83,14 @@ def live(name: str, codec: str, folder: Path) -> simulated.Counts:
                     trainee.step(step)
                 if step + 1 in exchanges:
                     method.exchange(trainee.adapters, trainee.engine, step + 1)
-            saved = checkpoint.save(
-                trainee.engine,
-                trainee.model,
-                adapters=trainee.adapters,
-                output=folder,
-                step=5,
-                skipped=0,
-                recipe={},
-                base="model",
-                data={},
-                keep=1,
-            ).finish()
+            saved = trainee.save(folder, 5)
             resumed = tiny.Trainee(
                 method,
                 "plain",
                 dtype,
                 codec=CODECS[codec],
                 total=12,
-                resume_from=checkpoint.Checkpoint.open(saved),
+                resume_from=saved,
             )
             for run in (trainee, resumed):
                 torch.manual_seed(0)  # of dropout
@@ -205,19 +194,7 @@ def offloaded(name: str, folder: str) -> None:
                 method.exchange(trainee.adapters, engine, step + 1)
         assert exchanges
         # a checkpoint gives each statistic back where the parameter lies that it is about
-        saved = checkpoint.save(
-            engine,
-            trainee.model,
-            adapters=trainee.adapters,
-            output=Path(folder) / device.type,
-            step=6,
-            skipped=0,
-            recipe={},
-            base="model",
-            data={},
-            keep=1,
-        ).finish()
-        opened = checkpoint.Checkpoint.open(saved)
+        opened = trainee.save(Path(folder) / device.type, 6)
         for adapter in trainee.adapters:
             again = checkpoint._my_memory(engine, adapter, opened)
             assert again.keys() == adapter.memory.keys()

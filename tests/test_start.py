@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -46,19 +44,7 @@ def test_a_loaded_model_answers_and_nothing_is_left_that_costs_time(label):
 def test_a_resumed_model_answers_when_its_checkpoint_is_restored_and_not_before(label, tmp_path, monkeypatch):
     first = Trainee(METHODS[label], "plain")
     first.step(0)
-    writing = checkpoint.save(
-        first.engine,
-        first.model,
-        adapters=first.adapters,
-        output=tmp_path,
-        step=1,
-        skipped=0,
-        recipe={},
-        base="",
-        data={},
-        keep=1,
-    )
-    saved = checkpoint.Checkpoint.open(Path(writing.finish()))
+    saved = first.save(tmp_path, 1)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "restore", lambda *_: None)
         half = Trainee(METHODS[label], "plain", resume_from=saved)

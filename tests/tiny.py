@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -154,6 +155,22 @@ class Trainee:
         )
         if resume_from is not None:
             checkpoint.restore(self.engine, self.model, self.adapters, resume_from)
+
+    def save(self, folder: Path, step: int) -> checkpoint.Checkpoint:
+        """A checkpoint after so many steps, opened. It names no recipe, no model and no data."""
+        writing = checkpoint.save(
+            self.engine,
+            self.model,
+            adapters=self.adapters,
+            output=folder,
+            step=step,
+            skipped=0,
+            recipe={},
+            base="",
+            data={},
+            keep=1,
+        )
+        return checkpoint.Checkpoint.open(writing.finish())
 
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()
