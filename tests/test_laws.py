@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
+from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -36,9 +37,20 @@ STEPS = 4
 # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
+# With settings that fit a run of 4 steps; a direction that is not here runs with its defaults.
+DIRECTIONS: dict[str, Direction] = {
+    name: kind(**{"reflora": dict(warmup=2)}.get(name, {}))
+    for name, kind in Direction.get_known_choices().items()
+    if name != "none"
+}
 # Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
 SETTINGS: dict[str, dict[str, dict]] = {
-    "lora": {"lora": PAIRS, "lora-rslora": dict(PAIRS, alpha=6, use_rslora=True)},  # s = 3
+    "lora": {
+        "lora": PAIRS,
+        "lora-rslora": dict(PAIRS, alpha=6, use_rslora=True),  # s = 3
+        "lora-b-rate": dict(PAIRS, alpha=6, b_rate=4.0),
+        **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in DIRECTIONS.items()},
+    },
     "pissa": {"pissa": dict(PAIRS, svd_cache="")},
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
@@ -193,8 +205,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
     history = [parameters()]
     for step in range(STEPS):
         loss = t.forward_backward(step)
-        method.observe(t.adapters, t.engine)
-        norms.append(t.engine.step(*method.rates(t.adapters, step, STEPS, lambda step: 1e-2)))
+        norms.append(t.update(step))
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, attach
+from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines import Engine, make
 from llm_lowrank.engines.fsdp import Sharding
@@ -143,7 +144,13 @@ class Trainee:
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
         self.checkpoint = Checkpoint(self.original)
         bind(self.model, self.adapters, self.checkpoint)
-        settings = Optimization(1e-2, accumulation=accumulation, max_grad_norm=max_grad_norm, **(optimization or {}))
+        self.max_grad_norm = max_grad_norm
+        settings = Optimization(
+            1e-2,
+            accumulation=accumulation,
+            max_grad_norm=0.0 if method.directs else max_grad_norm,
+            **(optimization or ({"optim": "sgd"} if method.own_step else {})),
+        )
         self.wrapped, self.loaded = load(
             self.engine,
             self.model,
@@ -217,9 +224,14 @@ class Trainee:
 
     def step(self, step: int, learning_rate: float = 1e-2) -> float:
         loss = self.forward_backward(step)
-        self.method.observe(self.adapters, self.engine)
-        self.engine.step(*self.method.rates(self.adapters, step, self.total, lambda step: learning_rate))
+        self.update(step, learning_rate)
         return float(self.engine.sum(torch.tensor(loss)))
+
+    def update(self, step: int, learning_rate: float = 1e-2) -> float:
+        """What follows the last backward; returns the gradient's norm."""
+        self.method.observe(self.adapters, self.engine)
+        rates = self.method.rates(self.adapters, step, self.total, lambda step: learning_rate)
+        return make_step(self.engine, self.method, self.adapters, step, rates, self.max_grad_norm)
 
     def values(self) -> dict[str, Tensor]:
         """Every parameter that does not come from the checkpoint, whole."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llm_lowrank.adapters.direction import GRADIENT, Direction
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.numerics.functional import Product, adapter_linear
@@ -68,6 +69,8 @@ class Shared(nn.Module):
     the first layer's gradient, which is computed last.
     """
 
+    groups: Mapping[str, int] = {}  # as of an Adapter
+
     def __init__(self) -> None:
         super().__init__()
         self.waiting: dict[str, Tensor] = {}  # collected gradients of the detached copies
@@ -107,6 +110,7 @@ class Adapter(FrozenLinear):
     """A frozen linear with trained parameters."""
 
     group = 0  # the optimizer's group of these parameters; groups may have different rates, see Method.rates
+    groups: Mapping[str, int] = {}  # the group of a parameter, by its name, where it is another one
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
@@ -179,6 +183,7 @@ class PairSettings:
     bank: int = 0  # k, the frozen pairs that the bank has room for; 0: no bank
     dropout: float = 0.0  # on the input of the trained products
     seed: int = 0  # the run's; a layer draws from (seed, its name)
+    direction: Direction = GRADIENT  # what the optimizer steps along
 
 
 class PairAdapter(Adapter):
@@ -192,6 +197,7 @@ class PairAdapter(Adapter):
         super().__init__(name, linear, codec, settings.seed)
         (m, n), rank, bank = self.shape, settings.rank, settings.bank
         self.rank, self.scale, self.dropout = rank, settings.scale, settings.dropout
+        self.rule = settings.direction
         self.A, self.B = self.factor(rank, n), self.factor(m, rank)
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None

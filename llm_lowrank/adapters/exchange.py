@@ -131,6 +131,7 @@ def exchange_(
     with engine.edit(*moving) as (a, b, *bank):
         before += _apply_pairs(adapter, [s.value for s in (a, b, *bank)], x)
         trained = Pairs(b.value, a.value)
+        before_exchange = trained.to(dtype=torch.float64)  # copies
         old = trained.take(index)  # a copy, as index is a tensor
         # the old pairs go to the bank, into slots that hold the next pairs or that are empty
         if slots is not None:
@@ -149,6 +150,7 @@ def exchange_(
             # pairs with B = 0 change nothing, and the ledger need not have them
             lost = into_weight_(engine, adapter, update.take(update.B.any(0)))
         trained.put_(index, fresh.to(engine.device))
+        adapter.rule.rebase(before_exchange, trained.to(dtype=torch.float64), adapter.memory)
         renew_moments_(a, b, index=index, moments=moments, prune=prune, starts=engine.settings.kind.moments)
         expected = [s.value for s in (a, b, *bank)]
     # the forward must see bitwise the factors that were written, and the function must not have changed

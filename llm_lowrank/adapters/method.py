@@ -65,6 +65,16 @@ class Method(draccus.ChoiceRegistry):
         hooks = ("starting_pairs", "start", "schedule")
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
 
+    @property
+    def directs(self) -> bool:
+        """Whether the optimizer steps along something else than the gradients, see adapters.redirect."""
+        return False
+
+    @property
+    def own_step(self) -> str:
+        """The setting that makes the method an optimizer of its own, which needs `optim: sgd`, or an empty string."""
+        return ""
+
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         """The most bytes that the method remembers at a time: (spread over the ranks, on every rank)."""
         return 0, 0
@@ -113,6 +123,10 @@ class Method(draccus.ChoiceRegistry):
     ) -> list[float]:
         """The learning rates of 0-based `step`, one for each group of the optimizer; rate(step) is the recipe's."""
         return [rate(step)]
+
+    def logged_rate(self, rates: Sequence[float]) -> float:
+        """Return the one of these `rates` that the log shows."""
+        return max(rates)
 
     @property
     def tells_samples_apart(self) -> str:

@@ -78,16 +78,17 @@ def trainables(model: nn.Module) -> list[nn.Parameter]:
 def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
     """Return the optimizer of the trainable parameters.
 
-    A parameter belongs to the group that the `group` of its module names, by default 0. Groups are numbered without a
-    gap, because torch's schedulers and DeepSpeed disagree about empty ones.
+    A parameter belongs to the group that `groups` of its module gives to its name, else to the module's `group`, by
+    default 0. Groups are numbered without a gap, because torch's schedulers and DeepSpeed disagree about empty ones.
     """
     groups: dict[int, list[nn.Parameter]] = {}
     grouped: set[nn.Parameter] = set()
     for module in model.modules():
-        for p in module.parameters(recurse=False):
+        for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and p not in grouped:
                 grouped.add(p)
-                groups.setdefault(getattr(module, "group", 0), []).append(p)
+                number = getattr(module, "groups", {}).get(name, getattr(module, "group", 0))
+                groups.setdefault(number, []).append(p)
     assert sorted(groups) == list(range(len(groups))), f"groups {sorted(groups)}"
     listed = [{"params": groups[number]} for number in range(len(groups))]
     check_state(settings)
@@ -207,6 +208,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def put_gradient(self, p: nn.Parameter, whole: Tensor) -> None:
+        """Replace the gradient of p, as `step` will use it. `whole` is float32 and the same on every rank. Local.
+
+        It may be called where `gradient` may.
+        """
+
+    @abstractmethod
     def whole(self, p: nn.Parameter) -> Tensor:
         """Return a copy of p as the forward sees it. Collective."""
 
@@ -310,6 +318,35 @@ class Engine(ABC):
         """Return whether every gradient is finite, between the last backward of a step and `step`. Collective."""
         bad = torch.stack([self.gradient(p).isfinite().all().logical_not() for p in self.params]).any()
         return not self.sum(bad.double())
+
+    def gradient_norm(self) -> float:
+        """Return the norm of all gradients together, where `gradient` may be called. Collective."""
+        squares = [self.gradient(p).double().square().sum().to(self.device) for p in self.params]
+        return float(self.sum(torch.stack(squares).sum()).sqrt())
+
+    def whole_gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return float32 copies of some gradients, whole, where `gradient` may be called. Collective."""
+        return self._join_spans(params, [self.gradient(p) for p in params])
+
+    def whole_masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return copies of some trainable parameters, whole, as the optimizer holds them. Collective."""
+        return self._join_spans(params, [self.span(p).value for p in params])
+
+    def put_gradients(self, params: Sequence[nn.Parameter], wholes: Sequence[Tensor]) -> None:
+        """Replace some gradients, see put_gradient. Collective: where ranks hold copies, all take those of rank 0."""
+        for p, whole in zip(params, wholes, strict=True):
+            self.put_gradient(p, whole)
+
+    def _join_spans(self, params: Sequence[nn.Parameter], mine: Sequence[Tensor]) -> list[Tensor]:
+        """Put this rank's spans of some parameters together with those of the others, in one buffer. Collective."""
+        shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in params]  # ZeRO-3 leaves an empty p.data
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes), device=self.device)
+        for p, whole, span in zip(params, flat.split(sizes), mine, strict=True):
+            start = self.span(p).start
+            whole[start : start + span.numel()] = span
+        self.sum(flat)
+        return [whole.view(shape) for whole, shape in zip(flat.split(sizes), shapes, strict=True)]
 
     def _fill(self, model: nn.Module, read: Read) -> None:
         """Give every parameter its values, one module at a time; a parameter of two modules is read once.

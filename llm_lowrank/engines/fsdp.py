@@ -191,6 +191,10 @@ class FSDP(TorchEngine):
         assert isinstance(p.grad, DTensor), "gradient() before backward"
         return _local(p.grad).reshape(-1)[self._span(p)[1]]  # beside the span: both on the host when offloaded
 
+    def put_gradient(self, p: nn.Parameter, whole: Tensor) -> None:
+        assert isinstance(p.grad, DTensor), "put_gradient() before backward"
+        _local(p.grad).copy_(whole[self._rows(p)])
+
     def _gather_whole(self, t: Tensor) -> Tensor:
         """Return a copy of all rows. Collective."""
         self.traffic += t.numel() * t.element_size() * (self.mesh.size(-1) > 1)

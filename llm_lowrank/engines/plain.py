@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,6 +57,26 @@ class Plain(TorchEngine):
     def gradient(self, p: nn.Parameter) -> Tensor:
         assert p.grad is not None, "gradient() before backward"
         return p.grad.reshape(-1)[self._span(p)]
+
+    def put_gradient(self, p: nn.Parameter, whole: Tensor) -> None:
+        assert p.grad is not None, "put_gradient() before backward"
+        p.grad.copy_(whole)
+
+    def whole_gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        return [p.grad.clone() for p in params if p.grad is not None]
+
+    def whole_masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        return [self.whole(p) for p in params]
+
+    def put_gradients(self, params: Sequence[nn.Parameter], wholes: Sequence[Tensor]) -> None:
+        # Every rank has computed them from the same values. One different bit, of another kind of device, would part
+        # the copies without a word.
+        if self.world > 1:
+            flat = self.broadcast(lambda: [torch.cat([whole.flatten() for whole in wholes])])[0]
+            wholes = [
+                t.view_as(whole) for t, whole in zip(flat.split([w.numel() for w in wholes]), wholes, strict=True)
+            ]
+        super().put_gradients(params, wholes)
 
     def _span(self, p: nn.Parameter) -> slice:
         # every rank holds all of p; for statistics each takes an even span, so that the spans cover p once

@@ -18,6 +18,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import deepspeed
@@ -31,6 +32,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
@@ -211,6 +213,17 @@ class Zero(Engine):
         # in fp32 mode DeepSpeed keeps the fragment alone
         assert grad.numel() == p._hp_mapping.lp_fragment_address.numel
         return grad
+
+    def put_gradient(self, p: nn.Parameter, whole: Tensor) -> None:
+        if self.stage == 3:
+            safe_set_local_grad(p, self._slice(p, whole))
+        else:
+            p.set_full_hp_grad(whole)
+
+    def whole_masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        if self.stage < 3:
+            return [self.whole(p) for p in params]  # every rank holds them, and fp32 mode has no other master
+        return super().whole_masters(params)
 
     def whole(self, p: nn.Parameter) -> Tensor:
         if self.stage < 3:

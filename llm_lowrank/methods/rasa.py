@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llm_lowrank.adapters.adapter import Adapter, Shared, Whole, fill_, generator, uniform_rows
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
-from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora import LoRA, second_group
 from llm_lowrank.numerics.functional import Product, adapter_linear
 from llm_lowrank.numerics.pairs import Pairs
 
@@ -80,7 +80,6 @@ class RaSA(LoRA):
         )
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        super().link(model, adapters)
         # layers of one kind and shape share a pool
         kinds: dict[Kind, list[RaSALayer]] = defaultdict(list)
         for adapter in adapters:
@@ -93,7 +92,11 @@ class RaSA(LoRA):
                 pool = pools[_free(f"{name.rpartition('.')[2]}_pool", pools)] = Pool(f"{name} {m} x {n}", layers)
                 for layer in layers:
                     layer.join(pool, first=layer is layers[0])
+        if self.b_rate != 1:
+            for pool in pools.values():
+                pool.groups = second_group(pool)
         model.rasa_pools = nn.ModuleDict(pools)  # the root owns the pools, no layer does
+        super().link(model, adapters)  # last: the layers have all of their parameters now
 
 
 def kind(name: str) -> str:

@@ -21,7 +21,6 @@ from torch import nn
 from llm_lowrank.adapters.adapter import (
     Adapter,
     PairAdapter,
-    PairSettings,
     as_pair_adapters,
     generator,
     uniform_rows,
@@ -80,7 +79,7 @@ class ReLoRA(LoRA):
         rank = self.rank_of(name)
         self.check_fits("rank", rank, name, linear)
         bank = self.bank_of(rank) if needs_bank(self.into, codec) else 0
-        return self.layer(name, linear, codec, PairSettings(rank, self.scale_of(name), bank, self.dropout, seed))
+        return self.layer(name, linear, codec, self.pair_settings(name, bank, seed))
 
     def exchange_steps(self, total_steps: int) -> range:
         """Every multiple of interval that leaves at least one step at the full rate behind its warm-up."""
@@ -100,7 +99,7 @@ class ReLoRA(LoRA):
     ) -> list[float]:
         done = [exchanged for exchanged in self.exchange_steps(total_steps) if exchanged <= step]
         warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
-        return [rate(step) * warm]
+        return [each * warm for each in super().rates(adapters, step, total_steps, rate)]
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):

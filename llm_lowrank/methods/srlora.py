@@ -75,7 +75,8 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        return sum(2 * (a.A.nbytes + a.B.nbytes) for a in as_pair_adapters(adapters)), 0  # mean and spread
+        spread = sum(2 * (a.A.nbytes + a.B.nbytes) for a in as_pair_adapters(adapters))  # mean and spread
+        return spread, super().statistics(adapters)[1]
 
     def bank(self, codec: Codec) -> int:
         return self.target_rank - self.rank if needs_bank(self.into, codec) else 0

@@ -49,6 +49,7 @@ class OptimizerKind:
     moments: Mapping[str, Start]
     counter: bool  # whether the state counts the steps, as a scalar "step"
     settings: tuple[str, ...]  # of the recipe, beside learning_rate and weight_decay
+    decays: bool = True  # whether it takes weight_decay
 
 
 def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
@@ -66,6 +67,14 @@ def _lion(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
     return Lion(groups, lr=o.learning_rate, betas=o.betas, weight_decay=o.weight_decay)
 
 
+def _sgd(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=o.learning_rate, weight_decay=o.weight_decay)
+
+
+def _sgd_momentum(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=o.learning_rate, momentum=o.betas[0])
+
+
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(
         "AdamW",
@@ -76,6 +85,16 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     ),
     # https://arxiv.org/abs/2302.06675 algorithm 2
     "lion": OptimizerKind("Lion", _lion, {"exp_avg": "zero"}, counter=False, settings=("adam_beta1", "adam_beta2")),
+    # Without momentum torch's weight decay is the decoupled one: p <- p - rate (g + decay p).
+    "sgd": OptimizerKind("SGD", _sgd, {}, counter=False, settings=()),
+    "sgd_momentum": OptimizerKind(
+        "SGD with momentum",
+        _sgd_momentum,
+        {"momentum_buffer": "zero"},
+        counter=False,
+        settings=("adam_beta1",),
+        decays=False,  # torch would add it to the momentum
+    ),
 }
 
 if TYPE_CHECKING:

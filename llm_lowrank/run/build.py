@@ -32,7 +32,8 @@ def optimization(recipe: Recipe) -> Optimization:
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        # a direction is made of clipped gradients, see adapters.redirect, and is not clipped itself
+        max_grad_norm=0.0 if recipe.method.directs else recipe.max_grad_norm,
         accumulation=recipe.gradient_accumulation_steps,
         micro_batch=recipe.per_device_train_batch_size,
     )

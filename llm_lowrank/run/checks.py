@@ -107,6 +107,16 @@ def _optimizer_errors(recipe: Recipe) -> list[str]:
         if getattr(recipe, key) != getattr(Recipe, key):
             takers = " and ".join(kind.title for kind in OPTIMIZERS.values() if key in kind.settings)
             errors.append(f"{key} is of {takers}, optim: {recipe.optim} has none; remove it")
+    if recipe.weight_decay and not OPTIMIZERS[recipe.optim].decays:
+        errors.append(
+            f"weight_decay ({recipe.weight_decay:g}): with optim: {recipe.optim} it would become a part of the "
+            "momentum, and decays no value by itself; set it to 0 or take another optimizer"
+        )
+    if recipe.method.own_step and recipe.optim != "sgd":
+        errors.append(
+            f"{recipe.method.own_step} is an optimizer of its own, and optim: {recipe.optim} would change its steps; "
+            "set optim: sgd, which makes them as they are"
+        )
     return errors
 
 

@@ -174,6 +174,13 @@ def _put(tree: Tree, key: str, value: Any) -> None:
 
 def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> None:
     """Drop the settings of a section that its old type has and the new one lacks."""
+    outer, _, inner = field.partition(".")
+    if inner:  # a section in a section: of the kind that the outer one has here
+        kinds, section = _hints(cls)[outer].get_known_choices(), tree.get(outer, {})
+        name = section.get(TYPE, base[outer][TYPE]) if isinstance(section, dict) else None
+        if name in kinds and isinstance(section.get(inner), dict):
+            _change_type(kinds[name], section, base.get(outer, {}), inner, new)
+        return
     choice, section = _hints(cls).get(field), tree.get(field)
     if choice is not None and is_choice_type(choice) and isinstance(section, dict):
         kinds = choice.get_known_choices()
@@ -331,11 +338,15 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
             + textwrap.fill(f"{name}.{TYPE} {kind_name}: {(inspect.getdoc(kind) or '').splitlines()[0]}{too}", width)
         )
         defaults = value if kind_name == chosen else kind()
+        added = {key: hint for key, hint in _hints(kind).items() if key not in _hints(above)}
         out += [
             _entry(f"{name}.{key}", kind, key, getattr(defaults, key), width)
-            for key in _hints(kind)
-            if key not in _hints(above)
+            for key, hint in added.items()
+            if not is_choice_type(hint)
         ]
+        for key, hint in added.items():
+            if is_choice_type(hint):
+                out += _choice_help(f"{name}.{key}", hint, getattr(defaults, key), _docs(kind)[key], width)
     return out
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
+from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.data import MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
@@ -134,7 +135,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                     run.say(log_exchange(metrics, step, event))
             bar.update()
             if step % recipe.logging_steps == 0 or step == total:
-                log_step(run, metrics, meter, step, rate=max(rates), norm=norm, bar=bar)
+                log_step(run, metrics, meter, step, rate=recipe.method.logged_rate(rates), norm=norm, bar=bar)
             if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
                 engine.at(f"the evaluation after step {step}")
                 with meter.paused():
@@ -158,8 +159,7 @@ def optimizer_step(
 ) -> tuple[list[float], float, bool]:
     """Make step `step`, from 1; return the rates, the gradient norm, and whether gradients were finite. Collective.
 
-    The method sees the gradients after the last backward and before the update; of gradients that are not finite it
-    sees nothing, and the engine changes no value and no moment.
+    Of gradients that are not finite the method sees nothing, and the engine changes no value and no moment.
     """
     recipe, engine, method, adapters = run.recipe, run.engine, run.recipe.method, run.adapters
     rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
@@ -173,7 +173,7 @@ def optimizer_step(
         method.observe(adapters, engine)
     else:
         method.discard(adapters)
-    norm = engine.step(*rates)
+    norm = make_step(engine, method, adapters, step - 1, rates, recipe.max_grad_norm)
     good = finite and norm < float("inf")
     meter.step(good)
     return rates, norm, good
@@ -191,9 +191,7 @@ def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | Non
     evaluation = evaluate(run, model, run.total_steps, metrics)
     for question, answer, expected, score in evaluation.samples[:SAMPLES]:
         run.say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
-    if before is not None:
-        run.say(f"before training: {before}")
-    run.say(f"after training:  {evaluation}")
+    run.say(f"before training: {before}\nafter training:  {evaluation}" if before else f"after training:  {evaluation}")
     engine.at("the export")
     run.say(f"adapter: {export_adapter(run)}")
     if not codec(recipe).writable:

@@ -1,0 +1,100 @@
+"""Between the last backward of a step and the step itself: gradients are clipped and replaced by directions.
+
+Clipping comes first and uses the norm of the gradients, as the papers' codes do: a direction has another length, and
+what an optimizer of its own returns is no gradient at all. The engine is wrapped with max_grad_norm = 0 for that
+reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
+from llm_lowrank.adapters.direction import Update
+from llm_lowrank.adapters.method import Method
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.numerics.pairs import Pairs
+
+
+def make_step(
+    engine: Engine,
+    method: Method,
+    adapters: Sequence[Adapter],
+    step: int,
+    rates: Sequence[float],
+    max_grad_norm: float,
+) -> float:
+    """Make the optimizer's step along what the method wants; return the norm of the gradients before clipping.
+
+    step: 0-based. Collective.
+    """
+    if not method.directs:
+        return engine.step(*rates)
+    norm = redirect(engine, adapters, step, rates, max_grad_norm)
+    engine.step(*rates)
+    return norm
+
+
+def redirect(
+    engine: Engine, adapters: Sequence[Adapter], step: int, rates: Sequence[float], max_grad_norm: float
+) -> float:
+    """Clip the gradients of all adapters together, replace those of A and B, and return the norm before clipping.
+
+    step: 0-based. rates: one for each group of the optimizer. max_grad_norm: 0 for no clipping. If a gradient is not
+    finite, nothing is changed, and the engine leaves the step out. Raise RuntimeError if finite gradients give a
+    direction that is not. Collective: the gradients of a decoder layer travel in one buffer, its values in another.
+    """
+    norm = engine.gradient_norm()
+    if not math.isfinite(norm):
+        return norm
+    factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
+    for _, group in groupby(as_pair_adapters(list(adapters)), key=lambda adapter: _layer(adapter.name)):
+        layer = list(group)
+        trained = [p for adapter in layer for p in adapter.parameters(recurse=False) if p.requires_grad]
+        gradients = dict(zip(trained, engine.whole_gradients(trained), strict=True))
+        factors = [p for adapter in layer for p in (adapter.A, adapter.B)]
+        values = dict(zip(factors, engine.whole_masters(factors), strict=True))
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+        for adapter in layer:
+            rate = rates[adapter.group]
+            update = Update(step, adapter.scale, rate, engine.settings.weight_decay)
+            _direct(adapter, values, gradients, update)
+        _check_finite(layer, gradients)
+        engine.put_gradients(trained, [gradients[p] for p in trained])
+    return norm
+
+
+def _direct(
+    adapter: PairAdapter, values: dict[nn.Parameter, Tensor], gradients: dict[nn.Parameter, Tensor], update: Update
+) -> None:
+    """Replace the gradients of one adapter's A and B in `gradients`."""
+    A, B = adapter.A, adapter.B
+    pairs = Pairs(values[B].double(), values[A].double())
+    found = Pairs(gradients[B].double(), gradients[A].double())
+    directed = adapter.rule.direct(pairs, found, adapter.memory, update)
+    gradients[A], gradients[B] = directed.A.float(), directed.B.float()
+
+
+def _check_finite(layer: list[PairAdapter], gradients: dict[nn.Parameter, Tensor]) -> None:
+    """Look once for the whole layer, since the host waits for the device here."""
+    good = torch.stack([gradients[p].isfinite().all() for adapter in layer for p in (adapter.A, adapter.B)])
+    if not good.all():
+        worst = layer[int(good.logical_not().nonzero()[0]) // 2]
+        kind = type(worst.rule).__name__
+        raise RuntimeError(
+            f"{worst.name}: {kind} made a direction that is not finite from finite gradients; not training on. Try "
+            "another method.direction, or method.direction.type: none"
+        )
+
+
+def _layer(name: str) -> str:
+    """The part of a module's name that names its decoder layer: up to its first number."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else ""
