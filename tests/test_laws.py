@@ -51,6 +51,9 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "lora-b-rate": dict(PAIRS, alpha=6, b_rate=4.0),
         **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in DIRECTIONS.items()},
     },
+    "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
+    "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
+    "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
     "pissa": {"pissa": dict(PAIRS, svd_cache="")},
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
@@ -114,10 +117,14 @@ def takes_pairs(method: str) -> bool:
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
-    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, and nf4's for int8's: those run
-    with -m wide.
+    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, nf4's for int8's, and a stored type
+    concerns no direction: those run with -m wide.
     """
-    wide = [(cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER for cell in cells]
+    wide = [
+        ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
+        or (cell[0].removeprefix("lora-") in (*DIRECTIONS, "b-rate") and cell[3] not in ("fp32", "nf4"))
+        for cell in cells
+    ]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
     return pytest.mark.parametrize("cell", marked, ids=["-".join(map(str, cell)) for cell in cells])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.numerics.optimizers import Optimization
+from llm_lowrank.run.calibration import calibrate_on
 
 VOCABULARY = 67
+CALIBRATION = 50  # the step whose batch a method is calibrated on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32, "int8": torch.float32}  # computed in
 CODECS: dict[str, Codec] = {"fp32": Dense(torch.float32), "bf16": Dense(torch.bfloat16), "nf4": Nf4(), "int8": Int8()}
 
@@ -162,6 +164,9 @@ class Trainee:
         )
         if resume_from is not None:
             checkpoint.restore(self.engine, self.model, self.adapters, resume_from)
+        elif method.calibration:
+            assert method.calibration == samples, "the samples are those of one step"
+            calibrate_on(self.engine, self.wrapped, method, self.adapters, lambda: self.losses(CALIBRATION))
 
     def save(self, folder: Path, step: int) -> checkpoint.Checkpoint:
         """A checkpoint after so many steps, opened. It names no recipe, no model and no data."""
@@ -205,9 +210,16 @@ class Trainee:
 
     def forward_backward(self, step: int) -> float:
         """One global batch, split over ranks and micro-batches; returns the loss of this rank's share."""
-        tokens = batch(step, self.samples, self.length)
-        engine, total = self.engine, torch.zeros(())
+        total = torch.zeros(())
         self.model.train()
+        for loss in self.losses(step):
+            self.engine.backward(loss)
+            total = total.to(loss.device) + loss.detach()
+        return float(total)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """This rank's shares of the loss of a global batch, one for each micro-batch."""
+        tokens, engine = batch(step, self.samples, self.length), self.engine
         parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]
         numbers = torch.arange(self.samples).view(self.accumulation, engine.world, -1)[:, engine.rank].tolist()
         for part, samples in zip(parts, numbers, strict=True):
@@ -217,10 +229,7 @@ class Trainee:
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
             )
-            loss = loss / (tokens.shape[0] * (tokens.shape[1] - 1))
-            engine.backward(loss)
-            total = total.to(loss.device) + loss.detach()
-        return float(total)
+            yield loss / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     def step(self, step: int, learning_rate: float = 1e-2) -> float:
         loss = self.forward_backward(step)
