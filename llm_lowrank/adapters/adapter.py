@@ -135,6 +135,10 @@ class Adapter(FrozenLinear):
         """
         self._refusal = self.register_forward_pre_hook(partial(_refuse_forward, method))
 
+    def await_calibration(self, method: str) -> None:
+        """Refuse every forward of training until `started` is called: the method has yet to look at data."""
+        self._refusal = self.register_forward_pre_hook(partial(_refuse_training, method))
+
     def started(self) -> None:
         """Allow forwards: what the method does before its first step is done, or a checkpoint has restored it."""
         if self._refusal is not None:
@@ -174,6 +178,15 @@ def _refuse_forward(method: str, adapter: Adapter, *_: object) -> None:
     )
 
 
+def _refuse_training(method: str, adapter: Adapter, *_: object) -> None:
+    if adapter.training:
+        raise RuntimeError(
+            f"{adapter.name}: {method} has seen no calibration samples yet, so that this step would not be that of "
+            f"{method}. Call llm_lowrank.run.calibration.calibrate_on before the first step, or set the values "
+            "yourself and call started() on every adapter"
+        )
+
+
 @dataclass(frozen=True)
 class PairSettings:
     """The settings of one layer with pairs, see PairAdapter."""
@@ -203,6 +216,8 @@ class PairAdapter(Adapter):
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
+        # Products beside the trained ones, with a factor of zeros whose gradient is read, see adapters/probes.py.
+        self.probes: list[Product] = []
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values of A, B and the bank.
@@ -233,12 +248,13 @@ class PairAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
-        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        # probes read what W reads: with them nothing is dropped
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training and not self.probes else None
         return adapter_linear(
             x,
             self.parts(),
             decode=self.decode,
-            products=self.products(x),
+            products=[*self.products(x), *self.probes],
             scale=self.scale,
             bias=self.bias,
             bank=bank,

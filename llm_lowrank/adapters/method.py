@@ -62,7 +62,7 @@ class Method(draccus.ChoiceRegistry):
 
         Adapters of such a method refuse a forward before they are started, see Adapter.await_start.
         """
-        hooks = ("starting_pairs", "start", "schedule")
+        hooks = ("starting_pairs", "start", "calibrate", "schedule")
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
 
     @property
@@ -74,6 +74,11 @@ class Method(draccus.ChoiceRegistry):
     def own_step(self) -> str:
         """The setting that makes the method an optimizer of its own, which needs `optim: sgd`, or an empty string."""
         return ""
+
+    @property
+    def calibration(self) -> int:
+        """The number of samples for `calibrate`; 0: it is not called."""
+        return 0
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         """The most bytes that the method remembers at a time: (spread over the ranks, on every rank)."""
@@ -117,6 +122,15 @@ class Method(draccus.ChoiceRegistry):
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         """Prepare for the first step. Called once, when everything is loaded and sharded. Collective."""
+
+    def calibrate(self, adapters: list[Adapter], engine: Engine, backward: Callable[[], None]) -> None:
+        """Look at gradients before the first step. Called once after `start`, if `calibration` asks for samples.
+
+        backward() goes forward and backward through the first `calibration` samples of the run, whose loss is the mean
+        over their trained tokens, without a step. It may be called several times and repeats itself: random numbers
+        start where they were. The gradients of parameters are forgotten at its end; those of probes stay, see
+        adapters/probes.py. A run that resumes is not calibrated again. Collective.
+        """
 
     def rates(
         self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]

@@ -212,6 +212,17 @@ class StreamBatches:
         self.next = 0  # the step whose examples come next from self.examples
         self.examples = stream.examples()
 
+    def again(self) -> "StreamBatches":
+        """Return the same batches over a second reading of the stream, which the counts of this one do not see."""
+        return StreamBatches(
+            self.stream.again(),
+            self.per_device,
+            pad_id=self.pad_id,
+            accumulation=self.accumulation,
+            rank=self.rank,
+            world=self.world,
+        )
+
     @property
     def total_steps(self) -> int:
         """Raise ValueError: the number of steps in an epoch is not known."""

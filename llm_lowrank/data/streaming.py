@@ -7,6 +7,7 @@ run reads the stream again up to the step at which it resumes.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from itertools import count, islice
 from typing import Any
 
@@ -66,6 +67,12 @@ class Stream:
                 f"{self.dataset.name}: data.held_out={settings.held_out} is more than the distinct examples in the "
                 "stream"
             )
+
+    def again(self) -> "Stream":
+        """Return the same stream with counts of its own, for a second reading of its beginning."""
+        other = copy(self)
+        other.unused, other.dropped, other.ends = Counter(), Counter(), Counter()
+        return other
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples for ever, in another order each epoch."""

@@ -250,6 +250,13 @@ class Engine(ABC):
         If the gradient is not finite, no value and no moment changes.
         """
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Clear the gradients of a whole step's micro-batches in the place of `step`, before the first step of all.
+
+        The run goes on bitwise as if they had not been.
+        """
+
     # ---- signs of life
 
     @contextmanager
@@ -535,3 +542,8 @@ class TorchEngine(Engine):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def forget(self) -> None:
+        assert self.micro == self.settings.accumulation, (self.micro, self.settings.accumulation)
+        self.micro = 0
+        self.optimizer.zero_grad()

@@ -45,6 +45,11 @@ class FrozenLinear(nn.Module):
             self.stored_rows = -(-self.shape[0] // multiple) * multiple
             self._own(empty_parts(self.codec, self.stored_rows, self.shape[1], "meta"))
 
+    @property
+    def makes_w(self) -> bool:
+        """Whether `decode` makes a W, instead of returning the stored one."""
+        return not self.codec.writable
+
     def named_parts(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in self.part_names}
 

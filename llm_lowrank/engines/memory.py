@@ -21,7 +21,7 @@ class Sizes:
     statistics: tuple[int, int]  # bytes that the method remembers: over all ranks, and on each
     layer: int  # bytes of the largest decoder layer
     layers: int  # bytes of all of them; the rest is embeddings, the output layer and the last norm
-    decoded: int  # bytes of the largest quantized W, decoded; 0 if none is quantized
+    decoded: int  # bytes of the largest W that is made for use: a quantized one, decoded; 0 if there is none
     persistent: int  # elements up to which ZeRO-3 leaves a parameter gathered
 
     @property

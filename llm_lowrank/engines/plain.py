@@ -107,6 +107,10 @@ class Plain(TorchEngine):
         self._reduce_at_boundary()
         return norm
 
+    def forget(self) -> None:
+        super().forget()
+        self._reduce_at_boundary()
+
     def close(self) -> None:
         # DDP's reducer would hold the process group longest. When it is freed, it joins gloo's threads and keeps the
         # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without the reducer the

@@ -279,6 +279,13 @@ class Zero(Engine):
         self._link()
         return float(self.ds.get_global_grad_norm())
 
+    def forget(self) -> None:
+        # DeepSpeed clears its own buffers in a step alone. A step of rate 0 changes no value, and the optimizer's state
+        # is made anew after it.
+        self.step(*[0.0] * len(self.zero.param_groups))
+        self.linked = False
+        self.prime(0)
+
     def _link(self) -> None:
         """Let DeepSpeed look once more for the moments of every parameter in its flat state.
 

@@ -152,6 +152,8 @@ def load(
         method.start(adapters, engine)
         for adapter in adapters:
             adapter.started()
+            if method.calibration:
+                adapter.await_calibration(type(method).__name__)
     loaded = reader.report()
     loaded.seconds = time.perf_counter() - began
     return wrapped, loaded

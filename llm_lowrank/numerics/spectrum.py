@@ -4,12 +4,14 @@ Randomized subspace iteration (Halko, Martinsson, Tropp 2011, https://arxiv.org/
 
     Q = qr(W X),  X random (n, p),   then niter times   Q = qr(W qr(W^T Q)),   finally  svd(Q^T W)
 
-A sharded W is therefore never gathered: each product moves p (m + n) numbers instead of m n.
+A sharded W is therefore never gathered: each product moves p (m + n) numbers instead of m n. Many matrices can be
+decomposed side by side, so that a product of all of them may be one pass over data (randomized_triplets).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from llm_lowrank.files import sha256, write_safetensors
 
 OVERSAMPLE = 8  # extra random directions; Halko et al. recommend 5 to 10
+Many = Callable[[list[Tensor]], list[Tensor]]  # one product with each of many matrices
 ALGORITHM = 1  # to be raised when a change here changes results, so that cached pairs are not mistaken for new ones
 
 
@@ -77,14 +80,41 @@ def top_triplets(
     if exact or p == min(m, n):
         full = w.matmul(torch.eye(n, device=device)) if n <= m else w.rmatmul(torch.eye(m, device=device)).T  # (m, n)
         u, s, vt = torch.linalg.svd(full, full_matrices=False)
-    # randomized: p columns that span nearly the space of the k largest, then the small SVD of W in that space
+    # randomized
     else:
         noise = torch.randn(n, p, generator=torch.Generator().manual_seed(seed)).to(device)
-        q = torch.linalg.qr(w.matmul(noise))[0]  # (m, p)
-        for _ in range(niter):
-            q = torch.linalg.qr(w.matmul(torch.linalg.qr(w.rmatmul(q))[0]))[0]
-        u, s, vt = torch.linalg.svd(w.rmatmul(q).T, full_matrices=False)
-        u = q @ u
+        return randomized_triplets(
+            lambda x: [w.matmul(x[0])], lambda y: [w.rmatmul(y[0])], noise=[noise], counts=[k], niter=niter
+        )[0]
+    return _triplets(u, s, vt, k)
+
+
+def randomized_triplets(
+    matmul: Many, rmatmul: Many, *, noise: list[Tensor], counts: Sequence[int], niter: int
+) -> list[Triplets]:
+    """Return the counts[i] largest singular triplets of W_i (m_i, n_i), of many matrices side by side.
+
+    noise: random X_i (n_i, p_i) with p_i >= counts[i]. matmul: X_i (n_i, p_i) -> W_i X_i (m_i, p_i). rmatmul: Y_i (m_i,
+    p_i) -> W_i^T Y_i (n_i, p_i). Both are called niter + 1 times, in turn. The signs are chosen as in top_triplets.
+    """
+    # p columns that span nearly the space of the k largest, then the small SVD of W in that space
+    q = _bases(matmul(noise))
+    for _ in range(niter):
+        q = _bases(matmul(_bases(rmatmul(q))))
+    found = []
+    for basis, core, k in zip(q, rmatmul(q), counts, strict=True):
+        u, s, vt = torch.linalg.svd(core.T, full_matrices=False)
+        found.append(_triplets(basis @ u, s, vt, k))
+    return found
+
+
+def _bases(spans: list[Tensor]) -> list[Tensor]:
+    """Orthonormal bases of the columns of each."""
+    return [torch.linalg.qr(span)[0] for span in spans]
+
+
+def _triplets(u: Tensor, s: Tensor, vt: Tensor, k: int) -> Triplets:
+    """The k largest triplets, with signs."""
     u, s, v = u[:, :k], s[:k], vt[:k].T
     # an SVD leaves the sign of every direction open
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, k)

@@ -185,7 +185,7 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
 
 def _moved(module: nn.Module) -> tuple[float, float]:
     """Bytes that a product with a module's frozen weight reads of it, and that decoding it first reads and writes."""
-    if isinstance(module, FrozenLinear) and not module.codec.writable:
+    if isinstance(module, FrozenLinear) and module.makes_w:
         decoded = float(module.shape[0] * module.shape[1] * module.codec.dtype.itemsize)
         return decoded, decoded + sum(part.nbytes for part in module.parts())
     params = module.parts() if isinstance(module, FrozenLinear) else module.parameters(recurse=False)

@@ -27,13 +27,13 @@ def sizes_of(model: nn.Module, method: Method) -> Sizes:
     for name, p in model.named_parameters():
         parts[part_of(name, p)].append((p.numel(), p.nbytes))
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)]
-    quantized = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.codec.writable]
+    made = [m for m in model.modules() if isinstance(m, FrozenLinear) and m.makes_w]
     return Sizes(
         **parts,
         statistics=method.statistics([m for m in model.modules() if isinstance(m, Adapter)]),
         layer=max(layers),
         layers=sum(layers),
-        decoded=max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in quantized), default=0),
+        decoded=max((m.shape[0] * m.shape[1] * m.codec.dtype.itemsize for m in made), default=0),
         persistent=persistent_size(model),
     )
 
@@ -94,7 +94,7 @@ def table(recipe: Recipe, sizes: Sizes, world: int) -> str:
 
 LETTERS = (
     "W, K, T: bytes of the frozen weights, of the bank, of what is trained (both float32). N: ranks",
-    "S, E: what the method remembers of gradients, over all ranks, on each. D: the largest quantized W, decoded",
+    "S, E: what the method remembers of gradients, over all ranks, on each. D: the largest W that is made for use",
 )
 NOT_COUNTED = (
     "Not counted: activations and logits, communication buckets, the ledger and the waiting pairs on rank 0's host"

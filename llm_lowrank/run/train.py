@@ -18,6 +18,7 @@ from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
+from llm_lowrank.run.calibration import calibrate
 from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.memory import compare, predict
@@ -72,6 +73,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
             engine.at("the evaluation before training")
             before = evaluate(run, model, 0, metrics)
             run.say(f"before training: {before}")
+            calibrate(run, model)
         train_steps(run, model, metrics, signals)
         after(run, model, metrics, before)
         run.say(compare(engine, predicted, metrics, run.total_steps))

@@ -1,0 +1,121 @@
+"""Before the first step: a method looks at gradients of the run's first samples, which are then forgotten.
+
+Nothing of it is left but what the method wrote. Gradients, moments, random numbers and the order of the data are
+bitwise what they would be without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import Method
+from llm_lowrank.data import IGNORE, Batches, MicroBatch, StreamBatches
+from llm_lowrank.engines import Engine
+from llm_lowrank.models.attention import joins_rows
+from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.prepare import Run
+
+
+def calibrate(run: Run, model: nn.Module) -> None:
+    """Let the method look at gradients before the first step of a run, if it asks for that. Collective.
+
+    model: the wrapped one.
+    """
+    method, engine = run.recipe.method, run.engine
+    if not method.calibration:
+        return
+    engine.at("the calibration")
+    began, passes = time.perf_counter(), 0
+    micros = first_samples(run.batches, method.calibration)
+    counts = torch.tensor(
+        [sum(sum_of) for sum_of in zip(*map(_content, micros), strict=True)], dtype=torch.float64, device=engine.device
+    )
+    rows, tokens = (int(count) for count in engine.sum(counts).tolist())
+
+    def loss_of(micro: MicroBatch) -> Tensor:
+        method.batch(run.adapters, 0, micro.samples)
+        return batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / tokens
+
+    def losses() -> Iterator[Tensor]:
+        nonlocal passes
+        passes += 1
+        return map(loss_of, micros)
+
+    calibrate_on(engine, model, method, run.adapters, losses)
+    run.say(
+        f"calibrated on {rows} samples with {tokens} trained tokens: {passes} passes forward and backward in "
+        f"{time.perf_counter() - began:.1f} s"
+    )
+
+
+def calibrate_on(
+    engine: Engine,
+    model: nn.Module,
+    method: Method,
+    adapters: Sequence[Adapter],
+    losses: Callable[[], Iterator[Tensor]],
+) -> None:
+    """Call `method.calibrate`, with a backward over the losses. Collective.
+
+    losses: yields this rank's shares of the loss, one for each micro-batch of some whole steps, each made when it is
+    asked for. model: the wrapped one.
+    """
+
+    def backward() -> None:
+        model.train()
+        with same_random_numbers(engine.device):
+            for count, loss in enumerate(losses(), 1):
+                engine.backward(loss)
+                if count % engine.settings.accumulation == 0:
+                    engine.forget()
+
+    for adapter in adapters:
+        adapter.started()  # the samples go through the model as it is now
+    method.calibrate(list(adapters), engine, backward)
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the random state behind the block as it was before it."""
+    on_host = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+
+def first_samples(batches: Batches | StreamBatches, count: int) -> list[MicroBatch]:
+    """Return this rank's micro-batches of the first steps, which hold the first `count` samples; others have no label.
+
+    With packing a sample is a row of examples. Of data that is shorter every sample is taken once.
+    """
+    steps = ceil(count / batches.global_batch)
+    if isinstance(batches, StreamBatches):
+        batches = batches.again()
+    else:
+        steps = min(steps, batches.steps_per_epoch)
+    found = []
+    for step in range(steps):
+        # the rows of a global batch are dealt out to the ranks in turn
+        first = step * batches.global_batch + batches.rank
+        for k, micro in enumerate(batches.step(step)):
+            numbers = first + batches.world * (k * batches.per_device + torch.arange(batches.per_device))
+            labels = micro.labels.masked_fill((numbers >= count)[:, None], IGNORE)
+            found.append(micro._replace(labels=labels))
+    return found
+
+
+def _content(micro: MicroBatch) -> tuple[int, int]:
+    """Rows with a label, and labels, which are those of the loss."""
+    wanted = micro.labels[:, 1:] != IGNORE
+    return int(wanted.any(1).sum()), int(wanted.sum())
