@@ -25,6 +25,7 @@ from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
@@ -88,6 +89,8 @@ FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
+# the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
+CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
 Cell = tuple[str, str, int, str]
 
 
@@ -118,11 +121,11 @@ def takes_pairs(method: str) -> bool:
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
     """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, nf4's for int8's, and a stored type
-    concerns no direction: those run with -m wide.
+    concerns no direction and no calibration: those run with -m wide.
     """
     wide = [
         ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
-        or (cell[0].removeprefix("lora-") in (*DIRECTIONS, "b-rate") and cell[3] not in ("fp32", "nf4"))
+        or (cell[0].removeprefix("lora-") in (*DIRECTIONS, "b-rate", *CALIBRATED) and cell[3] not in ("fp32", "nf4"))
         for cell in cells
     ]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
@@ -317,7 +320,7 @@ def mapped(snapshot: Snapshot) -> LlamaForCausalLM:
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
 
-@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[3] not in QUANTIZED])
+@over([cell for cell in CELLS if not takes_pairs(cell[0]) and cell[0] not in CALIBRATED and cell[3] not in QUANTIZED])
 def test_attaching_keeps_the_function_bitwise(lives, cell):
     life = lives(*cell)[0][0]
     assert torch.equal(life.started.logits, life.base)  # what is trained starts at zero: y + 0, or y * 1
@@ -327,6 +330,8 @@ def test_attaching_keeps_the_function_bitwise(lives, cell):
 def test_start_keeps_the_function(lives, cell):
     method, _, _, dtype = cell
     life = lives(*cell)[0][0]
+    if method == "lora_one":
+        return check_first_step(life, METHODS[method], dtype)
     if dtype in QUANTIZED:
         with torch.no_grad():
             assert relative(life.started.logits, mapped(life.started)(input_ids=batch(99)).logits) <= FLOAT32
@@ -344,6 +349,20 @@ def test_start_keeps_the_function(lives, cell):
             residual = w.double() + sum(exact(entry) for entry in entries)
             assert ((layer - w.double()).abs() <= quantum(dtype, residual) + FLOAT32 * w.abs().max()).all(), name
         assert bool(entries) == takes_pairs(method), "principal pairs left W, or nothing did"
+
+
+def check_first_step(life: Life, method: LoRAOne, dtype: str) -> None:
+    """The started function is that of W + s B A, and s B A is s / gamma long in the spectral norm."""
+    with torch.no_grad():
+        wanted = mapped(life.started)(input_ids=batch(99)).logits
+    assert relative(life.started.logits, wanted) <= (BF16_LOGITS if dtype == "bf16" else FLOAT32)
+    for name in life.original:
+        a, b = (life.started.values[f"{name}.{letter}"].double() for letter in "AB")
+        step = method.scale * b @ a
+        assert relative(life.started.maps[name], life.started.weights[name].double() + step) <= FLOAT32, name
+        length = float(torch.linalg.matrix_norm(step, 2))
+        assert length == pytest.approx(method.scale / method.gamma, rel=1e-5), name
+        assert not life.ledger[name], "W stays as it was read"
 
 
 EXCHANGING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
