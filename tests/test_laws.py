@@ -433,10 +433,10 @@ def test_sharded_steps_equal_one_process(lives, cell):
         moved += float((wanted - reference.started.maps[name]).norm() ** 2)
     # The same pairs were chosen: any other choice is off by 100 %. An entry whose gradient nearly cancels takes the
     # sign of its step from rounding here too, so how near the values come depends on the CPU's sums: 1.3e-5 was
-    # measured on an Intel Xeon, 5.9e-5 on an AMD EPYC.
+    # measured on an Intel Xeon, 5.9e-5 on an AMD EPYC, and 2.4e-4 behind a direction that divides small gradients.
     if not rounded_anew:
         for name, wanted in reference.final.values.items():
-            assert relative(life.final.values[name], wanted) <= 2e-4, name
+            assert relative(life.final.values[name], wanted) <= 1e-3, name
     # Measured 1.3e-5 (one such entry in float32) and 5.5e-2.
     assert apart**0.5 <= (0.15 if rounded_anew else 1e-4) * moved**0.5
 
