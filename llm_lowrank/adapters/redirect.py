@@ -79,7 +79,8 @@ def _direct(
     pairs = Pairs(values[B].double(), values[A].double())
     found = Pairs(gradients[B].double(), gradients[A].double())
     directed = adapter.rule.direct(pairs, found, adapter.memory, update)
-    gradients[A], gradients[B] = directed.A.float(), directed.B.float()
+    # engines cut spans out of the flattened tensor, and a rule may return a transposed one
+    gradients[A], gradients[B] = directed.A.float().contiguous(), directed.B.float().contiguous()
 
 
 def _check_finite(layer: list[PairAdapter], gradients: dict[nn.Parameter, Tensor]) -> None:
