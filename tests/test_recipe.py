@@ -11,7 +11,10 @@ import yaml
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import Data
 from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.methods.directions.reflora import RefLoRA
+from llm_lowrank.methods.directions.riemannian import Riemannian
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import command_line
@@ -112,6 +115,24 @@ def test_a_later_files_method_keeps_what_both_methods_have(files):
     assert parse([*argv, "--method.type", "srlora"]).method == SRLoRA(rank=8, target_modules=["q_proj"])
     demo = parse(files(a="method: {target_rank: 24}", b="method: {type: lora}"))  # the first file continues the demo
     assert demo.method == LoRA()
+
+
+def test_a_direction_is_a_section_of_the_method_with_a_type_of_its_own(files):
+    recipe = parse(["--method.type", "lora", "--method.direction.type", "reflora", "--method.direction.warmup", "3"])
+    assert recipe.method == LoRA(direction=RefLoRA(warmup=3))
+    argv = files(
+        a="method: {type: lora, rank: 8, direction: {type: reflora, warmup: 3}}",
+        b="method: {direction: {type: riemannian}}",
+    )
+    assert parse(argv).method == LoRA(rank=8, direction=Riemannian())
+    assert parse([*argv, "--method.direction.type", "reflora"]).method == LoRA(rank=8, direction=RefLoRA())
+    assert parse([*argv, "--method.type", "losia"]).method == LoSiA()  # which has no pairs and no direction
+    assert parse(["--method.direction.type", "riemannian"]).method == dataclasses.replace(
+        Recipe().method, direction=Riemannian()
+    )
+    assert "method.direction.type: is missing beside the other settings; write one of none, " in refusal(
+        "--method.type", "lora", "--method.direction.warmup", "3"
+    )
 
 
 def test_a_mistake_is_named_with_its_file(files, tmp_path):
@@ -453,14 +474,14 @@ def test_help_has_every_setting_with_its_type_default_and_text(capsys):
         parse(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    parts = re.split(r"\nmethod\.type \w+:", text)  # two types may have settings of the same name
+    parts = re.split(r"\nmethod\.(?:direction\.)?type \w+:", text)  # two types may have settings of the same name
     for key in command_line.settings(Recipe):
         entry = text.partition(f"  --{key} ")[2].partition("\n  --")[0]
         assert entry, f"--{key} is missing"
         assert all(part.count(f"  --{key} ") <= 1 for part in parts), f"--{key} comes twice"
         # what is unset says what that means
         assert "(default:" in entry or "by default" in " ".join(entry.split()), entry
-        assert len(entry.split()) > 5 or key == "method.type", f"--{key} says too little: {entry}"
+        assert len(entry.split()) > 5 or key.endswith(".type"), f"--{key} says too little: {entry}"
     assert "--learning_rate float\n" in text and f"(default: {Recipe().learning_rate})" in text
     assert (
         "--engine {plain,deepspeed,fsdp}" in text

@@ -132,12 +132,20 @@ def _files(cls: type, paths: Sequence[str], base: Tree) -> tuple[Tree, dict[str,
     origin: dict[str, str] = {}
     for path in paths:
         over = _file(path)
-        for section, value in over.items():
-            if isinstance(value, dict) and TYPE in value:
-                _change_type(cls, tree, base, section, value[TYPE])
+        for section, new in list(_types(over)):
+            _change_type(cls, tree, base, section, new)
         tree = _merge(tree, over)
         origin |= dict.fromkeys(_names(over), path)
     return tree, origin
+
+
+def _types(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names of the sections that name their type, with the type, the outer section first."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if TYPE in value:
+                yield f"{prefix}{key}", value[TYPE]
+            yield from _types(value, f"{prefix}{key}.")
 
 
 def _names(tree: Tree, prefix: str = "") -> Iterator[str]:
@@ -176,10 +184,11 @@ def _change_type(cls: type, tree: Tree, base: Tree, field: str, new: Any) -> Non
     """Drop the settings of a section that its old type has and the new one lacks."""
     outer, _, inner = field.partition(".")
     if inner:  # a section in a section: of the kind that the outer one has here
-        kinds, section = _hints(cls)[outer].get_known_choices(), tree.get(outer, {})
-        name = section.get(TYPE, base[outer][TYPE]) if isinstance(section, dict) else None
-        if name in kinds and isinstance(section.get(inner), dict):
-            _change_type(kinds[name], section, base.get(outer, {}), inner, new)
+        kind, section = _hints(cls).get(outer), tree.get(outer)
+        if kind is not None and is_choice_type(kind) and isinstance(section, dict):
+            name = section.get(TYPE, base[outer][TYPE])
+            if name in kind.get_known_choices():
+                _change_type(kind.get_known_choices()[name], section, base[outer], inner, new)
         return
     choice, section = _hints(cls).get(field), tree.get(field)
     if choice is not None and is_choice_type(choice) and isinstance(section, dict):
@@ -254,7 +263,8 @@ def _check_section(key: str, kind: Any, value: Any, keys: dict[str, Any], refusa
         kinds = kind.get_known_choices()
         chosen = value.get(TYPE)
         if chosen not in kinds:
-            return [(f"{key}.{TYPE}", f"{key}.{TYPE}: '{chosen}' is not one of {', '.join(kinds)}")]
+            wrong = "is missing beside the other settings; write" if chosen is None else f"'{chosen}' is not"
+            return [(f"{key}.{TYPE}", f"{key}.{TYPE}: {wrong} one of {', '.join(kinds)}")]
         section = {name: part for name, part in value.items() if name != TYPE}
         errors = _check(kinds[chosen], section, f"{key}.", keys, refusals)
         value.update(section)
@@ -331,7 +341,7 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
     out = [f"\n{name}: {doc}", f"  --{name}.{TYPE} {{{','.join(kinds)}}}  (default: {chosen})"]
     out += [_entry(f"{name}.{key}", base, key, getattr(value, key), width) for key in _hints(base)]
     for kind_name, kind in kinds.items():
-        above = kind.__base__  # a type may add to another one
+        above = next(c for c in kind.__mro__[1:] if c in kinds.values() or c is base)  # a type may add to another one
         too = f" Has the settings of {base.get_choice_name(above)}, too." if above in kinds.values() else ""
         out.append(
             "\n"

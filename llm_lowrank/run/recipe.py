@@ -108,13 +108,14 @@ class Recipe:
 
     optim: OptimizerName = "adamw"
     """The optimizer. lion (arXiv 2302.06675) steps by the sign of a mean gradient, keeps one moment instead of two, and
-    wants a rate about ten times smaller than adamw."""
+    wants a rate about ten times smaller than adamw. sgd steps along the gradient itself, or along method.direction."""
     learning_rate: float = 5e-4
     """The peak learning rate, which is reached after the warm-up."""
     weight_decay: float = 0.0
     """Decoupled weight decay on the adapters."""
     adam_beta1: float = 0.9
-    """AdamW: decay of the mean of the gradient. Lion: weight of that mean in the direction of a step."""
+    """AdamW: decay of the mean of the gradient. Lion: weight of that mean in the direction of a step. SGD with
+    momentum: the momentum."""
     adam_beta2: float = 0.999
     """AdamW: decay of the mean of the squared gradient. Lion: decay of the mean of the gradient (0.99 in its paper)."""
     adam_epsilon: float = 1e-8

@@ -46,6 +46,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "method.target_modules": "lora_target_modules lora_target lora_modules",
         "method.target_modules all-linear": "lora_target_linear lora_target_modules_all target_linear all_linear",
         "method.use_rslora": "peft_use_rslora",
+        "method.b_rate": "loraplus_lr_ratio loraplus_ratio",
         "method.type lora": "use_lora lora",
         "method.type lora with codec nf4": "qlora use_qlora",
         "method.type dora": "use_dora peft_use_dora",
@@ -53,6 +54,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "init_weights",
         "method.type pissa": "pissa_init use_pissa",
         "method.svd_niter": "pissa_iter",
+        "method.type lora_ga": "lora_ga_config use_lora_ga",
         "method.type relora": "relora use_relora",
         "method.interval": "jagged_restart_steps relora_steps cycle_length",
         "method.restart_warmup": "jagged_restart_warmup_steps relora_warmup_steps restart_warmup_steps",
@@ -163,8 +165,9 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "peft_trainable_token_indices",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
-        "A and B have one learning rate": "loraplus_lr_ratio loraplus_lr_embedding",
-        "the starts are method.type lora and pissa": "loftq_config eva_config corda_config lora_ga_config lora_init",
+        "embeddings are not trained": "loraplus_lr_embedding",
+        "the starts are those of method.type lora, pissa, lora_ga and lora_one": "loftq_config eva_config "
+        "corda_config lora_init",
         "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",
         "GaLore, APOLLO and BAdam are not methods here; method.type losia also trains without a low-rank product": ""
         "use_galore use_apollo use_badam optim_target_modules",
