@@ -40,7 +40,7 @@ MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
 # With settings that fit a run of 4 steps; a direction that is not here runs with its defaults.
 DIRECTIONS: dict[str, Direction] = {
-    name: kind(**{"reflora": dict(warmup=2)}.get(name, {}))
+    name: kind(**{"reflora": dict(warmup=2), "lora_pro": dict(warmup=2)}.get(name, {}))
     for name, kind in Direction.get_known_choices().items()
     if name != "none"
 }
