@@ -40,7 +40,7 @@ MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
 # With settings that fit a run of 4 steps; a direction that is not here runs with its defaults.
 DIRECTIONS: dict[str, Direction] = {
-    name: kind(**{"reflora": dict(warmup=2), "lora_pro": dict(warmup=2)}.get(name, {}))
+    name: kind(**({"warmup": 2} if hasattr(kind, "warmup") else {}))
     for name, kind in Direction.get_known_choices().items()
     if name != "none"
 }
@@ -82,6 +82,7 @@ METHODS: dict[str, Method] = {
     if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
+RATES = {"lora-altlora": 0.3}  # without a second moment a step is as long as the gradient is
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
@@ -201,7 +202,7 @@ class Watched:
         return w
 
 
-def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str) -> Life:
+def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str, rate: float) -> Life:
     watched = Watched(CODECS[dtype])
     t = Trainee(method, engine, dtype, accumulation, codec=watched, total=STEPS)
     untouched = llama(dtype)
@@ -215,7 +216,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
     history = [parameters()]
     for step in range(STEPS):
         loss = t.forward_backward(step)
-        norms.append(t.update(step))
+        norms.append(t.update(step, rate))
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)
@@ -252,7 +253,9 @@ def lives(tmp_path_factory) -> Lives:
         if key not in known:
             folder = tmp_path_factory.mktemp("adapter")
             try:
-                known[key] = ranks.run(world, live, METHODS[method], engine, dtype, accumulation, str(folder)), folder
+                rate = RATES.get(method, 1e-2)
+                seen = ranks.run(world, live, METHODS[method], engine, dtype, accumulation, str(folder), rate)
+                known[key] = seen, folder
             except ranks.RanksFailed as failure:
                 known[key] = failure
         found = known[key]
