@@ -43,13 +43,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, generator
+from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
+from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Dense
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.engines.base import Engine, Optimization
@@ -58,7 +61,10 @@ from llm_lowrank.evaluation.record import origin
 from llm_lowrank.files import write_json, write_text
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
+from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora_ga import LoRAGA
+from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
@@ -69,6 +75,7 @@ from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import DEMO, Source
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model
+from llm_lowrank.run.calibration import calibrate_on, first_samples
 from llm_lowrank.run.held_out import batch_loss
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.train import train
@@ -85,8 +92,22 @@ TITLES = {
     "droplora": "DropLoRA",
     "relora": "ReLoRA",
     "losia": "LoSiA",
+    "lora_plus": "LoRA+",
+    "riemannian": "Riemannian",
+    "reflora": "RefLoRA",
+    "reflora_s": "RefLoRA-S",
+    "lora_rite": "LoRA-RITE",
+    "lora_pro": "LoRA-Pro",
+    "altlora": "AltLoRA",
+    "flat_lora": "Flat-LoRA",
+    "lora_ga": "LoRA-GA",
+    "lora_one": "LoRA-One",
     "full": "all parameters",
 }
+CLIP = 1.0  # max_grad_norm
+# Settings that were added after the first runs: with these values a method is what it was before.
+LATER: dict[str, Any] = {"exclude_modules": [], "b_rate": 1.0, "direction": {"type": "none"}}
+DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
 
@@ -270,6 +291,15 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
         "droplora": DropLoRA(rank=rank),
         "relora": ReLoRA(rank=rank, interval=max(2, steps // 3), restart_warmup=max(1, steps // 30)),
         "losia": matched_losia(model, rank, steps),
+        "lora_plus": LoRA(rank=rank, b_rate=16.0),
+        **{
+            name: LoRA(rank=rank, direction=kind())
+            for name, kind in Direction.get_known_choices().items()
+            if name != "none"
+        },
+        "flat_lora": FlatLoRA(rank=rank),
+        "lora_ga": LoRAGA(rank=rank),
+        "lora_one": LoRAOne(rank=rank),
         "full": Full(),
     }
 
@@ -328,7 +358,12 @@ def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
     method = methods(model, small.rank, small.steps, svd_cache="")[spec.method]
     adapters = attach(model, method, Dense(torch.float32), spec.seed)
     loading.bind(model, adapters, source)
-    settings = Optimization(spec.rate, max_grad_norm=1.0, micro_batch=small.batch)
+    settings = Optimization(
+        spec.rate,
+        optim="sgd" if method.own_step else "adamw",
+        max_grad_norm=0.0 if method.directs else CLIP,
+        micro_batch=small.batch,
+    )
     if adapters:
         model, _ = loading.load(engine, model, adapters=adapters, method=method, tensors=source, settings=settings)
     else:
@@ -362,6 +397,12 @@ def adapt(
     began, total, since = time.perf_counter(), small.steps, []
     exchange_steps = method.schedule(total, adapters)
     schedule = Schedule(peak, total, warmup=small.warmup)
+    if method.calibration:
+        micros = first_samples(batches, method.calibration)
+        tokens = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in micros)
+        calibrate_on(
+            engine, model, method, adapters, lambda: (batch_loss(model, m, engine.device) / tokens for m in micros)
+        )
     model.train()
     result.held_out_curve.append((0, judged(model, held_out)[0]))
     for step in range(1, total + 1):
@@ -371,7 +412,7 @@ def adapt(
         loss = batch_loss(model, micro, engine.device) / micro.tokens
         engine.backward(loss)
         method.observe(adapters, engine)
-        if not engine.step(*rates) < float("inf"):
+        if not make_step(engine, method, adapters, step - 1, rates, CLIP) < float("inf"):
             result.loss, result.exact_match = None, 0.0
             return result
         if step in exchange_steps:
@@ -464,14 +505,19 @@ class Comparison:
         settings = self.tuning if spec.tuning else self.settings
         return {"run": asdict(spec), "method": settings[spec.method], "setting": asdict(self.setting)}
 
+    def found(self, spec: Spec) -> dict[str, Any]:
+        """Return the settings that the file of this run holds, with those that its method had not yet."""
+        settings = json.loads(self.file(spec).read_text())["settings"]
+        now = self.stamp(spec)["method"]
+        return settings | {"method": {key: LATER[key] for key in LATER if key in now} | settings["method"]}
+
     def done(self, spec: Spec) -> bool:
         """Return whether the file of the run exists. A file with other settings under the same name is an error: the
         table would mix two experiments.
         """
         if not self.file(spec).is_file():
             return False
-        settings = json.loads(self.file(spec).read_text())["settings"]
-        if settings != self.stamp(spec):
+        if self.found(spec) != self.stamp(spec):
             raise ValueError(
                 f"{self.file(spec)} is of a run with other settings; move it away or choose another --output"
             )
@@ -672,14 +718,14 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def small_comparison(folder: Path, small: Small) -> Comparison:
     checkpoint = pretrained(folder / "pretrained", small.base)
     model = skeleton(checkpoint, torch.float32, "sdpa")
-    settings = {k: asdict(m) for k, m in methods(model, small.rank, small.steps, svd_cache="").items()}
+    settings = {k: draccus.encode(m) for k, m in methods(model, small.rank, small.steps, svd_cache="").items()}
     return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small))
 
 
 def real_comparison(folder: Path, real: Real) -> Comparison:
     model = skeleton(Source.open(real.model).path, torch.float32, "sdpa")
     settings, tuning = (
-        {k: asdict(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"}
+        {k: draccus.encode(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"}
         for short in (False, True)
     )
     return Comparison(folder, real, settings, tuning, partial(run_real, real))
