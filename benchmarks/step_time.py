@@ -13,6 +13,12 @@ by one from round to round, so that whatever else the machine is doing hits them
 least and greatest of the per-round ratios to the limit. The embeddings' output requires a gradient in all of them, so
 that the input gradient flows through every layer. The optimizer's step is not part of it. Weights are random; only the
 shapes matter.
+
+    python benchmarks/step_time.py --directions
+
+times whole steps of LoRA, the optimizer's part included, with every direction and with LoRA+, as multiples of LoRA's
+step. It also prints what a step adds to the traffic of sharded engines: the gradients of A and B go to every rank, and
+under ZeRO-3 and FSDP2 their values too.
 """
 
 import argparse
@@ -32,9 +38,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
+from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method, attach
+from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Dense
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.numerics.optimizers import Optimization
 
+RATE, CLIP = 1e-4, 1.0
 VOCABULARY = 512  # small, so that the linears dominate
 
 
@@ -129,6 +141,56 @@ def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
     return models | {name: model if name == "losia slot" else without_slot(model) for name, model in ours.items()}
 
 
+class Stepped:
+    """LoRA with an optimizer, in one process."""
+
+    def __init__(self, model: nn.Module, method: LoRA) -> None:
+        self.method, self.step = method, 1000  # behind every warm-up
+        self.adapters = attach(model, method, Dense(model.dtype))
+        for adapter in self.adapters:  # B is not zero in a step like any other
+            adapter.B.data.normal_(std=0.01)
+        optim = "sgd" if method.own_step else "adamw"
+        self.engine = Plain()
+        settings = Optimization(RATE, optim=optim, max_grad_norm=0.0 if method.directs else CLIP)
+        self.model = self.engine.wrap(model, settings, own_rows)
+        self.trained = sum(p.numel() for p in self.engine.params)
+
+    def __call__(self, ids: Tensor) -> float:
+        """Make a step; return its seconds."""
+        start = time.perf_counter()
+        self.engine.backward(self.model(input_ids=ids, labels=ids).loss)
+        rates = self.method.rates(self.adapters, self.step, 10_000, lambda step: RATE)
+        make_step(self.engine, self.method, self.adapters, self.step, rates, CLIP)
+        self.step += 1
+        return time.perf_counter() - start
+
+
+def own_rows(name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, Tensor]:
+    """What a model without a checkpoint is filled with: what it has, not copied."""
+    return {key: getattr(module, key).data[at] for key, at in rows.items()}
+
+
+def whole_steps(limit: nn.Module, rank: int, ids: Tensor, rounds: int) -> None:
+    """Time whole steps with every direction and print the table."""
+    kinds = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
+    methods = {"lora": LoRA(rank=rank), "lora+": LoRA(rank=rank, b_rate=16.0)}
+    methods |= {name: LoRA(rank=rank, direction=kind()) for name, kind in kinds.items()}
+    arms = {name: Stepped(shared(limit), method) for name, method in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for i in range(rounds + 2):
+        order = list(arms)
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            taken = arms[name](ids)
+            if i >= 2:  # warm-up
+                seconds[name].append(taken)
+    print("ratios to LoRA's step; bytes that a step adds to the traffic of ZeRO-1 and 2 | of ZeRO-3 and FSDP2")
+    print(f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}   bytes")
+    for name, row in summary(seconds, "lora").items():
+        floats = 4 * arms[name].trained if methods[name].directs else 0
+        ratios = f"{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}"
+        print(f"{name:16}{ratios}{1000 * row['seconds']:9.1f}   {floats:,} | {2 * floats:,}")
+
+
 def step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
     """Run one forward and backward; return (seconds, loss). Gradients are freed when the clock has stopped."""
     start = time.perf_counter()
@@ -153,10 +215,10 @@ def measure(models: dict[str, nn.Module], ids: Tensor, rounds: int) -> dict[str,
     return seconds
 
 
-def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summary(seconds: dict[str, list[float]], reference: str = "limit") -> dict[str, dict[str, float]]:
     rows = {}
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["limit"], strict=True)]
+        ratios = [a / b for a, b in zip(times, seconds[reference], strict=True)]
         rows[name] = {
             "median": statistics.median(ratios),
             "min": min(ratios),
@@ -185,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--directions", action="store_true", help="whole steps of LoRA with every direction instead")
     parser.add_argument("--only", nargs="*", help="names of the rows to measure, beside the limit")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
@@ -192,6 +255,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     limit = llama(args.hidden, args.layers, args.tokens, getattr(torch, args.dtype))
+    if args.directions:
+        shown = ("hidden", "layers", "tokens", "rank", "dtype", "threads", "rounds")
+        print(*(f"{name}={getattr(args, name)}" for name in shown), cpu_name())
+        return whole_steps(limit, args.rank, torch.randint(VOCABULARY, (1, args.tokens)), args.rounds)
     models = arms(limit, args.rank)
     models = {name: model for name, model in models.items() if name == "limit" or not args.only or name in args.only}
     trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
