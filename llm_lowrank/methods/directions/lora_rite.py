@@ -76,11 +76,12 @@ class LoRARITE(Direction):
         if "rite_steps" not in memory:  # where a method has its own entries too
             memory.update(self.start(pairs))
         memory["rite_steps"] += 1
-        step_A = self._step("A", gradients.A, _inverse_root(pairs.B), memory)
-        step_B = self._step("B", gradients.B.T, _inverse_root(pairs.A.T), memory).T
+        of_B, of_A = _inverse_root(pairs.B), _inverse_root(pairs.A.T)
+        step_A = self._step("A", gradients.A, of_B, memory)
+        step_B = self._step("B", gradients.B.T, of_A, memory).T
         kept = 1 - update.rate * update.weight_decay  # as the optimizer will do it
-        new = Pairs(kept * pairs.B - update.rate * step_B, kept * pairs.A - update.rate * step_A)
-        _change_basis(pairs, new, memory)
+        _change_basis("A", pairs.B, kept * pairs.B - update.rate * step_B, of_B, memory)
+        _change_basis("B", pairs.A.T, kept * pairs.A.T - update.rate * step_A.T, of_A, memory)
         memory["rite_fresh_A"].zero_()
         memory["rite_fresh_B"].zero_()
         return Pairs(step_B, step_A)
@@ -99,9 +100,9 @@ class LoRARITE(Direction):
     def rebase(self, before: Pairs, after: Pairs, memory: dict[str, Tensor]) -> None:
         if "rite_steps" not in memory:  # no step was made yet
             return
-        for name in ("A", "B"):
+        for name, old, new in (("A", before.B, after.B), ("B", before.A.T, after.A.T)):
             memory[f"rite_fresh_{name}"].copy_(memory[f"rite_V_{name}"].diagonal().mean())
-        _change_basis(before, after, memory)
+            _change_basis(name, old, new, _inverse_root(old), memory)
 
 
 def _decay(beta: float, t: Tensor) -> Tensor:
@@ -114,11 +115,10 @@ def _inverse_root(factor: Tensor) -> Tensor:
     return Spectrum.of(factor.T @ factor).power(-0.5)
 
 
-def _change_basis(old: Pairs, new: Pairs, memory: dict[str, Tensor]) -> None:
-    """Express the moments in the bases of other pairs: those of A in the basis of B, those of B in that of A."""
-    for name, before, after in (("A", old.B, new.B), ("B", old.A.T, new.A.T)):
-        P = _inverse_root(after) @ (after.T @ before) @ _inverse_root(before)
-        M, V, fresh = memory[f"rite_M_{name}"], memory[f"rite_V_{name}"], memory[f"rite_fresh_{name}"]
-        M.copy_(P @ M.double())
-        rotated = P @ V @ P.T + fresh * (torch.eye(len(P), dtype=P.dtype, device=P.device) - P @ P.T)
-        V.copy_((rotated + rotated.T) / 2)
+def _change_basis(name: str, old: Tensor, new: Tensor, inverse_root: Tensor, memory: dict[str, Tensor]) -> None:
+    """Express the moments of a factor in the basis of the new other factor. inverse_root: H^-1 of the old one."""
+    P = _inverse_root(new) @ (new.T @ old) @ inverse_root
+    M, V, fresh = memory[f"rite_M_{name}"], memory[f"rite_V_{name}"], memory[f"rite_fresh_{name}"]
+    M.copy_(P @ M.double())
+    rotated = P @ V @ P.T + fresh * (torch.eye(len(P), dtype=P.dtype, device=P.device) - P @ P.T)
+    V.copy_((rotated + rotated.T) / 2)
