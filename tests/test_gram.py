@@ -78,5 +78,5 @@ def test_there_is_no_balance_for_a_singular_matrix(lacking):
 
 def test_sylvester_solves_its_equation():
     m, n, c = gram(7), gram(8), random(R, R, seed=9)
-    x = sylvester(Spectrum.of(m), Spectrum.of(n), c, damping=0.1)
+    x = sylvester(Spectrum.of(m), Spectrum.of(n), c, damping=torch.tensor(0.1, dtype=torch.float64))
     close(m @ x + x @ n + 0.1 * x, c)

@@ -21,7 +21,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
-from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -38,19 +37,13 @@ STEPS = 4
 # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
-# With settings that fit a run of 4 steps; a direction that is not here runs with its defaults.
-DIRECTIONS: dict[str, Direction] = {
-    name: kind(**({"warmup": 2} if hasattr(kind, "warmup") else {}))
-    for name, kind in Direction.get_known_choices().items()
-    if name != "none"
-}
 # Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
 SETTINGS: dict[str, dict[str, dict]] = {
     "lora": {
         "lora": PAIRS,
         "lora-rslora": dict(PAIRS, alpha=6, use_rslora=True),  # s = 3
         "lora-b-rate": dict(PAIRS, alpha=6, b_rate=4.0),
-        **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in DIRECTIONS.items()},
+        **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in tiny.DIRECTIONS.items()},
     },
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
@@ -92,6 +85,7 @@ EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 # the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
+THINNER = (*tiny.DIRECTIONS, "b-rate", *CALIBRATED)  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]
 
 
@@ -126,7 +120,7 @@ def over(cells: list[Cell]) -> pytest.MarkDecorator:
     """
     wide = [
         ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
-        or (cell[0].removeprefix("lora-") in (*DIRECTIONS, "b-rate", *CALIBRATED) and cell[3] not in ("fp32", "nf4"))
+        or (cell[0].removeprefix("lora-") in THINNER and cell[3] not in ("fp32", "nf4"))
         for cell in cells
     ]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]

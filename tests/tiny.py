@@ -11,7 +11,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llm_lowrank.methods  # noqa: F401 - registers directions
 from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
@@ -102,6 +104,14 @@ ENGINES: dict[str, tuple[str, Callable[..., object]]] = {
     "zero2": ("deepspeed", partial(_zero, 2)),
     "zero3": ("deepspeed", partial(_zero, 3)),
     "fsdp": ("fsdp", Sharding),
+}
+
+
+# Every direction, with settings that fit a run of a few steps.
+DIRECTIONS: dict[str, Direction] = {
+    name: kind(**({"warmup": 1} if "warmup" in kind.__dataclass_fields__ else {}))
+    for name, kind in Direction.get_known_choices().items()
+    if name != "none"
 }
 
 

@@ -23,18 +23,25 @@ class Spectrum:
 
     values: Tensor  # (r,)
     V: Tensor  # (r, r), orthonormal columns
+    rank: int  # how many values were not cut
 
     @staticmethod
     def of(gram: Tensor) -> Spectrum:
-        """Decompose a symmetric positive semidefinite matrix (r, r). The result lies on the device of `gram`."""
+        """Decompose a symmetric positive semidefinite matrix (r, r). The result lies on the device of `gram`.
+
+        The host waits for the device once.
+        """
         found, vectors = torch.linalg.eigh(gram.detach().to("cpu", torch.float64))
-        values = torch.where(found > CUT * found[-1], found, 0.0)
-        return Spectrum(values.to(gram.device), vectors.to(gram.device))
+        kept = found > CUT * found[-1]
+        both = torch.cat([torch.where(kept, found, 0.0)[None], vectors])  # in one copy
+        if gram.device.type != "cpu":
+            both = both.pin_memory().to(gram.device, non_blocking=True)
+        return Spectrum(both[0], both[1:], int(kept.sum()))
 
     @property
     def full_rank(self) -> bool:
         """Whether no direction was cut."""
-        return bool((self.values > 0).all())
+        return self.rank == len(self.values)
 
     def power(self, exponent: float) -> Tensor:
         """The matrix to this power, (r, r); with a negative exponent the pseudo-inverse's: cut directions stay zero."""
@@ -59,8 +66,8 @@ def balancing(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor] | None:
     return inverse @ inner.power(0.5) @ inverse, root @ inner.power(-0.5) @ root
 
 
-def sylvester(m: Spectrum, n: Spectrum, c: Tensor, damping: float) -> Tensor:
-    """Return X with M X + X N + damping X = C, (r, r).
+def sylvester(m: Spectrum, n: Spectrum, c: Tensor, damping: Tensor) -> Tensor:
+    """Return X with M X + X N + damping X = C, (r, r). damping: a number.
 
     M = U diag(l) U^T,  N = V diag(k) V^T:      X = U [(U^T C V)_ij / (l_i + k_j + damping)] V^T
     """

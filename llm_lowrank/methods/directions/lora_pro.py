@@ -61,7 +61,7 @@ class LoRAPro(Direction):
         a = inverse_B @ gradients.A / update.scale**2
         b = gradients.B @ inverse_A / update.scale**2
         b = b - B @ (inverse_B @ (B.T @ b))  # never the (m, m) projection
-        X = sylvester(of_B, of_A, -a @ A.T, float(self._damping(of_B) + self._damping(of_A)))
+        X = sylvester(of_B, of_A, -a @ A.T, self._damping(of_B) + self._damping(of_A))
         return Pairs(b - B @ X, a + X @ A)
 
     def _damping(self, gram: Spectrum) -> Tensor:
