@@ -131,6 +131,7 @@ class Simulation:
     def __init__(self) -> None:
         self.counts: Counts | None = None
         self.pinned: dict[int, torch.Tensor] = {}  # address of the storage -> what keeps it alive
+        self.seeds: set[int] = set()  # of the device's generators
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
@@ -165,7 +166,8 @@ class Simulation:
         # a factory such as torch.empty(..., device=lazy)
         made = is_lazy(kwargs.get("device"))
         if made:
-            if kwargs.get("generator") is not None:
+            generator = kwargs.get("generator")
+            if generator is not None and generator.initial_seed() not in self.seeds:
                 raise DeviceMix(f"{func} with a generator of the host for a tensor of the device at {place()}")
             kwargs = {**kwargs, "device": torch.device("cpu")}
         to_host = not made and kwargs.get("device") is not None
@@ -252,6 +254,20 @@ class _Autocast:
         return self.inner and self.inner.__exit__(*exception)
 
 
+class _Generator(torch.Generator):
+    """torch.Generator, which cannot be of the device. A mode gets another object of it, and knows it by its seed."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made = super().__new__(cls, "cpu" if is_lazy(device) else device)
+        made.on_device = is_lazy(device)
+        return made
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        if self.on_device:
+            Accelerator.current.seeds.add(seed)
+        return super().manual_seed(seed)
+
+
 class Accelerator:
     """While entered, engines have the simulated device."""
 
@@ -266,6 +282,7 @@ class Accelerator:
             (torch.amp.autocast_mode, "autocast", torch.amp.autocast_mode.autocast),
             (torch, "is_autocast_enabled", enabled),
             (torch.Tensor, "pin_memory", torch.Tensor.pin_memory),
+            (torch, "Generator", torch.Generator),
             (torch, "lazy", None),
         ]
 
@@ -280,6 +297,7 @@ class Accelerator:
             False if kind == "lazy" else enabled(kind) if kind else enabled()
         )
         torch.lazy = SimpleNamespace(_initialized=False)  # type: ignore[attr-defined]  # no random state of its own
+        torch.Generator = _Generator  # type: ignore[misc]
         torch.Tensor.pin_memory = pin  # type: ignore[method-assign, assignment]
         self.mode = _Mode()
         self.mode.__enter__()

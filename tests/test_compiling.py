@@ -69,12 +69,12 @@ def test_a_layer_is_one_graph_over_every_codec(codec):
     compare("lora", "plain", codec, "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["srlora-bank", "dora", "relora-bank"])
+@pytest.mark.parametrize("name", ["srlora-bank", "dora", "relora-bank", "lora_ga"])
 def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token"])
+@pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token", "flat_lora"])
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=True)
 

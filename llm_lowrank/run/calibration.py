@@ -19,6 +19,7 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import IGNORE, Batches, MicroBatch, StreamBatches
 from llm_lowrank.engines import Engine
 from llm_lowrank.models.attention import joins_rows
+from llm_lowrank.models.compiling import eagerly
 from llm_lowrank.run.held_out import batch_loss
 from llm_lowrank.run.prepare import Run
 
@@ -78,7 +79,8 @@ def calibrate_on(
 
     for adapter in adapters:
         adapter.started()  # the samples go through the model as it is now
-    method.calibrate(list(adapters), engine, backward)
+    with eagerly():  # no graph of a layer has probes
+        method.calibrate(list(adapters), engine, backward)
 
 
 @contextmanager
