@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from llm_lowrank.adapters.direction import Direction, Update
+from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.redirect import redirect
 from llm_lowrank.methods.directions.riemannian import Riemannian
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.rasa import RaSA
+from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks, tiny
 from tests.tiny import Trainee
@@ -22,7 +25,7 @@ from tests.tiny import Trainee
 ENGINES = pytest.mark.parametrize(
     "engine, world", [(name, world) for name in tiny.ENGINES for world in (1, 2, 3)], ids=lambda x: str(x)
 )
-RATE = 1e-2
+RATE, STEPS = 1e-2, 6
 
 
 def ramp(t: Tensor) -> Tensor:
@@ -154,6 +157,39 @@ def count(engine: str) -> tuple[int, int]:
 def test_gradients_travel_once_and_values_where_they_are_sharded(engine, times):
     for traffic, elements in ranks.run(2, count, engine):
         assert traffic - 8 == times * elements  # 8 bytes: the sum for the norm
+
+
+def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Direction -> values after four steps of a run that was stopped after two of them, and of one that was not."""
+    found = {}
+    for name, rule in tiny.DIRECTIONS.items():
+        method = SRLoRA(rank=3, target_rank=6, svd_cache="", into="bank") if rule.survives_exchange else LoRA(rank=3)
+        method = replace(method, direction=rule)
+        exchanges = method.schedule(STEPS)
+
+        def advance(t: Trainee, steps: range, method: Method = method, exchanges: tuple = exchanges) -> Trainee:
+            for step in steps:
+                t.step(step)
+                if step + 1 in exchanges:
+                    method.exchange(t.adapters, t.engine, step + 1)
+            return t
+
+        whole = advance(Trainee(method, engine, total=STEPS), range(STEPS))
+        half = advance(Trainee(method, engine, total=STEPS), range(STEPS // 2))
+        saved = half.save(Path(folder) / name, STEPS // 2)
+        resumed = advance(Trainee(method, engine, total=STEPS, resume_from=saved), range(STEPS // 2, STEPS))
+        found[name] = resumed.values(), whole.values()
+    return found
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)])
+def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path):
+    """With an exchange before the stop and another one behind it, where the direction allows exchanges."""
+    assert len(SRLoRA(rank=3, target_rank=6, svd_cache="").schedule(STEPS)) >= 2
+    for found in ranks.run(world, stopped_and_whole, engine, str(tmp_path), timeout=120):
+        assert found.keys() == tiny.DIRECTIONS.keys()
+        for name, (resumed, whole) in found.items():
+            assert all(torch.equal(resumed[key], value) for key, value in whole.items()), name
 
 
 def test_a_direction_over_other_layers_is_refused():
