@@ -23,7 +23,9 @@ from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
+from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora_ga import LoRAGA
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.models import loss
@@ -41,6 +43,8 @@ METHODS: dict[str, Method] = {
     "lora": LoRA(**HEAD),
     "dora": DoRA(**HEAD),
     "droplora": DropLoRA(**HEAD, mask="step"),
+    "flat_lora": FlatLoRA(**HEAD, sigma=0.5),
+    "lora_ga": LoRAGA(**HEAD, samples=6, svd_niter=1),
     "losia": LoSiA(factor=0.5, output_factor=0.5, period=1, rewarm_steps=2, target_modules=MODULES),
     "losia-whole-gradients": LoSiA(factor=0.5, output_factor=0.5, period=1, target_modules=MODULES, pro=False),
 }

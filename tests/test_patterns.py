@@ -20,6 +20,7 @@ from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora_ga import LoRAGA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
@@ -139,6 +140,7 @@ METHODS = {
     "dora": DoRA(**PATTERNS),
     "dora-rslora": DoRA(**PATTERNS, use_rslora=True),
     "droplora": DropLoRA(**PATTERNS, mask="step"),
+    "lora_ga": LoRAGA(**PATTERNS, samples=6, svd_niter=1),
     "lora-plain": LoRA(rank=4, alpha=6, target_modules=MODULES),
     "rslora": LoRA(rank=4, alpha=6, target_modules=MODULES, use_rslora=True),
     "only ranks": LoRA(rank=4, target_modules=MODULES, rank_pattern=PATTERNS["rank_pattern"]),
@@ -167,7 +169,7 @@ def test_trained_with_patterns_the_export_gives_the_same_logits_in_peft_and_merg
             alpha = rank if method.alpha is None else method.alpha
         assert (a.rank, a.A.shape[0], a.B.shape[1]) == (rank, rank, rank)
         assert a.scale == pytest.approx(alpha / (rank**0.5 if method.use_rslora else rank))
-        assert (a.bank_A is not None) == (label == "relora-bank") and (a.bank_A is None or len(a.bank_A) == 2 * rank)
+        assert (0 if a.bank_A is None else len(a.bank_A)) == {"relora-bank": 2, "lora_ga": 1}.get(label, 0) * rank
     save_adapter(t.engine, t.adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path="base")
     for_one_scale(t, tmp_path / "adapter")
     llama().save_pretrained(tmp_path / "base")
@@ -197,7 +199,7 @@ def for_one_scale(t: Trainee, folder: Path) -> None:
         wanted = sum(exact(e) for e in a.ledger) + exact(a.change(t.engine.whole))
         for scale in (config["lora_alpha"] / config["r"], config["lora_alpha"] / len(down)):
             assert (scale * up @ down - wanted).norm() <= 1e-6 * wanted.norm()
-    if not t.method.one_scale and not isinstance(t.method, PiSSA | ReLoRA):
+    if not t.method.one_scale and not isinstance(t.method, PiSSA | ReLoRA | LoRAGA):
         assert config["lora_alpha"] == config["r"] == max(a.rank for a in as_pair_adapters(t.adapters))
 
 
