@@ -65,6 +65,8 @@ def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
 class _Lion(Lion):
     """lion_pytorch's Lion, whose operations each take all tensors of a group."""
 
+    param_groups: Groups
+
     def step(self, closure: None = None) -> None:
         # torch refuses an empty list, and DeepSpeed's ZeRO-3 empties all groups but the one that it steps
         groups = self.param_groups
