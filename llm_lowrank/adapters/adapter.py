@@ -228,6 +228,7 @@ class PairAdapter(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        direction = self.direction()
         return adapter_linear(
             x,
             self.parts(),
@@ -237,7 +238,8 @@ class PairAdapter(Adapter):
             bias=self.bias,
             bank=bank,
             dropped=dropped,
-            direction=self.direction(),
+            direction=direction,
+            multiply=self.multiply(x) if direction is None else None,
         )
 
     def factors(self) -> tuple[nn.Parameter, ...]:

@@ -42,7 +42,8 @@ class MicroBatch(NamedTuple):
 
     def pinned(self) -> "MicroBatch":
         """Return the batch in pinned memory, which a CUDA device reads while the host does something else."""
-        return self._make(value.pin_memory() if isinstance(value, Tensor) else value for value in self)
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**pinned)
 
     def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Any]:
         """Return the arguments of the model's forward, on `device`.
