@@ -51,6 +51,10 @@ class Codec(ABC):
     def decode(self, parts: dict[str, Tensor], n: int) -> Tensor:
         """Return W (m, n) in `dtype`."""
 
+    def decode_fused(self, parts: dict[str, Tensor], n: int) -> Tensor:
+        """Return the same, bit for bit, by a kernel that torch.compile makes if that is faster."""
+        return self.decode(parts, n)
+
     def multiplies(self, n: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Return whether `multiply` can be called: whether there is a kernel for x (t, n) of this type and device."""
         return False

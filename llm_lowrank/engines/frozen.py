@@ -55,9 +55,10 @@ class FrozenLinear(nn.Module):
     def parts(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.named_parts().values())
 
-    def decode(self, *parts: Tensor) -> Tensor:
+    def decode(self, *parts: Tensor, after: Tensor | None = None) -> Tensor:
+        """Return W (m, n) of its parts. after: a tensor that a compiled graph must have computed before."""
         if torch.compiler.is_compiling() and not self.codec.writable:
-            return opaque.decode(list(parts), self.codec_name, self.shape[1])[: self.shape[0]]
+            return opaque.decode(list(parts), self.codec_name, self.shape[1], after)[: self.shape[0]]
         return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
 
     def multiply(self, x: Tensor) -> Multiply | None:

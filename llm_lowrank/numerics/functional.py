@@ -100,6 +100,15 @@ def adapter_linear(
     )
 
 
+def _again(decode: Decode, parts: tuple[Tensor, ...], g: Tensor) -> Tensor:
+    """Return W in backward.
+
+    torch.compile sees forward and backward together: of two decodings of the same parts it would make one, and keep
+    every W from forward to backward. A decoding that also names its gradient g can only be in backward.
+    """
+    return decode(*parts, after=g) if torch.compiler.is_compiling() else decode(*parts)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,7 +127,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            dx = (g.to(ctx.dtype) @ ctx.decode(*parts).to(ctx.dtype)).to(ctx.x_dtype)
+            dx = (g.to(ctx.dtype) @ _again(ctx.decode, parts, g).to(ctx.dtype)).to(ctx.x_dtype)
         return dx, None, None, None, *(None for _ in parts)
 
 
@@ -210,7 +219,7 @@ class _AdapterLinear(torch.autograd.Function):
                 rows = rows * growth.to(dtype)
             # W's part
             if needs[0]:
-                dx = rows @ ctx.decode(*parts).to(dtype)  # (t, n)
+                dx = rows @ _again(ctx.decode, parts, g).to(dtype)  # (t, n)
             # the products' part of the gradient goes to the tensor that they read
             if needs[1]:
                 ddropped = torch.zeros_like(dx if dx is not None else read)  # (t, n)
