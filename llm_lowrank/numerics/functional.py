@@ -230,26 +230,32 @@ class _AdapterLinear(torch.autograd.Function):
             for j, ((A, B, gate), h) in enumerate(zip(products, hidden, strict=True)):
                 need_A, need_B, need_gate = needs[FIXED + 3 * j : FIXED + 3 * j + 3]
                 dA = dB = dgate = None
+                d = None if gate is None else gate.to(dtype)
                 # without dropout the bank joins the first product, as in forward
                 joint = into is not None and bank_A is not None and not ctx.dropped and j == 0
                 # u is shared by the gradients of the input, of A and of the gate
                 if into is not None or need_A or need_gate:
                     u = rows @ _all_B(B, bank_B if joint else None, dtype)  # (t, r), (t, r + k)
-                    v = u if gate is None else u * gate.to(dtype)
+                    v = u if d is None else u * d
                     if into is not None:
                         into.addmm_(v, _all_A(A, bank_A if joint else None, dtype), alpha=s)
                     if need_A:
-                        dA = product_as(v[:, : len(A)].T, read, A.dtype).mul_(s)  # (r, n)
+                        dA = _scaled_(product_as(v[:, : len(A)].T, read, A.dtype), s)  # (r, n)
                     if need_gate and gate is not None:
-                        dgate = (u * h).to(gate.dtype).sum(0).mul_(s)  # (r,)
+                        dgate = _scaled_((u * h).sum(0, dtype=gate.dtype), s)  # (r,)
                 if need_B:
-                    gated = h if gate is None else h * gate.to(dtype)  # (t, r)
-                    dB = product_as(gated.T, rows, B.dtype).T.mul_(s)  # (m, r); h^T g runs faster than g^T h
+                    gated = h if d is None else h * d  # (t, r)
+                    dB = _scaled_(product_as(gated.T, rows, B.dtype), s).T  # (m, r); h^T g runs faster than g^T h
                 product_gradients += [dA, dB, dgate]
         shape = (*g.shape[:-1], products[0].A.shape[1])
         dx, ddropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, ddropped))
         fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None, None)  # in the order of FIXED
         return *fixed, *product_gradients, *(None for _ in parts)
+
+
+def _scaled_(t: Tensor, s: float) -> Tensor:
+    """Return s t, in the place of t. The usual scale is 1, and a kernel that multiplies by it would not be free."""
+    return t if s == 1 else t.mul_(s)
 
 
 def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
