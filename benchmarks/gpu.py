@@ -64,7 +64,7 @@ ITEMS: dict[str, Item] = {
     "exchange": Item(MODELS, "exchange", 60, "SRLoRA's start and exchange, of the whole model."),
     "launcher": Item(LAWS, "launcher", 90, "torchrun launch/train.py, ZeRO-3 and nf4, stopped and resumed."),
     "compile": Item(MODELS, "compiled", 60, "torch.compile of each decoder layer, four layers."),
-    "generation": Item(MODELS, "generation", 40, "Answers of the model in nf4, and the linear of few rows."),
+    "generation": Item(MODELS, "generation", 40, "Answers of the model in nf4, decoded or not; same: of the tokens."),
 }
 
 
@@ -135,9 +135,7 @@ def work(items: dict[str, Item], args: argparse.Namespace, pipe: Connection) -> 
     """Do items one after the other, and say which has begun and which has ended."""
     # warnings and progress go to a file: of the output on a machine that is lent, often only the end comes back
     os.dup2(os.open(args.out / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    import gc
-
-    import torch
+    from benchmarks.gpu_device import start
 
     card = machine(args)
     for module in {item.module for item in items.values()}:
@@ -145,7 +143,8 @@ def work(items: dict[str, Item], args: argparse.Namespace, pipe: Connection) -> 
             import_module(module)  # now, for it takes the time of no item
     for name, item in items.items():
         pipe.send(("began", name))
-        results, began = Results(name, args.out, card, item.seconds, args.small), time.monotonic()
+        results = Results(name, args.out, card, item.seconds, left=round(start(), 3), small=args.small)
+        began = time.monotonic()
         broken = False
         try:
             getattr(import_module(item.module), item.function)(args, results)
@@ -156,9 +155,6 @@ def work(items: dict[str, Item], args: argparse.Namespace, pipe: Connection) -> 
         pipe.send(("ended", name))
         if broken:
             return  # nothing can be done on the device any more by this process
-        gc.collect()  # models hang together in circles
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
 
 def said(rows: list) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +44,22 @@ def median_of(call: Callable[[], object], warm: int = 3, rounds: int = 10) -> fl
     return statistics.median(seconds_of(call) for _ in range(rounds))
 
 
+_left = 0  # bytes on the device that `start` found
+
+
+def start() -> float:
+    """Free what nothing refers to, and let peaks count from what is held now, which earlier work left; return its GB.
+
+    DeepSpeed, for one, keeps its buffers until a process ends.
+    """
+    global _left
+    gc.collect()  # models hang together in circles
+    if CUDA:
+        torch.cuda.empty_cache()
+    _left = reset_peak()
+    return _left / 1e9
+
+
 def reset_peak() -> int:
     """Let the peak of memory start from what is held now; return that."""
     if not CUDA:
@@ -51,6 +68,6 @@ def reset_peak() -> int:
     return torch.cuda.memory_allocated()
 
 
-def peak(above: int = 0) -> dict[str, float]:
-    """The figure of the peak of the device's memory; none on the CPU."""
-    return {"peak GB": (torch.cuda.max_memory_allocated() - above) / 1e9} if CUDA else {}
+def peak(above: int | None = None) -> dict[str, float]:
+    """The peak of the device's memory above so many bytes, or above what `start` found; no figure on the CPU."""
+    return {"peak GB": (torch.cuda.max_memory_allocated() - (_left if above is None else above)) / 1e9} if CUDA else {}

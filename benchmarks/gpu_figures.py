@@ -50,11 +50,13 @@ def decode(args: argparse.Namespace, results: Results) -> None:
     m, n = shape(args)
     copied = copy_rate(args.small)
 
-    def cell(codec: Codec) -> Row:
+    def cell(codec: Codec, fused: bool = False) -> Row:
         w = random(m, n)
         parts = codec.encode(w)
         nbytes = sum(part.nbytes for part in parts.values()) + 2 * m * n
-        seconds = median_of(lambda: codec.decode(parts, n))
+        decode = codec.decode_fused if fused else codec.decode
+        assert torch.equal(decode(parts, n), codec.decode(parts, n))
+        seconds = median_of(lambda: decode(parts, n))
         encoding = median_of(lambda: codec.encode(w), 1, 3)
         share = nbytes / seconds / copied
         return {"decode ms": 1e3 * seconds, "of copy": share, "encode ms": 1e3 * encoding}
@@ -62,6 +64,7 @@ def decode(args: argparse.Namespace, results: Results) -> None:
     results.cell("nf4", partial(cell, Nf4(BF16)))
     results.cell("nf4, double", partial(cell, Nf4(BF16, double_quant=True)))
     results.cell("int8", partial(cell, Int8(BF16)))
+    results.cell("int8, compiled", partial(cell, Int8(BF16), fused=True))  # as under torch_compile: true
 
 
 def layer(args: argparse.Namespace, results: Results) -> None:

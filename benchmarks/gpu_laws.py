@@ -200,6 +200,9 @@ def codecs(args: argparse.Namespace, results: Results) -> None:
             results.cell(f"decodes as on the CPU, {codec}, {m} x {n}", call)
         for check in checks.CHECKS:
             results.cell(f"{check.__name__.removeprefix('test_')}, {codec}", partial(cell, check, codec))
+    for codec in checks.NF4:
+        call = partial(cell, checks.test_products_with_codes_are_those_of_the_decoded_weight, codec)
+        results.cell(f"products with codes are those of the decoded weight, {codec}", call)
 
 
 # --- as a user starts it ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import statistics
 import tempfile
@@ -38,10 +39,11 @@ from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
+from llm_lowrank.codecs import nf4 as nf4_codec
 from llm_lowrank.codecs.base import from_bytes
 from llm_lowrank.codecs.nf4 import levels
 from llm_lowrank.engines.base import Engine, Optimization
-from llm_lowrank.engines.frozen import FrozenLinear
+from llm_lowrank.engines.frozen import FrozenLinear, codes_multiplied
 from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.models.architectures import skeleton
@@ -224,14 +226,23 @@ def stepping(model: Any, ids: Tensor, *, theirs: bool = False, peft: bool = Fals
     return step
 
 
-def turns(results: Results, arms: dict[str, Callable[[], float]], rounds: int, figures: Callable[[float], Row]) -> None:
-    """Time arms in turns and add a row for each; the first one is what the others' ratios are to."""
+def turns(
+    results: Results,
+    arms: dict[str, Callable[[], float]],
+    rounds: int,
+    figures: Callable[[float], Row],
+    beside: bool = False,
+) -> None:
+    """Time arms in turns and add a row for each; the first one is what the others' ratios are to.
+
+    beside: the arms are models of their own, and memory is the peak above that of all of them at rest.
+    """
     known: dict[str, Row] = {}
     for name, step in arms.items():
         try:
             step()
-            reset_peak()
-            known[name] = {"loss": step(), **peak()}
+            held = reset_peak()
+            known[name] = {"loss": step(), **peak(held if beside else None)}
         except Exception as error:
             results.add(name, **failure(error))
             if "CUDA error" in str(error):
@@ -301,34 +312,36 @@ def dense(args: argparse.Namespace, results: Results) -> None:
 
 def nf4(args: argparse.Namespace, results: Results) -> None:
     """The model in nf4 beside PEFT over bitsandbytes, and in int8."""
-    method = KINDS["lora"](rank=args.rank)
     earlier = read(results.out).get("dense", {"rows": []})["rows"]
     in_bf16 = [row["ms"] for row in earlier if row["row"] == "lora" and "ms" in row]
-    ids = tokens(args)
     for name, codec in (("", Nf4(BF16)), ("int8 ", Int8(BF16))):
-        trained = loaded(args, method, codec, args.layers)
-        results.add(f"{name}load", s=trained.seconds)
-        model = trained.model
-        arms = {f"{name}limit": stepping(sharing(model, decoding), ids), f"{name}lora": stepping(model, ids)}
-        if not name:
-            try:
-                stepping(sharing(model, four_bit), ids)()
-            except Exception as error:
-                if CUDA:
-                    raise
-                results.add("peft", skipped=f"Linear4bit does not work here: {type(error).__name__}: {error}")
-            else:
-                peft = with_peft(sharing(model, four_bit), args.rank, True)
-                arms["bitsandbytes, frozen"] = stepping(sharing(model, four_bit), ids)
-                arms["peft, our loss"] = stepping(peft, ids, peft=True)
-                arms["peft"] = stepping(peft, ids, theirs=True, peft=True)
-        rate = rates(args, model)
+        quantized(args, results, name, codec, in_bf16)
+        gc.collect()  # the next model begins without this one
 
-        def figures(seconds: float, rate: Callable[[float], Row] = rate) -> Row:
-            return rate(seconds) | ({"of bf16": 1e3 * seconds / in_bf16[0]} if in_bf16 else {})
 
-        turns(results, arms, args.rounds, figures)
-        del trained, model, arms
+def quantized(args: argparse.Namespace, results: Results, name: str, codec: Codec, in_bf16: list[float]) -> None:
+    trained, ids = loaded(args, KINDS["lora"](rank=args.rank), codec, args.layers), tokens(args)
+    results.add(f"{name}load", s=trained.seconds)
+    model = trained.model
+    arms = {f"{name}limit": stepping(sharing(model, decoding), ids), f"{name}lora": stepping(model, ids)}
+    if isinstance(codec, Nf4):
+        try:
+            stepping(sharing(model, four_bit), ids)()
+        except Exception as error:
+            if CUDA:
+                raise
+            results.add("peft", skipped=f"Linear4bit does not work here: {type(error).__name__}: {error}")
+        else:
+            peft = with_peft(sharing(model, four_bit), args.rank, True)
+            arms["bitsandbytes, frozen"] = stepping(sharing(model, four_bit), ids)
+            arms["peft, our loss"] = stepping(peft, ids, peft=True)
+            arms["peft"] = stepping(peft, ids, theirs=True, peft=True)
+    rate = rates(args, model)
+
+    def figures(seconds: float) -> Row:
+        return rate(seconds) | ({"of bf16": 1e3 * seconds / in_bf16[0]} if in_bf16 else {})
+
+    turns(results, arms, args.rounds, figures)
 
 
 def speeds(args: argparse.Namespace, results: Results) -> None:
@@ -353,7 +366,7 @@ def speeds(args: argparse.Namespace, results: Results) -> None:
         if not arms:
             arms["limit"] = stepping(sharing(model, dense_linear), ids)
         arms[name] = stepping(model, ids)
-    turns(results, arms, args.rounds, lambda seconds: {})
+    turns(results, arms, args.rounds, lambda seconds: {}, beside=True)
 
 
 def exchange(args: argparse.Namespace, results: Results) -> None:
@@ -381,61 +394,77 @@ def exchange(args: argparse.Namespace, results: Results) -> None:
 
 def compiled(args: argparse.Namespace, results: Results) -> None:
     """torch.compile of each decoder layer, over bf16 and nf4."""
-    ids = tokens(args)
     for name, codec in (("bf16", Dense(BF16)), ("nf4", Nf4(BF16))):
-        torch._dynamo.reset()
-        model = loaded(args, KINDS["lora"](rank=args.rank), codec, 1 if args.small else 4).model
-        twin = sharing(model, lambda layer: layer)
-        if args.small:
-            for decoder_layer in decoder_layers(twin):
-                decoder_layer.compile(backend="aot_eager")
-        else:
-            compile_layers(twin)
-        arms = {f"{name} lora": stepping(model, ids), f"{name} lora, compiled": stepping(twin, ids)}
-        began = time.perf_counter()
-        try:
-            arms[f"{name} lora, compiled"]()
-        except Exception as error:
-            if "CUDA error" in str(error):
-                raise
-            results.add(f"{name} compiling", **failure(error))
-            continue
-        results.add(f"{name} compiling", s=time.perf_counter() - began)
-        turns(results, arms, args.rounds, lambda seconds: {})
+        compared_with_compiled(args, results, name, codec)
+        torch._dynamo.reset()  # what was compiled holds its model
+        gc.collect()
+
+
+def compared_with_compiled(args: argparse.Namespace, results: Results, name: str, codec: Codec) -> None:
+    ids = tokens(args)
+    model = loaded(args, KINDS["lora"](rank=args.rank), codec, 1 if args.small else 4).model
+    twin = sharing(model, lambda layer: layer)
+    if args.small:
+        for decoder_layer in decoder_layers(twin):
+            decoder_layer.compile(backend="aot_eager")
+    else:
+        compile_layers(twin)
+    arms = {f"{name} lora": stepping(model, ids), f"{name} lora, compiled": stepping(twin, ids)}
+    began = time.perf_counter()
+    try:
+        arms[f"{name} lora, compiled"]()
+    except Exception as error:
+        if "CUDA error" in str(error):
+            raise
+        results.add(f"{name} compiling", **failure(error))
+        return
+    results.add(f"{name} compiling", s=time.perf_counter() - began)
+    turns(results, arms, args.rounds, lambda seconds: {})
 
 
 def generation(args: argparse.Namespace, results: Results) -> None:
-    """Milliseconds of a new token in nf4, and of one linear: decoded, and by bitsandbytes' kernel for few rows."""
+    """Milliseconds of a new token in nf4, and of one linear of few rows: decoded, and multiplied with the codes.
+
+    same: share of the answers' tokens that the decoded model gives, too. Behind a token that differs all may differ.
+    """
     m, n = (96, 128) if args.small else (14336, 4096)
     codec = Nf4(BF16)
     parts = codec.encode(torch.randn(m, n, device=DEVICE, dtype=BF16))
-    codes, scales = parts["codes"].view(-1, 1), from_bytes(parts["scales"]).flatten()
-    kernel = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    nf4_codec.MULTIPLIES = (DEVICE.type,)  # on the CPU too, where bitsandbytes decodes, so that this script is tried
+    multiplies = codec.multiplies(n, BF16, DEVICE)
+    if not multiplies:
+        results.add("codes multiplied", skipped="this bitsandbytes has no gemm_4bit")
 
-    def linear(rows: int, fused: bool) -> Row:
+    def linear(rows: int) -> Row:
         x = torch.randn(rows, n, device=DEVICE, dtype=BF16)
-        if not fused:
-            return {"ms": 1e3 * median_of(lambda: nn.functional.linear(x, codec.decode(parts, n)))}
-        assert kernel is not None
-        found, wanted = kernel(x, codes, (m, n), scales, 64, "nf4", None), x @ codec.decode(parts, n).T
-        away = float((found - wanted).float().norm() / wanted.float().norm())
-        return {"ms": 1e3 * median_of(lambda: kernel(x, codes, (m, n), scales, 64, "nf4", None)), "apart": away}
+        ms = {"decoded ms": 1e3 * median_of(lambda: nn.functional.linear(x, codec.decode(parts, n)))}
+        if not multiplies:
+            return ms
+        decoded, found = x @ codec.decode(parts, n).T, codec.multiply(x, parts, n, None)
+        away = float((found - decoded).float().norm() / decoded.float().norm())
+        seconds = median_of(lambda: codec.multiply(x, parts, n, None))
+        return ms | {"codes multiplied ms": 1e3 * seconds, "apart": away}
 
     for rows in (1, 16):
-        results.cell(f"linear of {rows} rows, decoded", partial(linear, rows, False))
-        if kernel is not None and CUDA:
-            results.cell(f"linear of {rows} rows, gemm_4bit", partial(linear, rows, True))
-        else:
-            results.add(f"linear of {rows} rows, gemm_4bit", skipped="no such kernel here")
+        results.cell(f"linear of {rows} rows", partial(linear, rows))
     model = loaded(args, KINDS["lora"](rank=args.rank), codec, args.layers).model.eval()
     new = 4 if args.small else 32
+    answers: dict[int, Tensor] = {}
 
-    def answered(rows: int) -> Row:
+    def answered(rows: int, multiplied: bool) -> Row:
         prompts = tokens(args, 16, rows)
         settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        with torch.no_grad(), with_masks(model):
-            seconds = median_of(lambda: model.generate(input_ids=prompts, use_cache=True, **settings), 1, 2)
-        return {"ms a token": 1e3 * seconds / new, "tokens/s": rows * new / seconds}
+
+        def once() -> Tensor:
+            return model.generate(input_ids=prompts, use_cache=True, **settings)[:, prompts.shape[1] :]
+
+        with torch.no_grad(), with_masks(model), codes_multiplied(model) if multiplied else contextlib.nullcontext():
+            found = once()
+            seconds = median_of(once, 0, 2)
+        same = float((found == answers.setdefault(rows, found)).float().mean())
+        return {"ms a token": 1e3 * seconds / new, "tokens/s": rows * new / seconds, "same": same}
 
     for rows in (1, 16):
-        results.cell(f"answers of {rows} rows", partial(answered, rows))
+        results.cell(f"answers of {rows} rows, decoded", partial(answered, rows, False))
+        if multiplies:
+            results.cell(f"answers of {rows} rows, codes multiplied", partial(answered, rows, True))

@@ -181,12 +181,13 @@ def training(args: argparse.Namespace, engine: str, dtype: str) -> dict[str, flo
     """Seconds of a step of four layers, and the peak of this rank's memory."""
     import torch
 
-    from benchmarks.gpu_device import median_of, peak, reset_peak
+    from benchmarks.gpu_device import median_of, peak, reset_peak, start
     from benchmarks.gpu_models import KINDS, loaded, tokens
     from llm_lowrank.codecs import Dense, Nf4
     from llm_lowrank.models.loss import sum_loss
     from tests import tiny
 
+    start()
     codec = Nf4(torch.bfloat16) if dtype == "nf4" else Dense(torch.bfloat16)
     layers = 2 if args.small else 4
     trained = loaded(args, KINDS["lora"](rank=args.rank), codec, layers, tiny.engine(engine))

@@ -58,6 +58,7 @@ class Results:
     seconds: float  # after which no further row is begun
     small: bool = False  # shapes that the predictions are not about
     rows: list[Row] = field(default_factory=list)
+    left: float = 0.0  # GB that earlier items of the process left on the device; peaks count from there
     silent: bool = False  # of all ranks but the first
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class Results:
         self.rows.append(row)
         if self.silent:
             return
-        keep(self.out, self.item, self.rows, time.monotonic() - self.began)
+        keep(self.out, self.item, self.rows, time.monotonic() - self.began, left=self.left)
         if figures.get("good") is True:
             return  # the end of the item says how many there are
         shown_ones = {key: value for key, value in figures.items() if key != "trace"}
@@ -149,13 +150,15 @@ def table(known: dict[str, Any], titles: dict[str, str]) -> str:
     if machine["small"]:
         lines += ["Tiny shapes, to see that the script works: these are no figures of the product.", ""]
     else:
-        lines += ["In brackets is what was predicted for one H100 before the run. Memory is the peak of a step.", ""]
+        memory = "Memory is the peak of a step, above what the items before it had left on the device."
+        lines += [f"In brackets is what was predicted for one H100 before the run. {memory}", ""]
     if bad := bad_rows(known, titles):
         lines += ["**Failed**", "", *(f"- {line}".replace("\n", " ") for line in bad), ""]
     for name, title in titles.items():
         if name in known:
             rows = known[name]["rows"]
-            lines += [f"## {name}", "", f"{title} ({machine['card']}, {known[name]['seconds']:g} s)", ""]
+            left = f", {known[name]['left']:g} GB left by earlier items" if known[name].get("left") else ""
+            lines += [f"## {name}", "", f"{title} ({machine['card']}, {known[name]['seconds']:g} s{left})", ""]
             lines += count(rows) if is_law(rows) else list(_figures(name, rows, machine))
             lines += [""]
     return "\n".join(lines).rstrip() + "\n"

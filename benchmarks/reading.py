@@ -70,7 +70,9 @@ class Lists(Batches):
             position_ids[number, start:] = torch.arange(longest - start)
         real = sum(len(example["input_ids"]) for row in members for example in row)
         samples = tuple(self.packs[row][0] for row in rows)
-        return MicroBatch(input_ids, None, position_ids, labels, tokens, real, samples)
+        starts = torch.cat([(position_ids.flatten() == 0).nonzero()[:, 0], torch.tensor([labels.numel()])]).int()
+        longest = int(starts.diff().max())
+        return MicroBatch(input_ids, None, position_ids, labels, tokens, real, samples, starts, longest)
 
 
 def write_rows(path: Path, count: int) -> None:

@@ -127,7 +127,7 @@ def test_batches_of_a_cuda_device_are_pinned_there(monkeypatch, pack):
     with Ahead(batches, 2, torch.device("cuda", 1)) as ahead:
         micros = ahead.step(0)
         ahead.step(1)
-    assert same(micros, batches.step(0)) and len(pinned) == 2 * 3
+    assert same(micros, batches.step(0)) and len(pinned) == 2 * (4 if pack else 3)
     assert all(any(value is tensor for tensor in pinned) for value in micros[0] if isinstance(value, torch.Tensor))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_lowrank.codecs import CODECS as TABLE
 from llm_lowrank.codecs import Codec, CodecName, Dense, Int8, Nf4, make
+from llm_lowrank.codecs import nf4 as nf4_module
 from llm_lowrank.codecs.nf4 import _quantize, _quantize_by_kernel
 from tests import tiny
 
@@ -369,3 +370,47 @@ def test_encoding_again_loses_a_small_update():
     )
     assert all(lost["nf4", size] > 0.5 for size in (0.02, 0.005, 0.001))
     assert lost["int8", 0.001] > 0.5 and lost["int8", 0.005] > 0.5
+
+
+# Products with codes. On the CPU bitsandbytes' operator decodes W too; only CUDA has a kernel of its own for it.
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n", [(43, 64), (1, 64), (1, 128), (14, 192), (576, 1536)])
+def test_a_product_with_codes_is_that_of_the_decoded_weight(monkeypatch, m, n, dtype, double_quant):
+    codec = Nf4(dtype, double_quant=double_quant)
+    assert not codec.multiplies(n, dtype, CPU)
+    monkeypatch.setattr(nf4_module, "MULTIPLIES", ("cpu",))
+    assert codec.multiplies(n, dtype, CPU)
+    parts = codec.encode(normal(m, n))
+    w = codec.decode(parts, n).double()
+    random = torch.Generator().manual_seed(1)
+    bias = torch.randn(m, generator=random)
+    for shape in ((1,), (1, 1), (2, 3), (16,)):
+        x = torch.randn(*shape, n, generator=random).to(dtype)
+        for b in (None, bias):
+            y = codec.multiply(x, parts, n, b)
+            wanted = x.double() @ w.T + (0 if b is None else b.double())
+            assert y.dtype == dtype and y.shape == (*shape, m)
+            size = x.double().norm(dim=-1) * w.norm() + (0 if b is None else b.norm())
+            error = (y - wanted).norm(dim=-1) / size
+            assert error.max() <= 4 * torch.finfo(dtype).eps
+    for offset in (1, 2, 4):  # as ZeRO-3 gathers them
+        shifted = codec.multiply(x, in_a_byte_buffer(parts, offset), n, bias)
+        assert torch.equal(shifted, codec.multiply(x, parts, n, bias))
+
+
+def test_products_with_codes_are_refused_where_the_layout_or_the_type_is_another(monkeypatch):
+    monkeypatch.setattr(nf4_module, "MULTIPLIES", ("cpu",))
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert not Nf4(bf16).multiplies(130, bf16, CPU)  # rows end within a block, and are filled up
+    assert not Nf4(bf16).multiplies(128, fp32, CPU)  # W is rounded to bfloat16, and the kernel would not do that
+    assert not Nf4(bf16).multiplies(128, bf16, torch.device("meta"))
+    assert not any(codec.multiplies(128, codec.dtype, CPU) for codec in CODECS if not isinstance(codec, Nf4))
+    nf4_module._has_product.cache_clear()
+    monkeypatch.setattr(nf4_module.torch.ops, "bitsandbytes", object())  # an older one
+    assert not Nf4(bf16).multiplies(128, bf16, CPU)
+    nf4_module._has_product.cache_clear()

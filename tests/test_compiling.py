@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from llm_lowrank.codecs import Int8, empty_parts, int8, opaque
+from llm_lowrank.engines.fsdp import decoder_layers
 from llm_lowrank.models import compiling
 from llm_lowrank.run.checks import validate
 from llm_lowrank.run.command_line import RecipeError
@@ -77,6 +79,64 @@ def test_a_layer_is_one_graph_with_these_methods(name):
 @pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token", "flat_lora"])
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=True)
+
+
+def test_every_weight_is_decoded_again_in_backward(monkeypatch):
+    # torch sees both decodings in one graph; if it made one of them, it would keep every decoded W for backward
+    decoded = count_decodings(monkeypatch)
+    # the first layer's q, k and v need no gradient of their input; a recomputation leaves out the layer's last weight
+    for checkpointing, expected in ((False, 2 * 7 * LAYERS - 3), (True, (3 * 7 - 1) * LAYERS)):
+        torch._dynamo.reset()
+        trainee = tiny.Trainee(METHODS["lora"], "plain", "bf16", codec=Int8(torch.bfloat16), num_hidden_layers=LAYERS)
+        if checkpointing:
+            trainee.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder_layers(trainee.model):
+            layer.compile(backend="aot_eager")
+        trainee.forward_backward(0)
+        decoded.clear()
+        trainee.forward_backward(1)
+        assert len(decoded) == expected
+
+
+def count_decodings(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that are decoded from now on inside of compiled code."""
+    decoded, decode = [], Int8.decode_fused
+
+    def counted(self, parts, n):
+        decoded.append((parts["codes"].shape[0], n))
+        return decode(self, parts, n)
+
+    monkeypatch.setattr(Int8, "decode_fused", counted)
+    return decoded
+
+
+SIZES = [(64, 64), (43, 42), (7, 1), (1, 130), (129, 257), (0, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_decode_has_the_bits_of_the_eager_one(dtype, monkeypatch):
+    kernels = {}
+    monkeypatch.setattr(int8, "_KERNELS", kernels)
+    codec = Int8(dtype)
+    for m, n in SIZES:
+        w = torch.randn(m, n, generator=torch.Generator().manual_seed(n)) * torch.logspace(-30, 30, m)[:, None]
+        parts = codec.encode(w) if m else empty_parts(codec, m, n, "cpu")
+        for _ in range(3):  # as three layers of this shape
+            found = opaque.decode(list(parts.values()), opaque.name_of(codec), n)
+            assert found.dtype == dtype and found.is_contiguous() and torch.equal(found, codec.decode(parts, n))
+    assert len(kernels) == len(SIZES)
+    parts = codec.encode(torch.randn(43, 42))
+    for start in (5, 6):  # the rows of a rank begin anywhere, and one kernel serves all spans of a length
+        cut = {name: part[start : start + 7] for name, part in parts.items()}
+        assert torch.equal(codec.decode_fused(cut, 42), codec.decode(parts, 42)[start : start + 7])
+    assert len(kernels) == len(SIZES) + 1
+
+
+def test_a_compiled_step_makes_one_kernel_for_each_shape(monkeypatch):
+    kernels = {}
+    monkeypatch.setattr(int8, "_KERNELS", kernels)
+    compare("lora", "plain", "int8", "inductor", breaks=False)
+    assert len(kernels) == 4  # q and o, k and v, gate and up, down
 
 
 @pytest.mark.parametrize("engine", ["zero2", "fsdp"])

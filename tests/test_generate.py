@@ -7,10 +7,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llm_lowrank.adapters.method import attach
+from llm_lowrank.codecs import Nf4, nf4
 from llm_lowrank.data import Question
+from llm_lowrank.engines.frozen import FrozenLinear, codes_multiplied
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
+from llm_lowrank.methods.rasa import RaSA
+from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.generate import _continuation, accuracy, answer
+from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.stopping import stop_at
+from llm_lowrank.numerics.optimizers import Optimization
 from tests import ranks, tiny
 
 WORDS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["</s>"]
@@ -270,3 +280,53 @@ def test_a_sharded_model_answers_as_one_process(engine, count):
     for (score, total, answers), *both in zip(alone, *ranks.run(2, _sharded, engine, count), strict=True):
         assert total == count and all((score, total) == found[:2] for found in both)
         assert sorted(both[0][2] + both[1][2]) == sorted(answers)
+
+
+METHODS = {
+    "lora": LoRA(rank=4, alpha=8),
+    "srlora": SRLoRA(rank=4, target_rank=8, svd_cache="", into="bank"),
+    "rasa": RaSA(rank=4, k=2),
+    "losia": LoSiA(factor=0.25, output_factor=0, period=50, into="bank"),
+    "dora": DoRA(rank=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_multiply_with_codes_and_nothing_else_does(tokenizer, monkeypatch, name, dtype):
+    """With bitsandbytes' operator of the CPU. down_proj has rows of 48 elements, which are stored with gaps."""
+    sizes = dict(vocab_size=len(WORDS), hidden_size=64, intermediate_size=48, head_dim=16, num_attention_heads=4)
+    whole = tiny.llama(**sizes, attention_bias=True, tie_word_embeddings=False).to(dtype)
+    state, codec = {key: value.clone() for key, value in whole.state_dict().items()}, Nf4(dtype)
+    adapters = attach(whole, METHODS[name], codec, 0)
+    tiny_source = tiny.Checkpoint(state)
+    bind(whole, adapters, tiny_source)
+    engine = Plain()
+    load(engine, whole, adapters=adapters, method=METHODS[name], tensors=tiny_source, settings=Optimization())
+    METHODS[name].batch(adapters, 0, [0])
+    with torch.no_grad():
+        for p in (p for p in whole.parameters() if p.requires_grad):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    multiplied: list[int] = []
+    multiply = Nf4.multiply
+    monkeypatch.setattr(Nf4, "multiply", lambda *a: multiplied.append(a[3]) or multiply(*a))
+    monkeypatch.setattr(nf4, "MULTIPLIES", ("cpu",))
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    whole.eval()
+    with torch.no_grad():
+        decoded = whole(ids).logits
+        assert not multiplied  # a held-out loss decodes
+        with codes_multiplied(whole):
+            found = whole(ids).logits
+    per_forward = len(multiplied)
+    assert per_forward == (0 if name == "dora" else 2 * 6) and set(multiplied) <= {64}
+    assert (found - decoded).norm() <= 8 * torch.finfo(dtype).eps * decoded.norm()
+    with codes_multiplied(whole):
+        whole(ids).logits.sum().backward()  # with gradients W is decoded
+    with torch.no_grad():
+        whole(ids)
+    assert len(multiplied) == per_forward
+    answer(whole, tokenizer, questions=questions(whole, 2), max_new_tokens=NEW, batch_size=2, synced=False)
+    assert len(multiplied) > per_forward or name == "dora"
+    assert not any(module.multiplies_codes for module in whole.modules() if isinstance(module, FrozenLinear))
+    engine.close()

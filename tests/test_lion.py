@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.run.build import optimization
 from llm_lowrank.run.recipe import parse
@@ -62,6 +63,21 @@ def test_a_few_steps_are_those_of_the_rule(engine, world):
         assert all(relative(found[name], value) <= 1e-5 for name, value in values.items())
         assert moments.keys() == {f"{name}.exp_avg" for name in means}  # there is no second moment
         assert all(relative(moments[f"{name}.exp_avg"], mean) <= 1e-4 for name, mean in means.items())
+
+
+def several_groups(engine: str) -> dict[str, Tensor]:
+    """LoSiA has a group of parameters per layer; ZeRO-3 steps one group at a time and empties the others."""
+    t = Trainee(LoSiA(factor=0.25, output_factor=0, period=50, target_modules=MODULES), engine, optimization=LION)
+    for step, rate in enumerate(RATES):
+        t.step(step, rate)
+    return t.values()
+
+
+@pytest.mark.parametrize("engine, world", [("zero3", 2), ("fsdp", 2)])
+def test_groups_are_stepped_with_and_without_gradients(engine, world):
+    (wanted,) = ranks.run(1, several_groups, "plain")
+    for found in ranks.run(world, several_groups, engine):
+        assert all(relative(found[name], value) <= 1e-5 for name, value in wanted.items())
 
 
 def switched(engine: str) -> dict[str, list[dict[str, Tensor]]]:

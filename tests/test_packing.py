@@ -4,6 +4,7 @@ they were.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_rows_are_filled_token_by_token(packed):
             assert micro.position_ids[number].tolist() == positions and micro.attention_mask is None
         else:
             assert micro.attention_mask[number].tolist() == [1] * len(ids) + [0] * gap and micro.position_ids is None
-    assert {tensor.dtype for tensor in micro if isinstance(tensor, torch.Tensor)} == {torch.int64}
+    tensors = micro._replace(starts=None)  # these are int32, as attention wants them
+    assert {tensor.dtype for tensor in tensors if isinstance(tensor, torch.Tensor)} == {torch.int64}
     assert micro.real == sum(len(example.input_ids) for row in rows[:3] for example in row)
 
 
@@ -175,6 +177,12 @@ def test_flat_rows_are_the_same_examples_in_one_row():
     assert inputs["input_ids"].shape == inputs["position_ids"].shape == labels.shape == (1, micro.input_ids.numel())
     at = inputs["position_ids"][0] == 0
     assert (labels[0][at] == IGNORE).all()  # nothing is predicted from the example, or the row, before
+    starts = [*at.nonzero()[:, 0].tolist(), at.numel()]
+    assert (
+        inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"] is micro.starts
+    )  # made with the batch, not when it is sent
+    assert micro.starts.dtype == torch.int32 and micro.starts.tolist() == starts
+    assert inputs["max_length_q"] == inputs["max_length_k"] == max(b - a for a, b in itertools.pairwise(starts))
 
 
 def test_tokens_per_second_count_no_padding():

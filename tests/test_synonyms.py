@@ -34,7 +34,7 @@ ASKED = [  # they had no answer once, or a wrong one
     "assistant_only_loss",
     "mask_history",
     "fsdp_config",
-    "use_liger_kernel",
+    "enable_liger_kernel",
     "eval_strategy",
     "save_strategy",
     "padding_free",

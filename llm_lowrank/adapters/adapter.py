@@ -250,6 +250,7 @@ class PairAdapter(Adapter):
         bank = None if self.bank_A is None or self.bank_B is None else Product(self.bank_A, self.bank_B)
         # probes read what W reads: with them nothing is dropped
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training and not self.probes else None
+        direction = self.direction()
         return adapter_linear(
             x,
             self.parts(),
@@ -259,7 +260,8 @@ class PairAdapter(Adapter):
             bias=self.bias,
             bank=bank,
             dropped=dropped,
-            direction=self.direction(),
+            direction=direction,
+            multiply=self.multiply(x) if direction is None else None,
         )
 
     def factors(self) -> tuple[nn.Parameter, ...]:

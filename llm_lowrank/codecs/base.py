@@ -51,6 +51,21 @@ class Codec(ABC):
     def decode(self, parts: dict[str, Tensor], n: int) -> Tensor:
         """Return W (m, n) in `dtype`."""
 
+    def decode_fused(self, parts: dict[str, Tensor], n: int) -> Tensor:
+        """Return the same, bit for bit, by a kernel that torch.compile makes if that is faster."""
+        return self.decode(parts, n)
+
+    def multiplies(self, n: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Return whether `multiply` can be called: whether there is a kernel for x (t, n) of this type and device."""
+        return False
+
+    def multiply(self, x: Tensor, parts: dict[str, Tensor], n: int, bias: Tensor | None) -> Tensor:
+        """Return x decode(parts)^T + b, up to the rounding of the sum, without a decoded W.
+
+        x (..., n), W (m, n), bias (m,) -> (..., m)
+        """
+        raise NotImplementedError(f"{self.name} has no kernel for products")
+
     @classmethod
     def missing(cls) -> list[str]:
         """Return the packages that this codec needs and that are not installed."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_lowrank.codecs.base import Quantized, absmax, align, empty_parts, from_bytes, row_slices, to_bytes
 
 BLOCK = 64  # elements that share a scale
+MULTIPLIES = ("cuda",)  # devices on which bitsandbytes' product with codes is a kernel of its own
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class Nf4(Quantized):
         w = functional.dequantize_4bit(align(codes).view(-1, 1), state)  # (m, N)
         return w[:, :n].contiguous()
 
+    def multiplies(self, n: int, dtype: torch.dtype, device: torch.device) -> bool:
+        # a row of whole blocks is stored as bitsandbytes stores it; the kernel decodes into the type of x
+        return device.type in MULTIPLIES and n % BLOCK == 0 and dtype == self.dtype and _has_product()
+
+    def multiply(self, x: Tensor, parts: dict[str, Tensor], n: int, bias: Tensor | None) -> Tensor:
+        codes, scales = align(parts["codes"]), self._scales(parts)
+        shape, b = (len(codes), n), None if bias is None else bias.to(x.dtype)
+        return torch.ops.bitsandbytes.gemm_4bit(x, codes.view(-1, 1), shape, scales.flatten(), BLOCK, "nf4", b)
+
     def _scales(self, parts: dict[str, Tensor]) -> Tensor:
         """Return the scales in float32: (m, N / 64)."""
         if not self.double_quant:
@@ -107,6 +117,13 @@ def _quantize_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 def levels(device: torch.device) -> Tensor:
     """Return the 16 levels t in ascending order, -1 to 1."""
     return kernels().get_4bit_type("nf4", device=device)
+
+
+@cache
+def _has_product() -> bool:
+    """Return whether this bitsandbytes has a product with codes."""
+    kernels()  # importing it defines its operators
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def kernels() -> ModuleType:

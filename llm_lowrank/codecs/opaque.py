@@ -2,6 +2,9 @@
 
 A kernel of bitsandbytes and a loop over rows would each end the compiled graph. An operator with a shape that is known
 without running it is a node of the graph instead. Without torch.compile codecs are called directly.
+
+What a codec computes in torch alone is compiled inside of the operator, see Codec.decode_fused. It cannot be a part of
+the graph around it, for there torch would keep W from forward to backward.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ def name_of(codec: Codec) -> str:
 
 
 @torch.library.custom_op("llm_lowrank::decode", mutates_args=())
-def decode(parts: list[Tensor], codec: str, n: int) -> Tensor:
-    """Return W (m, n) of the parts, in the order of the codec's layout."""
+def decode(parts: list[Tensor], codec: str, n: int, after: Tensor | None = None) -> Tensor:
+    """Return W (m, n) of the parts, in the order of the codec's layout. after: is not read; see functional.py."""
     known = _KNOWN[codec]
-    return known.decode(dict(zip(known.layout(n), parts, strict=True)), n)
+    return known.decode_fused(dict(zip(known.layout(n), parts, strict=True)), n)
 
 
 @decode.register_fake
-def _shape(parts: list[Tensor], codec: str, n: int) -> Tensor:
+def _shape(parts: list[Tensor], codec: str, n: int, after: Tensor | None = None) -> Tensor:
     return parts[0].new_empty(parts[0].shape[0], n, dtype=_KNOWN[codec].dtype)

@@ -35,16 +35,15 @@ class MicroBatch(NamedTuple):
     tokens: int  # trained tokens of the whole global batch: all ranks, all micro-batches
     real: int  # tokens of this micro-batch that are no padding
     samples: tuple[int, ...]  # number of the first example of each row; fewer than per_device when the epoch ran out
+    # For rows joined to one, see `inputs`: where the examples begin in it, and its length, int32 (examples + 1,); the
+    # tokens of the longest example. Known for packed rows only; a row's padding counts as an example.
+    starts: Tensor | None = None
+    longest: int = 0
 
     def pinned(self) -> "MicroBatch":
         """Return the batch in pinned memory, which a CUDA device reads while the host does something else."""
-        mask, positions = (None if tensor is None else tensor.pin_memory() for tensor in self[1:3])
-        return self._replace(
-            input_ids=self.input_ids.pin_memory(),
-            attention_mask=mask,
-            position_ids=positions,
-            labels=self.labels.pin_memory(),
-        )
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**pinned)
 
     def inputs(self, device: torch.device, flat: bool = False) -> dict[str, Any]:
         """Return the arguments of the model's forward, on `device`.
@@ -60,14 +59,10 @@ class MicroBatch(NamedTuple):
         tensors = {"input_ids": self.input_ids.reshape(shape), "position_ids": self.position_ids.reshape(shape)}
         inputs: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         if flat:
-            starts = torch.cat(
-                [(self.position_ids.flatten() == 0).nonzero()[:, 0], torch.tensor([self.labels.numel()])]
-            )
-            on_device = (
-                starts.int() if device.type == "cpu" else starts.int().pin_memory().to(device, non_blocking=True)
-            )
-            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), on_device)
-            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), int(starts.diff().max()))
+            assert self.starts is not None
+            starts = self.starts.to(device, non_blocking=True)
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
         return inputs
 
     def targets(self, flat: bool = False) -> Tensor:
@@ -310,6 +305,7 @@ def collate(
                 labels[number, start] = IGNORE  # another example stands before this token and cannot predict it
                 position_ids[number, start:end] = places[: end - start]
             start = end
+    starts = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32) if packed else None
     return MicroBatch(
         torch.from_numpy(input_ids),
         None if packed else torch.from_numpy((places < lengths[:, None]).astype(np.int64)),
@@ -318,4 +314,6 @@ def collate(
         tokens,
         int(lengths[: len(rows)].sum()),
         samples,
+        None if starts is None else torch.from_numpy(starts),
+        0 if starts is None else int(np.diff(starts).max()),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from llm_lowrank.codecs import Codec, empty_parts, opaque
-from llm_lowrank.numerics.functional import frozen_linear
+from llm_lowrank.numerics.functional import Multiply, compute_dtype, frozen_linear
 
 
 class FrozenLinear(nn.Module):
@@ -21,6 +24,7 @@ class FrozenLinear(nn.Module):
     rowwise = True  # whether a row of y depends on its row of x alone, wherever that stands
     # modules whose parameters the forward reads too; a tuple, so that they are not registered here
     borrows: tuple[nn.Module, ...] = ()
+    multiplies_codes = False  # set by `codes_multiplied`
 
     def __init__(self, linear: nn.Linear, codec: Codec) -> None:
         super().__init__()
@@ -56,16 +60,44 @@ class FrozenLinear(nn.Module):
     def parts(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.named_parts().values())
 
-    def decode(self, *parts: Tensor) -> Tensor:
+    def decode(self, *parts: Tensor, after: Tensor | None = None) -> Tensor:
+        """Return W (m, n) of its parts. after: a tensor that a compiled graph must have computed before."""
         if torch.compiler.is_compiling() and not self.codec.writable:
-            return opaque.decode(list(parts), self.codec_name, self.shape[1])[: self.shape[0]]
+            return opaque.decode(list(parts), self.codec_name, self.shape[1], after)[: self.shape[0]]
         return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
 
+    def multiply(self, x: Tensor) -> Multiply | None:
+        """Return what multiplies x with the codes as they are, within `codes_multiplied`; None where W is decoded."""
+        if not self.multiplies_codes or torch.is_grad_enabled():
+            return None
+        return self._multiply if self.codec.multiplies(self.shape[1], compute_dtype(x), x.device) else None
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        rows = {name: part[: self.shape[0]] for name, part in zip(self.part_names, parts, strict=True)}
+        return self.codec.multiply(x, rows, self.shape[1], bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.parts(), self.decode, self.bias)
+        return frozen_linear(x, self.parts(), self.decode, self.bias, self.multiply(x))
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, codec={self.codec}"
+
+
+@contextmanager
+def codes_multiplied(model: nn.Module) -> Iterator[None]:
+    """Within this block forwards without gradients do not decode W where its codec has a kernel for x W^T.
+
+    That is for generation, whose few rows would each time wait for a decoded W. The kernel rounds its sum otherwise, so
+    that nothing that is compared with training may be computed here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    for layer in layers:
+        layer.multiplies_codes = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.multiplies_codes = False
 
 
 def persistent_size(model: nn.Module) -> int:

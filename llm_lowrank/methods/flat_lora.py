@@ -42,8 +42,8 @@ class FlatAdapter(PairAdapter):
     def makes_w(self) -> bool:
         return True
 
-    def decode(self, *parts: Tensor) -> Tensor:
-        w = super().decode(*parts)  # (m, n)
+    def decode(self, *parts: Tensor, after: Tensor | None = None) -> Tensor:
+        w = super().decode(*parts, after=after)  # (m, n)
         if not self.training or self.sigma == 0:
             return w
         assert self.step >= 0, f"{self.name}: training, but nobody said which step this is"

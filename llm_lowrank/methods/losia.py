@@ -38,7 +38,7 @@ from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.numerics import importance
-from llm_lowrank.numerics.functional import Decode, base_linear, compute_dtype, flat_rows, unflattened
+from llm_lowrank.numerics.functional import Decode, Multiply, base_linear, compute_dtype, flat_rows, unflattened
 from llm_lowrank.numerics.pairs import Block, Pairs
 
 Importance = Literal["mix", "first", "second"]
@@ -94,7 +94,16 @@ class Subnet(Adapter):
         record = self.record if self.training else None
         if self.pro:
             return _SubnetLinear.apply(
-                x, self.S, self.bank_S, self.bias, *at, self.places(), self.decode, record, *self.parts()
+                x,
+                self.S,
+                self.bank_S,
+                self.bias,
+                *at,
+                self.places(),
+                self.decode,
+                self.multiply(x),
+                record,
+                *self.parts(),
             )
         # without Pro, to compare: autograd makes dL/dW of the whole W, and its block
         w = self.decode(*self.parts())
@@ -144,6 +153,7 @@ class _SubnetLinear(torch.autograd.Function):
         columns: Tensor,
         places: list[tuple[slice, Tensor, Tensor]],
         decode: Decode,
+        multiply: Multiply | None,
         record: Record | None,
         *parts: Tensor,
     ) -> Tensor:
@@ -151,7 +161,7 @@ class _SubnetLinear(torch.autograd.Function):
         ctx.places, ctx.decode, ctx.record = places, decode, record
         with torch.autocast(x.device.type, enabled=False):
             flat = flat_rows(x.to(ctx.dtype))  # (t, n)
-            y = base_linear(flat, decode(*parts), bias)  # (t, m)
+            y = multiply(flat, bias, *parts) if multiply else base_linear(flat, decode(*parts), bias)  # (t, m)
             x_Y = _columns(flat, columns)  # (t, q)
             _add_columns_(y, rows, x_Y @ S.to(ctx.dtype).T)
             for at, X, Y in places:
@@ -182,7 +192,7 @@ class _SubnetLinear(torch.autograd.Function):
                     ctx.record(flat, read)
                     read = _columns(read, columns)
                 dS = (g_X.T @ read).to(S.dtype)  # (p, q)
-        return dx, dS, *(None for _ in range(7)), *(None for _ in parts)
+        return dx, dS, *(None for _ in range(8)), *(None for _ in parts)
 
 
 def _columns(x: Tensor, at: Tensor) -> Tensor:

@@ -210,6 +210,7 @@ class RaSALayer(Adapter):
             scale=1.0,
             bias=self.bias,
             dropped=dropped,
+            multiply=self.multiply(x),
         )
 
     def change(self, whole: Whole) -> Pairs:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from llm_lowrank.data import Question, pad_id
+from llm_lowrank.engines.frozen import codes_multiplied
 from llm_lowrank.models.architectures import limits_of
 from llm_lowrank.models.attention import with_masks
 from llm_lowrank.models.compiling import eagerly
@@ -62,7 +63,7 @@ def answer(
     # similar lengths need little padding, and with the longest first a lack of memory shows at once
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))
     answers = [""] * len(questions)
-    with _evaluating(model), with_masks(model), eagerly():
+    with _evaluating(model), with_masks(model), eagerly(), codes_multiplied(model):
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
             prompts = [questions[index].prompt_ids for index in batch]

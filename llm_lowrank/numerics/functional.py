@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Decode = Callable[..., Tensor]
+Multiply = Callable[..., Tensor]  # (x, bias, *parts) -> x W^T + b, without a decoded W; for forwards without gradients
 
 
 class Product(NamedTuple):
@@ -51,14 +52,20 @@ class Product(NamedTuple):
     gate: Tensor | None = None
 
 
-def frozen_linear(x: Tensor, parts: tuple[Tensor, ...], decode: Decode, bias: Tensor | None = None) -> Tensor:
-    """Return y = x W^T + b with W = decode(*parts) frozen.
+def frozen_linear(
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    decode: Decode,
+    bias: Tensor | None = None,
+    multiply: Multiply | None = None,
+) -> Tensor:
+    """Return y = x W^T + b with W = decode(*parts) frozen. With `multiply` it is multiply(x, b, *parts).
 
     W is decoded again in backward; only references to the parts are kept for it.
 
     x (..., n), W (m, n), bias (m,) -> y (..., m). Only x gets a gradient.
     """
-    return _FrozenLinear.apply(x, bias, decode, *parts)
+    return _FrozenLinear.apply(x, bias, decode, multiply, *parts)
 
 
 def adapter_linear(
@@ -72,31 +79,47 @@ def adapter_linear(
     bank: Product | None = None,
     dropped: Tensor | None = None,
     direction: tuple[Tensor, Tensor] | None = None,
+    multiply: Multiply | None = None,
 ) -> Tensor:
     """Return y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.
 
     x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped` is x after
     dropout: the products read it in the place of x, W and the bank read x. `direction` is DoRA's (magnitude (m,), |rows
     of W| (m,)), for one product without a bank; without it g is 1. x, dropped, the products and the magnitude get
-    gradients; the parts, the bias, the bank and the norms are frozen. https://arxiv.org/abs/2106.09685 eq. 3
+    gradients; the parts, the bias, the bank and the norms are frozen. With `multiply`, where there is no direction, W's
+    part is multiply(x, b, *parts). https://arxiv.org/abs/2106.09685 eq. 3
     """
     assert direction is None or (len(products) == 1 and bank is None), "a direction is that of one product"
     assert bank is None or products[0].gate is None, "pairs beside a bank have no gate"
+    assert multiply is None or direction is None, "a direction needs the decoded W"
     bank_A, bank_B = (None, None) if bank is None else bank[:2]
     magnitude, norms = (None, None) if direction is None else direction
     flat = [t for product in products for t in product]
     return _AdapterLinear.apply(
-        x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, len(products), *flat, *parts
+        x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, multiply, len(products), *flat, *parts
     )
+
+
+def _again(decode: Decode, parts: tuple[Tensor, ...], g: Tensor) -> Tensor:
+    """Return W in backward.
+
+    torch.compile sees forward and backward together: of two decodings of the same parts it would make one, and keep
+    every W from forward to backward. A decoding that also names its gradient g can only be in backward.
+    """
+    return decode(*parts, after=g) if torch.compiler.is_compiling() else decode(*parts)
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Decode, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, decode: Decode, multiply: Multiply | None, *parts: Tensor
+    ) -> Tensor:
         assert not any(ctx.needs_input_grad[1:]), "the bias and the parts of a frozen linear must not require gradients"
         ctx.decode, ctx.dtype, ctx.x_dtype = decode, compute_dtype(x), x.dtype
         ctx.save_for_backward(*parts)
         with torch.autocast(x.device.type, enabled=False):
+            if multiply is not None:
+                return multiply(x.to(ctx.dtype), bias, *parts)
             return base_linear(x.to(ctx.dtype), decode(*parts), bias)
 
     @staticmethod
@@ -104,13 +127,13 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            dx = (g.to(ctx.dtype) @ ctx.decode(*parts).to(ctx.dtype)).to(ctx.x_dtype)
-        return dx, None, None, *(None for _ in parts)
+            dx = (g.to(ctx.dtype) @ _again(ctx.decode, parts, g).to(ctx.dtype)).to(ctx.x_dtype)
+        return dx, None, None, None, *(None for _ in parts)
 
 
-# _AdapterLinear.apply takes x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, count, and behind these
-# (A, B, gate) of every product and the parts of W. Product j begins at FIXED + 3 j.
-FIXED = 10
+# _AdapterLinear.apply takes x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, multiply, count, and
+# behind these (A, B, gate) of every product and the parts of W. Product j begins at FIXED + 3 j.
+FIXED = 11
 
 
 class _AdapterLinear(torch.autograd.Function):
@@ -126,6 +149,7 @@ class _AdapterLinear(torch.autograd.Function):
         norms: Tensor | None,
         scale: float,
         decode: Decode,
+        multiply: Multiply | None,
         count: int,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -143,8 +167,12 @@ class _AdapterLinear(torch.autograd.Function):
             rows = flat_rows(x.to(ctx.dtype))  # (t, n)
             read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))  # (t, n)
             # W's part; with a magnitude the bias comes last, as it is not multiplied
-            w = decode(*parts)
-            y = base_linear(rows, w, bias if magnitude is None else None)  # (t, m)
+            w = None
+            if multiply is not None:
+                y = multiply(rows, bias, *parts)  # (t, m)
+            else:
+                w = decode(*parts)
+                y = base_linear(rows, w, bias if magnitude is None else None)  # (t, m)
             for j, (A, B, gate) in enumerate(products):
                 # the bank reads x too: without dropout it joins the first product, in one sum that is rounded once
                 joint = bank_A is not None and dropped is None and j == 0
@@ -158,6 +186,7 @@ class _AdapterLinear(torch.autograd.Function):
                 y.addmm_(rows @ bank_A.to(ctx.dtype).T, bank_B.to(ctx.dtype).T, alpha=scale)
             # DoRA: rows of W + s B A get the trained lengths
             if magnitude is not None and norms is not None:
+                assert w is not None
                 growth = magnitude / row_norms(w, products[0], scale, norms)  # (m,)
                 y.mul_(growth.to(ctx.dtype))
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
@@ -190,7 +219,7 @@ class _AdapterLinear(torch.autograd.Function):
                 rows = rows * growth.to(dtype)
             # W's part
             if needs[0]:
-                dx = rows @ ctx.decode(*parts).to(dtype)  # (t, n)
+                dx = rows @ _again(ctx.decode, parts, g).to(dtype)  # (t, n)
             # the products' part of the gradient goes to the tensor that they read
             if needs[1]:
                 ddropped = torch.zeros_like(dx if dx is not None else read)  # (t, n)
@@ -201,26 +230,32 @@ class _AdapterLinear(torch.autograd.Function):
             for j, ((A, B, gate), h) in enumerate(zip(products, hidden, strict=True)):
                 need_A, need_B, need_gate = needs[FIXED + 3 * j : FIXED + 3 * j + 3]
                 dA = dB = dgate = None
+                d = None if gate is None else gate.to(dtype)
                 # without dropout the bank joins the first product, as in forward
                 joint = into is not None and bank_A is not None and not ctx.dropped and j == 0
                 # u is shared by the gradients of the input, of A and of the gate
                 if into is not None or need_A or need_gate:
                     u = rows @ _all_B(B, bank_B if joint else None, dtype)  # (t, r), (t, r + k)
-                    v = u if gate is None else u * gate.to(dtype)
+                    v = u if d is None else u * d
                     if into is not None:
                         into.addmm_(v, _all_A(A, bank_A if joint else None, dtype), alpha=s)
                     if need_A:
-                        dA = product_as(v[:, : len(A)].T, read, A.dtype).mul_(s)  # (r, n)
+                        dA = _scaled_(product_as(v[:, : len(A)].T, read, A.dtype), s)  # (r, n)
                     if need_gate and gate is not None:
-                        dgate = (u * h).to(gate.dtype).sum(0).mul_(s)  # (r,)
+                        dgate = _scaled_((u * h).sum(0, dtype=gate.dtype), s)  # (r,)
                 if need_B:
-                    gated = h if gate is None else h * gate.to(dtype)  # (t, r)
-                    dB = product_as(gated.T, rows, B.dtype).T.mul_(s)  # (m, r); h^T g runs faster than g^T h
+                    gated = h if d is None else h * d  # (t, r)
+                    dB = _scaled_(product_as(gated.T, rows, B.dtype), s).T  # (m, r); h^T g runs faster than g^T h
                 product_gradients += [dA, dB, dgate]
         shape = (*g.shape[:-1], products[0].A.shape[1])
         dx, ddropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, ddropped))
-        fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None)  # in the order of FIXED
+        fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None, None)  # in the order of FIXED
         return *fixed, *product_gradients, *(None for _ in parts)
+
+
+def _scaled_(t: Tensor, s: float) -> Tensor:
+    """Return s t, in the place of t. The usual scale is 1, and a kernel that multiplies by it would not be free."""
+    return t if s == 1 else t.mul_(s)
 
 
 def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

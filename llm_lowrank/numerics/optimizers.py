@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lion_pytorch import Lion
+from lion_pytorch.foreach import Lion
 from torch import Tensor
 
 # What the moment of a pair that becomes trainable starts from: zero, as a mean of gradients does, or the mean over the
@@ -63,8 +63,21 @@ def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
     )
 
 
+class _Lion(Lion):
+    """lion_pytorch's Lion, whose operations each take all tensors of a group."""
+
+    param_groups: Groups
+
+    def step(self, closure: None = None) -> None:
+        # torch refuses an empty list, and DeepSpeed's ZeRO-3 empties all groups but the one that it steps
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if any(p.grad is not None for p in group["params"])]
+        super().step()
+        self.param_groups = groups
+
+
 def _lion(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
-    return Lion(groups, lr=o.learning_rate, betas=o.betas, weight_decay=o.weight_decay)
+    return _Lion(groups, lr=o.learning_rate, betas=o.betas, weight_decay=o.weight_decay)
 
 
 def _sgd(groups: Groups, o: Optimization) -> torch.optim.Optimizer:

@@ -11,8 +11,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import ALL_LINEAR, attach
-from llm_lowrank.codecs import Codec, make
+from llm_lowrank.codecs import Codec, Dense, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
+from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.models import liger
 from llm_lowrank.models.architectures import limits_of, skeleton, tied_modules
 from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.numerics.optimizers import Optimization
@@ -88,6 +90,26 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
             f"config has no place for it: set save_merged: false, or leave {shared[0]} out"
         )
     return model, adapters
+
+
+def use_kernels(
+    recipe: Recipe, folder: str | Path, model: PreTrainedModel, adapters: list[Adapter], device: torch.device
+) -> str:
+    """Prove Liger's kernels on this device and put them into the model; return a sentence about it.
+
+    ValueError where they do not support the model or compute something else.
+    """
+    overwriting = not any(hasattr(adapter, "magnitude") for adapter in adapters)  # its gradient needs the output
+    method = LoRA(recipe.method.target_modules, recipe.method.exclude_modules, rank=1)
+
+    def make(dtype: torch.dtype) -> PreTrainedModel:
+        short = skeleton(folder, dtype, "sdpa", "eager")
+        attach(short, method, Dense(dtype), recipe.seed)
+        return short
+
+    proof = liger.prove(make, model.dtype, device, overwriting)
+    kept = "" if overwriting else ", no rotations and activations, for they overwrite what a trained magnitude needs"
+    return f"liger-kernel: {liger.put_in(model, overwriting)}{kept}; outputs and gradients: {proof}"
 
 
 def _refuse_in_place(model: PreTrainedModel, adapters: list[Adapter]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_lowrank.codecs import CODECS
 from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.models import liger
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
 from llm_lowrank.run.command_line import RecipeError
@@ -65,6 +66,15 @@ def validate(recipe: Recipe) -> None:
         install = '; pip install --no-build-isolation "llm-lowrank[cuda]"' if "flash-attn" in lacking else ""
         errors.append(
             f"attn_implementation: flash_attention_2 needs {' and '.join(lacking)}{install}, or take auto or sdpa"
+        )
+    if recipe.use_liger_kernel and (lacking := liger.missing()):
+        install = '; pip install "llm-lowrank[liger]"' if "liger-kernel" in lacking else ""
+        errors.append(f"use_liger_kernel: true needs {' and '.join(lacking)}{install}, {liger.OFF}")
+    if recipe.use_liger_kernel and recipe.torch_compile:
+        errors.append(
+            "use_liger_kernel: true and torch_compile: true do not go together: both fuse norms, rotations and "
+            "activations, and kernels inside of a compiled layer would not be those that the run has compared; set one "
+            "of them to false"
         )
     if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
         errors.append(

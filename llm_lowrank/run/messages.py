@@ -38,6 +38,7 @@ def opening(run: Run) -> str:
         "attention: " + ", ".join(attention(recipe, run.model)),
         f"learning rate: {run.schedule}",
     ]
+    lines += [run.kernels] if run.kernels else []
     lines += describe_speed(recipe, engine.device)
     lines += run.notes
     lines += _beyond_positions(run)

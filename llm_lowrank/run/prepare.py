@@ -24,7 +24,7 @@ from llm_lowrank.models.compiling import compile_layers
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of
+from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of, use_kernels
 from llm_lowrank.run.checks import profile_errors
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.flops import Work, work_of
@@ -51,6 +51,7 @@ class Run:
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     work: Work  # what the model multiplies a token by
     facts: dict[str, Any]  # about the model and the data; a run that resumes must find the same ones
+    kernels: str = ""  # a sentence about Liger's kernels, if they are used
     resume_from: Checkpoint | None = None
     loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
     notes: list[str] = field(default_factory=list)  # what a user should know before the run starts
@@ -117,6 +118,7 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     unused = loading.bind(model, adapters, tensors)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kernels = use_kernels(recipe, source.path, model, adapters, engine.device) if recipe.use_liger_kernel else ""
     if recipe.torch_compile:
         compile_layers(model)
     model.train()
@@ -138,6 +140,7 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
         tensors=tensors,
         unused=unused,
         work=work_of(model, recipe.gradient_checkpointing),
+        kernels=kernels,
         facts={
             "global_batch": batches.global_batch,
             "total_steps": total,

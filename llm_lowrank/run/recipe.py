@@ -86,6 +86,9 @@ class Recipe:
     sdpa, and eager for models that have neither."""
     torch_compile: bool = False
     """Compile each decoder layer with torch.compile, about a minute before the first step. Not for ZeRO stage 3."""
+    use_liger_kernel: bool = False
+    """Compute norms, rotations and SwiGLU or GeGLU by the fused kernels of the package liger-kernel, on CUDA. Before a
+    weight is read, the run compares them with transformers' own. Not with torch_compile."""
     allow_partial: bool = False
     """Train a model that keeps more than half of its layer weights where adapters or the codec do not reach them, such
     as the fused experts of a mixture. The run says which share it adapts."""

@@ -46,6 +46,7 @@ FREE = {
     "gradient_checkpointing",
     "attn_implementation",
     "torch_compile",
+    "use_liger_kernel",
     "allow_partial",
     "model_revision",  # the weights are compared
     "per_device_train_batch_size",

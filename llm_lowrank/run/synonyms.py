@@ -30,6 +30,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "codec int8": "load_in_8bit",
         "codec nf4 (4 bits) or codec int8 (8 bits)": "quantization_bit quantization_method quantization_config",
         "codec_double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization",
+        "use_liger_kernel": "enable_liger_kernel",
         "attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2 flash_attention_2 "
         "use_flash_attn attn_backend attention attn",
         "attn_implementation sdpa": "sdpa sdp_attention",
@@ -182,8 +183,8 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "there is one learning rate; a method may scale it after an exchange": "embedding_lr lr_groups",
         "the loss is plain cross-entropy over the trained tokens": "label_smoothing label_smoothing_factor "
         "neftune_noise_alpha noisy_embedding_alpha use_dft_loss loss_type",
-        "logits are never built as a whole, with any model; no other fused kernel is used": "use_liger_kernel "
-        "enable_liger_kernel liger_kernel_config cut_cross_entropy",
+        "logits are never built as a whole, with any model; use_liger_kernel takes Liger's other kernels": ""
+        "liger_kernel_config cut_cross_entropy",
         "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",
         "activations stay on the device; gradient_checkpointing keeps fewer of them": "activation_offloading",
         "the backend of torch_compile is torch's inductor": "torch_compile_backend torch_compile_mode",

@@ -22,6 +22,7 @@ CODECS = [
     Int8(torch.float32),
 ]
 SHAPES = [(43, 42), (7, 130), (1, 64), (4096, 1024)]
+NF4 = [codec for codec in CODECS if isinstance(codec, Nf4)]
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 
 
@@ -89,6 +90,18 @@ def test_the_fused_linear_over_codes_equals_the_dense_one(codec):
         torch.autograd.grad(y.sum(), (x, a, b)), torch.autograd.grad(wanted.sum(), (x, a, b)), strict=True
     ):
         assert (one - two).norm() <= tolerance * two.norm()
+
+
+@pytest.mark.parametrize("codec", NF4, ids=str)
+def test_products_with_codes_are_those_of_the_decoded_weight(codec):
+    """Of one row, of a few and of many, for which bitsandbytes has different kernels."""
+    m, n = 1024, 512
+    assert not CUDA or codec.multiplies(n, codec.dtype, DEVICE)
+    parts, bias = codec.encode(random(m, n)), random(m)
+    for rows in (1, 3, 16, 300):
+        x = random(rows, n).to(codec.dtype)
+        found, wanted = codec.multiply(x, parts, n, bias), x.double() @ codec.decode(parts, n).double().T + bias
+        assert (found - wanted).norm() <= (2**-6 if codec.dtype == torch.bfloat16 else 1e-4) * wanted.norm()
 
 
 CHECKS = (
