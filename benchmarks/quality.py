@@ -59,6 +59,7 @@ from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.record import origin
 from llm_lowrank.files import write_json, write_text
+from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
@@ -102,6 +103,7 @@ TITLES = {
     "flat_lora": "Flat-LoRA",
     "lora_ga": "LoRA-GA",
     "lora_one": "LoRA-One",
+    "core": "CORE",
     "full": "all parameters",
 }
 CLIP = 1.0  # max_grad_norm
@@ -298,6 +300,7 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
             if name != "none"
         },
         "flat_lora": FlatLoRA(rank=rank),
+        "core": Core(like_rank=rank),
         "lora_ga": LoRAGA(rank=rank),
         "lora_one": LoRAOne(rank=rank),
         "full": Full(),

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
+    "core": {"core": dict(p=6, samples=6, svd_niter=1, interval=2, target_modules=MODULES)},
     "pissa": {"pissa": dict(PAIRS, svd_cache="")},
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)

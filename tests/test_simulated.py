@@ -11,6 +11,7 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, nf4
 from llm_lowrank.engines import Engine
 from llm_lowrank.engines.fsdp import FSDP
+from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
     "losia": LoSiA(period=2, output_factor=0),
     "losia-dense": LoSiA(period=2, output_factor=0, pro=False),
     "losia-bank": LoSiA(period=2, output_factor=0, into="bank"),
+    "core": Core(p=4, samples=0, interval=2),
     "lora-plus": LoRA(rank=4, b_rate=4.0),
     **{f"lora-{name}": LoRA(rank=4, direction=rule) for name, rule in tiny.DIRECTIONS.items()},
 }

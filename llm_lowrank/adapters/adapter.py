@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llm_lowrank.adapters.direction import GRADIENT, Direction
+from llm_lowrank.adapters.direction import GRADIENT, Direction, Update
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.numerics.functional import Product, adapter_linear
@@ -111,6 +111,8 @@ class Adapter(FrozenLinear):
 
     group = 0  # the optimizer's group of these parameters; groups may have different rates, see Method.rates
     groups: Mapping[str, int] = {}  # the group of a parameter, by its name, where it is another one
+    scale = 1.0  # s, of everything beside W
+    directed: tuple[str, ...] = ()  # the trained parameters whose steps `direct` decides
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
@@ -126,6 +128,8 @@ class Adapter(FrozenLinear):
         self.spans: dict[str, str] = {}
         # Reads the untouched W from the checkpoint; set by whoever loads the model.
         self.source: Callable[[], Tensor] | None = None
+        # Products beside the trained ones, with a factor of zeros whose gradient is read, see adapters/probes.py.
+        self.probes: list[Product] = []
         self._refusal: RemovableHandle | None = None  # of forwards, until the method is started
 
     def await_start(self, method: str) -> None:
@@ -155,6 +159,18 @@ class Adapter(FrozenLinear):
         `pairs` are the pairs that were taken out of W.
         """
         raise NotImplementedError
+
+    def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
+        """Replace the gradients of the parameters in `directed`, in the dictionary, see adapters/redirect.py. Local.
+
+        values, gradients: of those parameters by their names, whole and float32; the gradients are clipped.
+        """
+        raise NotImplementedError
+
+    @property
+    def directing(self) -> str:
+        """The name of what `direct` does, for a message."""
+        return type(self).__name__
 
     @property
     def only_pairs(self) -> bool:
@@ -206,6 +222,8 @@ class PairAdapter(Adapter):
     frozen pairs is float32 too, so that an exchange copies pairs bitwise. https://arxiv.org/abs/2106.09685 eq. 3
     """
 
+    directed = ("A", "B")
+
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
         super().__init__(name, linear, codec, settings.seed)
         (m, n), rank, bank = self.shape, settings.rank, settings.bank
@@ -216,8 +234,6 @@ class PairAdapter(Adapter):
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
-        # Products beside the trained ones, with a factor of zeros whose gradient is read, see adapters/probes.py.
-        self.probes: list[Product] = []
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values of A, B and the bank.
@@ -237,6 +253,16 @@ class PairAdapter(Adapter):
         return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
 
     # ---- what a method may override
+
+    def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
+        pairs = Pairs(values["B"].double(), values["A"].double())
+        found = Pairs(gradients["B"].double(), gradients["A"].double())
+        directed = self.rule.direct(pairs, found, self.memory, update)
+        gradients["A"], gradients["B"] = directed.A.float(), directed.B.float()
+
+    @property
+    def directing(self) -> str:
+        return type(self.rule).__name__
 
     def products(self, x: Tensor) -> list[Product]:
         """The trained products that this forward adds to W x."""

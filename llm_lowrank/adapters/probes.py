@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llm_lowrank.adapters.adapter import PairAdapter, generator
+from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.numerics.functional import Product
 from llm_lowrank.numerics.spectrum import Triplets, randomized_triplets
@@ -33,25 +33,27 @@ from llm_lowrank.numerics.spectrum import Triplets, randomized_triplets
 class Probe:
     """A product of G that the coming backwards make."""
 
-    adapter: PairAdapter
+    adapter: Adapter
     product: Product  # beside the trained ones
     leaf: Tensor  # the factor of zeros, whose gradient is read
 
 
-def probe_columns(adapter: PairAdapter, x: Tensor) -> Probe:
+def probe_columns(adapter: Adapter, x: Tensor) -> Probe:
     """Place a probe for G X: x (n, k) on the engine's device, the same on every rank. Local."""
     leaf = torch.zeros(adapter.shape[0], x.shape[1], device=x.device, requires_grad=True)  # (m, k)
     return _placed(Probe(adapter, Product(x.T, leaf), leaf))
 
 
-def probe_rows(adapter: PairAdapter, y: Tensor) -> Probe:
+def probe_rows(adapter: Adapter, y: Tensor) -> Probe:
     """Place a probe for G^T Y: y (m, k) on the engine's device, the same on every rank. Local."""
     leaf = torch.zeros(y.shape[1], adapter.shape[1], device=y.device, requires_grad=True)  # (k, n)
     return _placed(Probe(adapter, Product(leaf, y), leaf))
 
 
 def _placed(probe: Probe) -> Probe:
-    assert probe.adapter.direction() is None, f"{probe.adapter.name}: beside trained row lengths there is no probe"
+    assert getattr(probe.adapter, "magnitude", None) is None, (
+        f"{probe.adapter.name}: beside trained row lengths there is no probe"
+    )
     probe.adapter.probes.append(probe.product)
     return probe
 
@@ -74,7 +76,7 @@ def read(engine: Engine, probes: Sequence[Probe]) -> list[Tensor]:
 
 
 def top_directions(
-    adapters: Sequence[PairAdapter],
+    adapters: Sequence[Adapter],
     engine: Engine,
     backward: Callable[[], None],
     counts: Sequence[int],
@@ -89,7 +91,7 @@ def top_directions(
     ValueError if a gradient is not finite.
     """
 
-    def products(place: Callable[[PairAdapter, Tensor], Probe], factors: list[Tensor]) -> list[Tensor]:
+    def products(place: Callable[[Adapter, Tensor], Probe], factors: list[Tensor]) -> list[Tensor]:
         # ranks may round a decomposition differently: all take that of rank 0
         factors = engine.broadcast(lambda: factors)
         probes = [place(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)]
@@ -116,7 +118,7 @@ def top_directions(
     return [Triplets(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 
-def probe_bytes(adapters: Sequence[PairAdapter], columns: Sequence[int]) -> int:
+def probe_bytes(adapters: Sequence[Adapter], columns: Sequence[int]) -> int:
     """The bytes on every rank while top_directions goes backward: a given factor, a leaf and the leaf's gradient."""
     sizes = [(*adapter.shape, min(width, *adapter.shape)) for adapter, width in zip(adapters, columns, strict=True)]
     return sum(4 * k * (m + n + max(m, n)) for m, n, k in sizes)

@@ -15,11 +15,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
+from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.direction import Update
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.numerics.pairs import Pairs
 
 
 def make_step(
@@ -54,44 +53,36 @@ def redirect(
     if not math.isfinite(norm):
         return norm
     factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
-    for _, group in groupby(as_pair_adapters(list(adapters)), key=lambda adapter: _layer(adapter.name)):
+    for _, group in groupby(adapters, key=lambda adapter: _layer(adapter.name)):
         layer = list(group)
+        # one buffer for the gradients of the layer, one for the values that the adapters look at
         trained = [p for adapter in layer for p in adapter.parameters(recurse=False) if p.requires_grad]
         gradients = dict(zip(trained, engine.whole_gradients(trained), strict=True))
-        factors = [p for adapter in layer for p in (adapter.A, adapter.B)]
-        values = dict(zip(factors, engine.whole_masters(factors), strict=True))
+        looked_at = [getattr(adapter, name) for adapter in layer for name in adapter.directed]
+        values = dict(zip(looked_at, engine.whole_masters(looked_at), strict=True))
         for gradient in gradients.values():
             gradient.mul_(factor)
         for adapter in layer:
-            rate = rates[adapter.group]
-            update = Update(step, adapter.scale, rate, engine.settings.weight_decay)
-            _direct(adapter, values, gradients, update)
+            update = Update(step, adapter.scale, rates[adapter.group], engine.settings.weight_decay)
+            named = {name: getattr(adapter, name) for name in adapter.directed}
+            found = {name: gradients[p] for name, p in named.items()}
+            adapter.direct({name: values[p] for name, p in named.items()}, found, update)
+            # engines cut spans out of the flattened tensor, and a rule may return a transposed one
+            gradients |= {p: found[name].contiguous() for name, p in named.items()}
         _check_finite(layer, gradients)
         engine.put_gradients(trained, [gradients[p] for p in trained])
     return norm
 
 
-def _direct(
-    adapter: PairAdapter, values: dict[nn.Parameter, Tensor], gradients: dict[nn.Parameter, Tensor], update: Update
-) -> None:
-    """Replace the gradients of one adapter's A and B in `gradients`."""
-    A, B = adapter.A, adapter.B
-    pairs = Pairs(values[B].double(), values[A].double())
-    found = Pairs(gradients[B].double(), gradients[A].double())
-    directed = adapter.rule.direct(pairs, found, adapter.memory, update)
-    # engines cut spans out of the flattened tensor, and a rule may return a transposed one
-    gradients[A], gradients[B] = directed.A.float().contiguous(), directed.B.float().contiguous()
-
-
-def _check_finite(layer: list[PairAdapter], gradients: dict[nn.Parameter, Tensor]) -> None:
+def _check_finite(layer: list[Adapter], gradients: dict[nn.Parameter, Tensor]) -> None:
     """Look once for the whole layer, since the host waits for the device here."""
-    good = torch.stack([gradients[p].isfinite().all() for adapter in layer for p in (adapter.A, adapter.B)])
+    where = [(adapter, getattr(adapter, name)) for adapter in layer for name in adapter.directed]
+    good = torch.stack([gradients[p].isfinite().all() for _, p in where])
     if not good.all():
-        worst = layer[int(good.logical_not().nonzero()[0]) // 2]
-        kind = type(worst.rule).__name__
+        worst = where[int(good.logical_not().nonzero()[0])][0]
         raise RuntimeError(
-            f"{worst.name}: {kind} made a direction that is not finite from finite gradients; not training on. Try "
-            "another method.direction, or method.direction.type: none"
+            f"{worst.name}: {worst.directing} made a direction that is not finite from finite gradients; not training "
+            "on. Try a lower learning_rate, another method.direction, or method.direction.type: none"
         )
 
 

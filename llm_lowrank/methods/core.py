@@ -1,0 +1,229 @@
+"""CORE: train a small dense matrix between two frozen bases, with Adam in the eigenbasis of its own gradient.
+
+    y = W x + U S V^T x        U (m, p), V (n, p) frozen, orthonormal columns        S (p, p) trained, 0 at the start
+
+U and V are the leading singular directions of dL/dW, L the mean loss of the first `samples` samples of the run. What
+the layer computes is linear in S, so that no factor sets the length of another one's step, as A and B do in LoRA.
+
+Adam works in a basis that follows the gradient of S, as SOAP does for whole weights (https://arxiv.org/abs/2409.11321).
+With g = dL/dS = U^T (dL/dW) V, and Q_L, Q_R (p, p) orthogonal, at first 1:
+
+    g' = Q_L^T g Q_R        m, v <- Adam's moments of g'        S <- S - rate Q_L [m^ / (sqrt(v^) + eps)] Q_R^T
+
+and every K = `interval` steps, from the sums over these steps:
+
+    sum g' g'^T = R_L diag(a) R_L^T        sum g'^T g' = R_R diag(b) R_R^T
+    Q_L <- Q_L R_L        Q_R <- Q_R R_R        m^ <- R_L^T m^ R_R        v^_ij <- a_i b_j / (K sum a)
+
+v^ is now the second moment of a gradient whose covariance is a Kronecker product, and Adam's bias is corrected as after
+K steps. To turn U, S and V themselves would be the same run. Here only the optimizer's state turns, so that the
+function is kept bitwise and no shard is rewritten.
+
+The change of W is a LoRA of rank p, with B = U S and A = V^T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llm_lowrank.adapters.adapter import Adapter, Whole, generator
+from llm_lowrank.adapters.direction import Update
+from llm_lowrank.adapters.method import Method
+from llm_lowrank.adapters.probes import probe_bytes, top_directions
+from llm_lowrank.codecs import Codec
+from llm_lowrank.engines.base import Engine
+from llm_lowrank.numerics.functional import Product, adapter_linear
+from llm_lowrank.numerics.gram import Spectrum
+from llm_lowrank.numerics.pairs import Pairs
+
+FLOOR = 1e-3  # of the mean second moment, added to each: a direction without a gradient is not divided by zero
+COLUMNS = 1.5  # of a product with dL/dW, for each direction that is wanted
+Memory = dict[str, Tensor]
+
+
+@Method.register_subclass("core")
+@dataclass(frozen=True)
+class Core(Method):
+    """Train a dense p x p matrix per module between the leading directions of the gradient of the first samples."""
+
+    p: int = 64
+    """Rows and columns of a module's trained matrix: the rank of what is exported."""
+    like_rank: int | None = None
+    """Instead of p: train as many parameters as a LoRA of this rank, p = floor(sqrt(like_rank (m + n))); by default p
+    counts."""
+    samples: int = 256
+    """Samples whose gradient gives the bases: the first ones of the run. 0: random bases."""
+    svd_niter: int = 2
+    """Iterations of the randomized SVD of that gradient, of two passes over the samples each; two more passes come
+    before and after."""
+    interval: int = 15
+    """Steps after which the optimizer's basis turns."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
+        complaints += [
+            f"method.{name} must be at least {least}, not {getattr(self, name)}"
+            for name, least in (("p", 1), ("like_rank", 1), ("samples", 0), ("svd_niter", 0), ("interval", 1))
+            if getattr(self, name) is not None and getattr(self, name) < least
+        ]
+        complaints += [
+            f"method.{name} must be in [0, 1), not {getattr(self, name):g}"
+            for name in ("beta1", "beta2")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        return complaints + ([] if self.eps > 0 else [f"method.eps must be above 0, not {self.eps:g}"])
+
+    @property
+    def directs(self) -> bool:
+        return True
+
+    @property
+    def own_step(self) -> str:
+        return "method.type: core"
+
+    @property
+    def calibration(self) -> int:
+        return self.samples
+
+    def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
+        layers = _cores(adapters)
+        probes = probe_bytes(layers, [_columns(layer) for layer in layers]) if self.samples else 0
+        return 0, max(probes, sum(remembered(layer.p) for layer in layers))
+
+    def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
+        m, n = linear.weight.shape
+        p, setting = (self.p, "p") if self.like_rank is None else (math.isqrt(self.like_rank * (m + n)), "like_rank")
+        if p > min(m, n):
+            raise ValueError(
+                f"{name}: method.{setting} asks for p = {p}, more than min(m, n) = {min(m, n)} of its {m} x {n} "
+                f"weight; lower it, or leave the module out: --method.exclude_modules {name.rpartition('.')[2]}"
+            )
+        return CoreLayer(name, linear, codec, seed, p, self)
+
+    def calibrate(self, adapters: list[Adapter], engine: Engine, backward: Callable[[], None]) -> None:
+        layers = _cores(adapters)
+        found = top_directions(
+            layers,
+            engine,
+            backward,
+            [layer.p for layer in layers],
+            columns=[_columns(layer) for layer in layers],
+            niter=self.svd_niter,
+        )
+        for layer, triplets in zip(layers, found, strict=True):
+            if triplets.S[0] == 0:
+                continue  # the samples do not reach this layer; its bases stay random
+            with engine.edit(layer.U, layer.Vt) as (u, vt):
+                u.value.copy_(triplets.U)
+                vt.value.copy_(triplets.V.T)
+
+    # ---- the optimizer of S; everything is (p, p) and float64
+
+    def step_along(self, gradient: Tensor, memory: Memory) -> Tensor:
+        """Return the step of S in units of the rate, and remember the gradient."""
+        if "core_m" not in memory:
+            memory.update(start(gradient))
+        Q_L, Q_R, m, v, seen = (memory[f"core_{name}"] for name in ("Q_L", "Q_R", "m", "v", "seen"))
+        g = Q_L.T @ gradient @ Q_R
+        memory["core_left"] += g @ g.T
+        memory["core_right"] += g.T @ g
+        m.lerp_(g, 1 - self.beta1)
+        v.lerp_(g.square(), 1 - self.beta2)
+        memory["core_taken"] += 1
+        seen += 1
+        mean, size = m / (1 - self.beta1**seen), (v / (1 - self.beta2**seen)).sqrt()
+        step = Q_L @ (mean / (size + self.eps)) @ Q_R.T
+        if int(memory["core_taken"]) == self.interval:
+            self.turn(memory)
+        return step
+
+    def turn(self, memory: Memory) -> None:
+        """Turn the basis to the eigenvectors of the last gradients, and carry the moments over."""
+        left, right = Spectrum.of(memory["core_left"]), Spectrum.of(memory["core_right"])
+        K, m, seen = self.interval, memory["core_m"], memory["core_seen"]
+        if left.rank:  # otherwise every gradient was zero
+            second = torch.outer(left.values, right.values) / (K * left.values.sum())
+            second += FLOOR * second.mean()
+            memory["core_v"].copy_(second * (1 - self.beta2**K))
+            m.copy_(left.V.T @ m @ right.V * ((1 - self.beta1**K) / (1 - self.beta1**seen)))
+            memory["core_Q_L"].copy_(memory["core_Q_L"] @ left.V)
+            memory["core_Q_R"].copy_(memory["core_Q_R"] @ right.V)
+            seen.fill_(K)
+        for name in ("left", "right", "taken"):
+            memory[f"core_{name}"].zero_()
+
+
+class CoreLayer(Adapter):
+    """A frozen linear with U S V^T beside it: `U` (m, p) and `Vt` = V^T (p, n) are frozen, `S` (p, p) is trained."""
+
+    directed = ("S",)
+
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int, p: int, method: Core) -> None:
+        super().__init__(name, linear, codec, seed)
+        m, n = self.shape
+        self.p, self.method = p, method
+        self.U, self.Vt = self.factor(m, p, trained=False), self.factor(p, n, trained=False)
+        self.S = self.factor(p, p)
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """The starting values: random bases, which `calibrate` replaces, and S = 0: the function starts as it was."""
+        assert pairs is None, "core takes no pairs out of W"
+        random = generator(self.seed, self.name)
+        with torch.device("cpu"):
+            U, V = (torch.linalg.qr(torch.randn(size, self.p, generator=random))[0] for size in self.shape)
+            return {"U": U, "Vt": V.T.contiguous(), "S": torch.zeros(self.p, self.p)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        core = Product(self.Vt, self.U @ self.S)  # (p, n), (m, p)
+        return adapter_linear(
+            x,
+            self.parts(),
+            decode=self.decode,
+            products=[core, *self.probes],
+            scale=self.scale,
+            bias=self.bias,
+            multiply=self.multiply(x),
+        )
+
+    def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
+        gradients["S"] = self.method.step_along(gradients["S"].double(), self.memory).float()
+
+    def change(self, whole: Whole) -> Pairs:
+        """U S V^T."""
+        return Pairs(whole(self.U) @ whole(self.S), whole(self.Vt))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"
+
+
+def start(like: Tensor) -> Memory:
+    """What is remembered before the first step. like: a gradient of S."""
+    zero, one = torch.zeros_like(like), torch.eye(len(like), dtype=like.dtype, device=like.device)
+    matrices = {"Q_L": one, "Q_R": one, "m": zero, "v": zero, "left": zero, "right": zero}
+    counts = {"seen": zero.new_zeros(()), "taken": zero.new_zeros(())}  # steps for Adam's bias; since the last turn
+    return {f"core_{name}": value.clone() for name, value in (matrices | counts).items()}
+
+
+def remembered(p: int) -> int:
+    """The bytes that `start` returns."""
+    return 8 * (6 * p * p + 2)
+
+
+def _columns(layer: CoreLayer) -> int:
+    return math.ceil(COLUMNS * layer.p)
+
+
+def _cores(adapters: Sequence[Adapter]) -> list[CoreLayer]:
+    assert all(isinstance(adapter, CoreLayer) for adapter in adapters)
+    return list(adapters)  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""CORE against the form in which the bases themselves turn, its bases against the dense gradient, and its memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_lowrank.methods import core
+from llm_lowrank.methods.core import Core, CoreLayer
+from tests import ranks
+from tests.tiny import CALIBRATION, Trainee, batch, llama
+
+M, N, P = 30, 20, 6
+MODULES = ["k_proj", "up_proj", "down_proj"]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(size: int, seed: int) -> Tensor:
+    return torch.linalg.qr(random(size, P, seed=seed))[0]
+
+
+def gradient_at(change: Tensor, target: Tensor, step: int) -> Tensor:
+    """dL/dW of a quadratic loss with noise, at the change of W."""
+    return change - target + 0.3 * random(M, N, seed=100 + step)
+
+
+def ours(method: Core, U: Tensor, V: Tensor, target: Tensor, steps: int, rate: float) -> list[Tensor]:
+    S, memory, changes = torch.zeros(P, P, dtype=torch.float64), {}, []
+    for step in range(steps):
+        g = U.T @ gradient_at(U @ S @ V.T, target, step) @ V
+        S = S - rate * method.step_along(g, memory)
+        changes.append(U @ S @ V.T)
+    return changes
+
+
+def turning_bases(method: Core, U: Tensor, V: Tensor, target: Tensor, steps: int, rate: float) -> list[Tensor]:
+    """The same run with U, V and S turned for real, and Adam in the coordinates of S."""
+    S, m, v = (torch.zeros(P, P, dtype=torch.float64) for _ in range(3))
+    left, right, seen, changes = torch.zeros_like(S), torch.zeros_like(S), 0, []
+    for step in range(steps):
+        g = U.T @ gradient_at(U @ S @ V.T, target, step) @ V
+        left, right, seen = left + g @ g.T, right + g.T @ g, seen + 1
+        m = method.beta1 * m + (1 - method.beta1) * g
+        v = method.beta2 * v + (1 - method.beta2) * g * g
+        mean, second = m / (1 - method.beta1**seen), v / (1 - method.beta2**seen)
+        S = S - rate * mean / (second.sqrt() + method.eps)
+        changes.append(U @ S @ V.T)
+        if (step + 1) % method.interval == 0:
+            a, R_L = torch.linalg.eigh(left)
+            b, R_R = torch.linalg.eigh(right)
+            U, V, S = U @ R_L, V @ R_R, R_L.T @ S @ R_R
+            K = method.interval
+            second = a[:, None] * b[None] / (K * a.sum())
+            second = second + 1e-3 * second.mean()
+            m = R_L.T @ mean @ R_R * (1 - method.beta1**K)
+            v, seen = second * (1 - method.beta2**K), K
+            left, right = torch.zeros_like(S), torch.zeros_like(S)
+    return changes
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("interval", [1, 4, 7])
+def test_turning_the_optimizers_basis_is_turning_the_bases(interval):
+    method, U, V, target = Core(interval=interval), orthonormal(M, 1), orthonormal(N, 2), random(M, N, seed=3)
+    for found, wanted in zip(
+        ours(method, U, V, target, 30, 1e-2), turning_bases(method, U, V, target, 30, 1e-2), strict=True
+    ):
+        assert float((found - wanted).norm() / wanted.norm()) <= 1e-8
+
+
+@pytest.mark.quick
+def test_without_a_turn_it_is_adam():
+    method, U, V, target = Core(interval=1000), orthonormal(M, 1), orthonormal(N, 2), random(M, N, seed=3)
+    S = torch.nn.Parameter(torch.zeros(P, P, dtype=torch.float64))
+    adam = torch.optim.Adam([S], lr=1e-2)
+    for step, found in enumerate(ours(method, U, V, target, 20, 1e-2)):
+        S.grad = U.T @ gradient_at((U @ S @ V.T).detach(), target, step) @ V
+        adam.step()
+        torch.testing.assert_close(found, (U @ S @ V.T).detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.quick
+def test_a_layer_that_gets_no_gradient_stands_still():
+    memory: dict[str, Tensor] = {}
+    for _ in range(5):
+        step = Core(interval=2).step_along(torch.zeros(P, P, dtype=torch.float64), memory)
+        assert not step.any()
+    assert all(value.isfinite().all() for value in memory.values())
+    assert torch.equal(memory["core_Q_L"], torch.eye(P, dtype=torch.float64))
+
+
+@pytest.mark.quick
+def test_what_is_remembered_is_what_the_dry_run_counts():
+    memory = core.start(torch.zeros(P, P, dtype=torch.float64))
+    assert sum(value.nbytes for value in memory.values()) == core.remembered(P)
+    assert all(name.startswith("core_") for name in memory)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"p": 0}, "method.p must be at least 1"),
+        ({"interval": 0}, "method.interval must be at least 1"),
+        ({"samples": -1}, "method.samples must be at least 0"),
+        ({"beta2": 1.0}, "method.beta2 must be in"),
+        ({"eps": 0.0}, "method.eps must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Core(**settings)
+
+
+def test_more_directions_than_the_weight_has_are_refused():
+    with pytest.raises(ValueError, match=r"method\.p asks for p = 43, more than min\(m, n\) = 42"):
+        Trainee(Core(p=43, target_modules=["q_proj"]), "plain")
+
+
+def calibrated(engine: str, dtype: str = "fp32") -> dict[str, tuple[Tensor, Tensor]]:
+    method = Core(p=5, samples=6, svd_niter=4, target_modules=MODULES)
+    t = Trainee(method, engine, dtype)
+    layers = [a for a in t.adapters if isinstance(a, CoreLayer)]
+    return {a.name: (t.engine.whole(a.U).cpu(), t.engine.whole(a.Vt).cpu()) for a in layers}
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 3), ("fsdp", 2)])
+def test_the_bases_are_the_leading_directions_of_the_dense_gradient(engine, world):
+    model, tokens = llama("fp32"), batch(CALIBRATION)
+    logits = model(input_ids=tokens).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for found in ranks.run(world, calibrated, engine):
+        assert len(found) == 2 * len(MODULES)
+        for name, (U, Vt) in found.items():
+            u, _, vt = torch.linalg.svd(model.get_submodule(name).weight.grad.double(), full_matrices=False)
+            for ours_, dense in ((U.double(), u[:, :5]), (Vt.double().T, vt[:5].T)):
+                torch.testing.assert_close(ours_.T @ ours_, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
+                cosines = torch.linalg.svdvals(ours_.T @ dense)
+                assert float(cosines.min()) >= 0.99, (name, cosines)
+
+
+def resumed(engine: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    method = Core(p=5, samples=6, interval=2, target_modules=MODULES)
+    whole, half = Trainee(method, engine), Trainee(method, engine)
+    for step in range(5):
+        whole.step(step)
+    for step in range(3):
+        half.step(step)
+    saved = half.save(Path(folder), 3)
+    again = Trainee(method, engine, resume_from=saved)
+    for step in range(3, 5):
+        again.step(step)
+    return again.values(), whole.values()
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)])
+def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path):
+    for found, whole in ranks.run(world, resumed, engine, str(tmp_path)):
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+        assert any(value.any() for name, value in whole.items() if name.endswith(".S"))
+
+
+def test_as_many_parameters_as_a_lora_of_that_rank():
+    t = Trainee(Core(like_rank=4, samples=0), "plain")
+    for adapter in t.adapters:
+        m, n = adapter.shape
+        assert adapter.S.shape == (p := math.isqrt(4 * (m + n)), p)
+        assert p * p <= 4 * (m + n) < (p + 1) ** 2
