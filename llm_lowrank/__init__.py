@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
+    from llm_lowrank.methods.flat_lora import FlatLoRA
     from llm_lowrank.methods.lora import LoRA
+    from llm_lowrank.methods.lora_ga import LoRAGA
+    from llm_lowrank.methods.lora_one import LoRAOne
     from llm_lowrank.methods.losia import LoSiA
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
@@ -24,9 +27,26 @@ if TYPE_CHECKING:
     from llm_lowrank.run.train import train
 
 __version__ = "0.2.0"
-__all__ = ["DoRA", "DropLoRA", "LoRA", "LoSiA", "PiSSA", "RaSA", "ReLoRA", "Recipe", "SRLoRA", "train"]
+__all__ = [
+    "DoRA",
+    "DropLoRA",
+    "FlatLoRA",
+    "LoRA",
+    "LoRAGA",
+    "LoRAOne",
+    "LoSiA",
+    "PiSSA",
+    "RaSA",
+    "ReLoRA",
+    "Recipe",
+    "SRLoRA",
+    "train",
+]
 
 _HOMES = {name: f"llm_lowrank.methods.{name.lower()}" for name in __all__} | {
+    "FlatLoRA": "llm_lowrank.methods.flat_lora",
+    "LoRAGA": "llm_lowrank.methods.lora_ga",
+    "LoRAOne": "llm_lowrank.methods.lora_one",
     "Recipe": "llm_lowrank.run.recipe",
     "train": "llm_lowrank.run.train",
 }

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm_lowrank.codecs import Dense
-from llm_lowrank.methods.gradient_start import GradientStart
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.methods.lora_ga import LoRAGA
+from llm_lowrank.methods.lora_ga import GradientStart, LoRAGA
 from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llm_lowrank.adapters.adapter import PairAdapter
 from llm_lowrank.adapters.method import Method
-from llm_lowrank.methods.gradient_start import GradientStart
+from llm_lowrank.methods.lora_ga import GradientStart
 from llm_lowrank.numerics.pairs import Pairs
 from llm_lowrank.numerics.spectrum import Triplets
 

@@ -348,7 +348,12 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
             + textwrap.fill(f"{name}.{TYPE} {kind_name}: {(inspect.getdoc(kind) or '').splitlines()[0]}{too}", width)
         )
         defaults = value if kind_name == chosen else kind()
-        added = {key: hint for key, hint in _hints(kind).items() if key not in _hints(above)}
+        known = {} if above is base else {key: getattr(above(), key) for key in _hints(above)}
+        added = {  # with the shared ones whose default is another one here
+            key: hint
+            for key, hint in _hints(kind).items()
+            if key not in _hints(above) or (key in known and getattr(kind(), key) != known[key])
+        }
         out += [
             _entry(f"{name}.{key}", kind, key, getattr(defaults, key), width)
             for key, hint in added.items()
