@@ -1,8 +1,10 @@
 """What the methods learn in the same steps.
 
-    python benchmarks/quality.py small | real | table [--output benchmarks/results/quality]
+    python benchmarks/quality.py small | controls | real | table [--output benchmarks/results/quality]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
+    controls  CORE in the same setting, on ten other seeds, beside runs that take one of its parts away or spend what it
+              spends in another way
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
     table   writes the tables and the curves of docs/quality.md from the results of the runs
 
@@ -105,6 +107,19 @@ TITLES = {
     "lora_one": "LoRA-One",
     "core": "CORE",
     "full": "all parameters",
+}
+CONTROLS = {
+    "core": "CORE, as many parameters as LoRA of rank r",
+    "core_small": "CORE, p = 3 r",
+    "core_random": "CORE between random bases",
+    "core_fixed": "CORE without turns: plain Adam on S",
+    "core_small_random": "CORE, p = 3 r, between random bases",
+    "core_small_fixed": "CORE, p = 3 r, without turns",
+    "lora": "LoRA, rank r",
+    "lora_wide": "LoRA, rank 5.6 r: CORE's FLOPs",
+    "lora_soap": "LoRA, rank r, with SOAP on both sides",
+    "dora": "DoRA, rank r",
+    "losia": "LoSiA",
 }
 CLIP = 1.0  # max_grad_norm
 # Settings that were added after the first runs: with these values a method is what it was before.
@@ -307,6 +322,26 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
     }
 
 
+def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
+    """Return the settings of CORE and of its controls, as `methods` does."""
+    from benchmarks.soap import Soap  # registers a direction, which no other comparison should know
+
+    never = 10 * steps
+    return {
+        "core": Core(like_rank=rank),
+        "core_small": Core(p=3 * rank),
+        "core_random": Core(like_rank=rank, samples=0),
+        "core_fixed": Core(like_rank=rank, interval=never),
+        "core_small_random": Core(p=3 * rank, samples=0),
+        "core_small_fixed": Core(p=3 * rank, interval=never),
+        "lora": LoRA(rank=rank),
+        "lora_wide": LoRA(rank=round(5.6 * rank)),
+        "lora_soap": LoRA(rank=rank, direction=Soap()),
+        "dora": DoRA(rank=rank),
+        "losia": matched_losia(model, rank, steps),
+    }
+
+
 def matched_losia(model: PreTrainedModel, rank: int, steps: int) -> LoSiA:
     """Return LoSiA with about LoRA's number of trainable parameters, the output layer's included; every layer has two
     exchanges, as far as the steps allow.
@@ -354,11 +389,14 @@ class Result:
     seconds: float = 0.0
 
 
-def run_small(checkpoint: Path, small: Small, spec: Spec) -> Result:
-    """Adapt the small model once."""
+Methods = Callable[[PreTrainedModel, int, int, str], dict[str, Method]]  # of `methods` and `controls`
+
+
+def run_small(checkpoint: Path, small: Small, spec: Spec, among: Methods = methods) -> Result:
+    """Adapt the small model once. among: the function that knows the method."""
     source, engine = Source.open(checkpoint), Plain()
     model = skeleton(checkpoint, torch.float32, "sdpa")
-    method = methods(model, small.rank, small.steps, svd_cache="")[spec.method]
+    method = among(model, small.rank, small.steps, "")[spec.method]
     adapters = attach(model, method, Dense(torch.float32), spec.seed)
     loading.bind(model, adapters, source)
     settings = Optimization(
@@ -610,10 +648,10 @@ def best(runs: list[dict[str, Any]], method: str) -> float:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def tabulate(folder: Path, page: Path, name: str) -> None:
+def tabulate(folder: Path, page: Path, name: str, titles: dict[str, str]) -> None:
     """Write a comparison's table and conclusions between the marks of the page, and its curves into a file."""
     runs = read_runs(folder)
-    rows = {m: of(runs, m, False, best(runs, m)) for m in TITLES if rates_of(runs, m)}
+    rows = {m: of(runs, m, False, best(runs, m)) for m in titles if rates_of(runs, m)}
     rows = {method: results for method, results in rows.items() if results}
     if not rows:
         print(f"{name}: no run of a tuned rate in {folder}")
@@ -622,23 +660,27 @@ def tabulate(folder: Path, page: Path, name: str) -> None:
         "| method | trainable | best rate | seeds | exact match, % | held-out loss |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    lines += [row(method, results, best(runs, method), rates_of(runs, method)) for method, results in rows.items()]
+    lines += [
+        row(titles[method], results, best(runs, method), rates_of(runs, method)) for method, results in rows.items()
+    ]
     grid = ", ".join(f"{rate:g}" for rate in sorted({rate for method in rows for rate in rates_of(runs, method)}))
     picture = page.with_name(f"{page.stem}-{name}.png")
-    draw(rows, picture)
-    text = "\n".join([*lines, "", f"Grid of rates: {grid}.", *verdict(rows), "", f"![loss curves]({picture.name})"])
+    draw({titles[m]: results for m, results in rows.items()}, picture)
+    text = "\n".join(
+        [*lines, "", f"Grid of rates: {grid}.", *verdict(rows, titles), "", f"![loss curves]({picture.name})"]
+    )
     write_text(page, between_marks(page.read_text(encoding="utf-8"), name, text))
     print(f"{name}: {len(rows)} rows written to {page}, curves to {picture}")
 
 
-def row(method: str, results: list[dict[str, Any]], rate: float, grid: list[float]) -> str:
+def row(title: str, results: list[dict[str, Any]], rate: float, grid: list[float]) -> str:
     """Return one line of the table. A rate at an end of the grid is marked: a better one may lie outside."""
     diverged = sum(result["loss"] is None for result in results)
     losses = [result["loss"] for result in results if result["loss"] is not None]
     loss = spread(losses, 3) + f" ({diverged} diverged)" * bool(diverged)
     edge = " (edge)" if len(grid) > 1 and rate in (grid[0], grid[-1]) else ""
     exact = spread([100 * result["exact_match"] for result in results], 1)
-    return f"| {TITLES[method]} | {results[0]['trainable']:,} | {rate:g}{edge} | {len(results)} | {exact} | {loss} |"
+    return f"| {title} | {results[0]['trainable']:,} | {rate:g}{edge} | {len(results)} | {exact} | {loss} |"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -648,7 +690,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def verdict(rows: dict[str, list[dict[str, Any]]], titles: dict[str, str]) -> list[str]:
     """Return sentences that name the methods whose exact match differs from LoRA's by more than twice the standard
     error of the difference. With fewer than three seeds the sentence says that there are too few.
     """
@@ -664,7 +706,7 @@ def verdict(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         error = math.sqrt(statistics.variance(values) / len(values) + statistics.variance(lora) / len(lora))
         told = abs(difference) > 2 * error
         groups["Not told apart from LoRA" if not told else "Above LoRA" if difference > 0 else "Below LoRA"].append(
-            TITLES[method]
+            titles[method]
         )
     return [f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items()]
 
@@ -691,7 +733,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axis, curve, title in zip(
         axes, ("train_curve", "held_out_curve"), ("training loss", "held-out loss"), strict=True
     ):
-        for number, (method, results) in enumerate(rows.items()):
+        for number, (title, results) in enumerate(rows.items()):
             curves = [result[curve] for result in results if result["loss"] is not None]
             if curves:
                 points = [(at[0][0], [value for _, value in at]) for at in zip(*curves, strict=False)]
@@ -699,7 +741,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 axis.plot(
                     steps,
                     [statistics.mean(v) for _, v in points],
-                    label=TITLES[method],
+                    label=title,
                     marker="o",
                     ms=3,
                     lw=1.5,
@@ -718,11 +760,11 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def small_comparison(folder: Path, small: Small) -> Comparison:
-    checkpoint = pretrained(folder / "pretrained", small.base)
+def small_comparison(folder: Path, small: Small, among: Methods = methods) -> Comparison:
+    checkpoint = pretrained(folder.with_name("small") / "pretrained", small.base)
     model = skeleton(checkpoint, torch.float32, "sdpa")
-    settings = {k: draccus.encode(m) for k, m in methods(model, small.rank, small.steps, svd_cache="").items()}
-    return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small))
+    settings = {k: draccus.encode(m) for k, m in among(model, small.rank, small.steps, "").items()}
+    return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small, among=among))
 
 
 def real_comparison(folder: Path, real: Real) -> Comparison:
@@ -736,11 +778,13 @@ def real_comparison(folder: Path, real: Real) -> Comparison:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn in the same steps.")
-    parser.add_argument("what", choices=["small", "real", "table"])
+    parser.add_argument("what", choices=["small", "controls", "real", "table"])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie"
     )
-    parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="by default all; of `real` all but full")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(TITLES | CONTROLS), help="by default all; of `real` all but full"
+    )
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds that are reported")
@@ -752,6 +796,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 SMALL_GRID = {"rates": [1e-3, 2.5e-3, 4e-3, 6e-3, 1e-2], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
+CONTROL_GRID = {
+    "rates": [2.5e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2],
+    "tuning_seeds": [100, 101],
+    "seeds": list(range(5, 15)),
+}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 
 
@@ -759,18 +808,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     quiet()
     if args.what == "table":
-        for name in ("small", "real"):
-            tabulate(args.output / name, args.page, name)
+        for name, titles in (("small", TITLES), ("controls", CONTROLS), ("real", TITLES)):
+            tabulate(args.output / name, args.page, name, titles)
         return
     folder = args.output / args.what
-    if args.what == "small":
-        comparison = small_comparison(folder, Small(Base(steps=args.pretrain_steps), steps=args.steps))
+    small = Small(Base(steps=args.pretrain_steps), steps=args.steps)
+    if args.what == "real":
+        comparison, default = real_comparison(folder, Real()), REAL_GRID
     else:
-        comparison = real_comparison(folder, Real())
-    grid = {
-        key: getattr(args, key) or default
-        for key, default in (SMALL_GRID if args.what == "small" else REAL_GRID).items()
-    }
+        among, default = (methods, SMALL_GRID) if args.what == "small" else (controls, CONTROL_GRID)
+        comparison = small_comparison(folder, small, among)
+    grid = {key: getattr(args, key) or values for key, values in default.items()}
     names = args.methods or list(comparison.settings)
     compare(comparison, names, grid["rates"], grid["tuning_seeds"], grid["seeds"], args.jobs)
 
