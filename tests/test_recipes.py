@@ -224,6 +224,8 @@ def trained(settings: Method, config: dict) -> int:
     if kind == "losia":
         p = settings.factor
         return sum(int(p * m) * int(p * n) for m, n in wanted) * layers + int(settings.output_factor * v) * d
+    if kind == "core":
+        return settings.p**2 * len(wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
     if kind == "rasa":
         k = max(1, settings.rank // 8)

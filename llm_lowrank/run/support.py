@@ -62,6 +62,7 @@ OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
             "use_dora: true": {"use_dora": True},
         },
     ),
+    "core": ({"p": 4}, {"": {}}),
     "losia": ({"output_factor": 0.0}, INTO | {"output_factor: 0.125": {"output_factor": 0.125}}),
 }
 RUN_OPTIONS: dict[str, Settings] = {
@@ -124,7 +125,9 @@ def exceptions() -> dict[tuple[str, str], list[str]]:
     """Return what is refused: (reason, with which codecs and engines) -> the settings."""
     base = Recipe(output_dir=str(ROOT / "output" / "none-of-this-is-written"), report_to="none")
     engines, codecs = variants("engine", ENGINES, ENGINE_VARIANTS), variants("codec", CODECS, CODEC_VARIANTS)
-    rows: list[tuple[str, Settings]] = [(name, {"method": method}) for name, method in methods()]
+    rows: list[tuple[str, Settings]] = [
+        (name, {"method": method, **({"optim": "sgd"} if method.own_step else {})}) for name, method in methods()
+    ]
     rows += [(f"`{option}`", settings) for option, settings in RUN_OPTIONS.items()]
     refused: dict[tuple[str, str], list[str]] = {}
     for row, settings in rows:
