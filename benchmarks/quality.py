@@ -89,6 +89,7 @@ TITLES = {
     "lora": "LoRA",
     "rslora": "rsLoRA",
     "pissa": "PiSSA",
+    "pissa_subspace": "PiSSA's subspace, B = 0",
     "dora": "DoRA",
     "srlora": "SRLoRA",
     "rasa": "RaSA",
@@ -123,7 +124,7 @@ CONTROLS = {
 }
 CLIP = 1.0  # max_grad_norm
 # Settings that were added after the first runs: with these values a method is what it was before.
-LATER: dict[str, Any] = {"exclude_modules": [], "b_rate": 1.0, "direction": {"type": "none"}}
+LATER: dict[str, Any] = {"exclude_modules": [], "subspace": False, "b_rate": 1.0, "direction": {"type": "none"}}
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
@@ -302,6 +303,7 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
         "lora": LoRA(rank=rank),
         "rslora": LoRA(rank=rank, use_rslora=True),
         "pissa": PiSSA(rank=rank, svd_cache=svd_cache),
+        "pissa_subspace": PiSSA(rank=rank, subspace=True, svd_cache=svd_cache),
         "dora": DoRA(rank=rank),
         "srlora": SRLoRA(rank=rank, target_rank=2 * rank, svd_cache=svd_cache),
         "rasa": RaSA(rank=rank),

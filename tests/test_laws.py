@@ -49,7 +49,10 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
     "core": {"core": dict(p=6, samples=6, svd_niter=1, interval=2, target_modules=MODULES)},
-    "pissa": {"pissa": dict(PAIRS, svd_cache="")},
+    "pissa": {
+        "pissa": dict(PAIRS, svd_cache=""),
+        "pissa-subspace": dict(PAIRS, alpha=6, svd_cache="", subspace=True),
+    },
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
         for into in ("weight", "bank")
@@ -86,7 +89,12 @@ EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 # the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
-THINNER = (*tiny.DIRECTIONS, "b-rate", *CALIBRATED)  # their arithmetic is float32 whatever W is stored in
+THINNER = (
+    *tiny.DIRECTIONS,
+    "b-rate",
+    "pissa-subspace",
+    *CALIBRATED,
+)  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]
 
 
@@ -112,7 +120,7 @@ CELLS: list[Cell] = [
 
 def takes_pairs(method: str) -> bool:
     """Out of W, at the start."""
-    return isinstance(METHODS[method], PiSSA)
+    return isinstance(METHODS[method], PiSSA) and not METHODS[method].subspace
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:

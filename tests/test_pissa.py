@@ -13,6 +13,7 @@ from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.engines.base import Optimization
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.numerics import spectrum
 from tests import ranks
@@ -220,3 +221,25 @@ def test_the_default_cache_folder_is_not_used_when_none_is_wanted(tmp_path, monk
     assert not any(Path(tmp_path).rglob("*.safetensors"))
     start(PiSSA(**{**EXACT, "svd_cache": "auto"}), "plain")
     assert len(list(Path(tmp_path / "svd").glob("*.safetensors"))) == 6
+
+
+def subspaces(engine: str, dtype: str) -> dict[str, dict[str, Tensor]]:
+    t = Trainee(PiSSA(**EXACT, subspace=True), engine, dtype)
+    return {"values": t.values(), "original": {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}}
+
+
+@pytest.mark.parametrize("engine, world, dtype", [("plain", 1, "fp32"), ("zero3", 3, "nf4"), ("fsdp", 2, "bf16")])
+def test_the_subspace_alone_is_w_whole_with_its_directions_in_a_and_b_zero(engine, world, dtype):
+    for found in ranks.run(world, subspaces, engine, dtype):
+        for name, w in found["original"].items():
+            A, B = found["values"][f"{name}.A"].double(), found["values"][f"{name}.B"]
+            assert not B.any()
+            torch.testing.assert_close(A.norm(dim=1), torch.full((4,), 3**-0.5, dtype=torch.float64))
+            V = torch.linalg.svd(w.double(), full_matrices=False)[2][:4]
+            cosines = (A @ V.T).abs() * 3**0.5
+            torch.testing.assert_close(cosines, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_srlora_has_nothing_to_exchange_without_pairs():
+    with pytest.raises(ValueError, match=r"method\.subspace leaves nothing for srlora to exchange"):
+        SRLoRA(subspace=True)

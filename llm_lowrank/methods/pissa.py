@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
@@ -21,6 +22,8 @@ from llm_lowrank.files import cache_dir
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.pairs import Pairs
 from llm_lowrank.numerics.spectrum import Triplets, cached_triplets
+
+ROW_LENGTH = 3**-0.5  # of LoRA's A, uniform in +-1/sqrt(n): sqrt(n / (3 n))
 
 
 @Method.register_subclass("pissa")
@@ -38,10 +41,24 @@ class PiSSA(LoRA):
     """Folder that caches singular directions; auto: svd in $LLM_LOWRANK_CACHE or ~/.cache/llm_lowrank; empty: none."""
     svd_seed: int = 0
     """Seed of the randomized SVD."""
+    subspace: bool = False
+    """Take the directions alone: W stays whole, A is its leading right singular vectors at the length of LoRA's rows,
+    and B is zero. Ours, not the paper's."""
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = as_pair_adapters(adapters)
+        if self.subspace:
+            return iter([None] * len(layers))
         return self.principal_pairs(layers, engine, [layer.rank for layer in layers])
+
+    def start(self, adapters: list[Adapter], engine: Engine) -> None:
+        layers = as_pair_adapters(adapters)
+        if not self.subspace:
+            return
+        principal = self.principal_pairs(layers, engine, [layer.rank for layer in layers])
+        for adapter, pairs in zip(layers, principal, strict=True):
+            with engine.edit(adapter.A) as (a,):
+                a.value.copy_(F.normalize(pairs.A, dim=1) * ROW_LENGTH)
 
     def principal_pairs(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Pairs]:
         """Yield counts[i] principal pairs of the untouched W of adapter i, on the host, the same on every rank.

@@ -62,6 +62,11 @@ class SRLoRA(PiSSA):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.subspace:
+            complaints.append(
+                "method.subspace leaves nothing for srlora to exchange: its pairs come out of W; remove it, or take "
+                "method.type: pissa"
+            )
         if self.rank_pattern:
             complaints.append(
                 "method.rank_pattern cannot be used with srlora: modules would need different numbers of exchanges; "
