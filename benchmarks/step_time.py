@@ -16,8 +16,8 @@ shapes matter.
 
     python benchmarks/step_time.py --directions
 
-times whole steps of LoRA, the optimizer's part included, with every direction and with LoRA+, as multiples of LoRA's
-step. It also prints what a step adds to the traffic of sharded engines: the gradients of A and B go to every rank, and
+times whole steps, the optimizer's part included, of LoRA with every direction, of LoRA+ and of CORE with some p, as
+multiples of LoRA's step; "total" has CORE's turns, which come every 15th step. It also prints what a step adds to the traffic of sharded engines: the gradients of A and B go to every rank, and
 under ZeRO-3 and FSDP2 their values too.
 """
 
@@ -43,6 +43,7 @@ from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.optimizers import Optimization
 
@@ -144,11 +145,12 @@ def arms(limit: nn.Module, rank: int) -> dict[str, nn.Module]:
 class Stepped:
     """LoRA with an optimizer, in one process."""
 
-    def __init__(self, model: nn.Module, method: LoRA) -> None:
+    def __init__(self, model: nn.Module, method: Method) -> None:
         self.method, self.step = method, 1000  # behind every warm-up
         self.adapters = attach(model, method, Dense(model.dtype))
-        for adapter in self.adapters:  # B is not zero in a step like any other
-            adapter.B.data.normal_(std=0.01)
+        for adapter in self.adapters:  # what starts at zero is not zero in a step like any other
+            adapter.started()
+            (adapter.S if hasattr(adapter, "S") else adapter.B).data.normal_(std=0.01)
         optim = "sgd" if method.own_step else "adamw"
         self.engine = Plain()
         settings = Optimization(RATE, optim=optim, max_grad_norm=0.0 if method.directs else CLIP)
@@ -171,9 +173,10 @@ def own_rows(name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, 
 
 
 def whole_steps(limit: nn.Module, rank: int, ids: Tensor, rounds: int) -> None:
-    """Time whole steps with every direction and print the table."""
+    """Time whole steps with every direction, and of CORE, and print the table."""
     kinds = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
-    methods = {"lora": LoRA(rank=rank), "lora+": LoRA(rank=rank, b_rate=16.0)}
+    methods: dict[str, Method] = {"lora": LoRA(rank=rank), "lora+": LoRA(rank=rank, b_rate=16.0)}
+    methods |= {f"core {p}": Core(p=p) for p in (64, 128, 256)}
     methods |= {name: LoRA(rank=rank, direction=kind()) for name, kind in kinds.items()}
     arms = {name: Stepped(shared(limit), method) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -184,11 +187,13 @@ def whole_steps(limit: nn.Module, rank: int, ids: Tensor, rounds: int) -> None:
             if i >= 2:  # warm-up
                 seconds[name].append(taken)
     print("ratios to LoRA's step; bytes that a step adds to the traffic of ZeRO-1 and 2 | of ZeRO-3 and FSDP2")
-    print(f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'ms':>9}   bytes")
+    print(f"{'':16}{'median':>8}{'min':>8}{'max':>8}{'total':>8}{'ms':>9}   bytes")
     for name, row in summary(seconds, "lora").items():
         floats = 4 * arms[name].trained if methods[name].directs else 0
-        ratios = f"{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}"
-        print(f"{name:16}{ratios}{1000 * row['seconds']:9.1f}   {floats:,} | {2 * floats:,}")
+        total = sum(seconds[name]) / sum(seconds["lora"])
+        ratios = f"{row['median']:8.3f}{row['min']:8.3f}{row['max']:8.3f}{total:8.3f}"
+        values = 0 if name.startswith("core") else floats  # CORE does not look at S
+        print(f"{name:16}{ratios}{1000 * row['seconds']:9.1f}   {floats:,} | {floats + values:,}")
 
 
 def step(model: nn.Module, ids: Tensor) -> tuple[float, float]:

@@ -113,6 +113,7 @@ class Adapter(FrozenLinear):
     groups: Mapping[str, int] = {}  # the group of a parameter, by its name, where it is another one
     scale = 1.0  # s, of everything beside W
     directed: tuple[str, ...] = ()  # the trained parameters whose steps `direct` decides
+    looks_at: tuple[str, ...] = ()  # those whose values it looks at for that
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
@@ -163,7 +164,8 @@ class Adapter(FrozenLinear):
     def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
         """Replace the gradients of the parameters in `directed`, in the dictionary, see adapters/redirect.py. Local.
 
-        values, gradients: of those parameters by their names, whole and float32; the gradients are clipped.
+        values: of the parameters in `looks_at`; gradients: of those in `directed`, clipped. By their names, whole and
+        float32.
         """
         raise NotImplementedError
 
@@ -222,7 +224,7 @@ class PairAdapter(Adapter):
     frozen pairs is float32 too, so that an exchange copies pairs bitwise. https://arxiv.org/abs/2106.09685 eq. 3
     """
 
-    directed = ("A", "B")
+    directed = looks_at = ("A", "B")
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
         super().__init__(name, linear, codec, settings.seed)

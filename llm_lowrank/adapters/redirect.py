@@ -58,15 +58,15 @@ def redirect(
         # one buffer for the gradients of the layer, one for the values that the adapters look at
         trained = [p for adapter in layer for p in adapter.parameters(recurse=False) if p.requires_grad]
         gradients = dict(zip(trained, engine.whole_gradients(trained), strict=True))
-        looked_at = [getattr(adapter, name) for adapter in layer for name in adapter.directed]
-        values = dict(zip(looked_at, engine.whole_masters(looked_at), strict=True))
+        looked_at = [getattr(adapter, name) for adapter in layer for name in adapter.looks_at]
+        values = dict(zip(looked_at, engine.whole_masters(looked_at) if looked_at else [], strict=True))
         for gradient in gradients.values():
             gradient.mul_(factor)
         for adapter in layer:
             update = Update(step, adapter.scale, rates[adapter.group], engine.settings.weight_decay)
             named = {name: getattr(adapter, name) for name in adapter.directed}
             found = {name: gradients[p] for name, p in named.items()}
-            adapter.direct({name: values[p] for name, p in named.items()}, found, update)
+            adapter.direct({name: values[getattr(adapter, name)] for name in adapter.looks_at}, found, update)
             # engines cut spans out of the flattened tensor, and a rule may return a transposed one
             gradients |= {p: found[name].contiguous() for name, p in named.items()}
         _check_finite(layer, gradients)
