@@ -17,8 +17,8 @@ shapes matter.
     python benchmarks/step_time.py --directions
 
 times whole steps, the optimizer's part included, of LoRA with every direction, of LoRA+ and of CORE with some p, as
-multiples of LoRA's step; "total" has CORE's turns, which come every 15th step. It also prints what a step adds to the traffic of sharded engines: the gradients of A and B go to every rank, and
-under ZeRO-3 and FSDP2 their values too.
+multiples of LoRA's step; "total" has CORE's turns, which come every 15th step. It also prints what a step adds to the
+traffic of sharded engines: the gradients of A and B go to every rank, and under ZeRO-3 and FSDP2 their values too.
 """
 
 import argparse
