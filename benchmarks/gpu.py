@@ -45,7 +45,7 @@ class Item(NamedTuple):
 
 LAWS, FIGURES, MODELS = (f"benchmarks.gpu_{name}" for name in ("laws", "figures", "models"))
 ITEMS: dict[str, Item] = {
-    "methods": Item(LAWS, "methods", 50, "Four steps of every method, compared with the same steps on the CPU."),
+    "methods": Item(LAWS, "methods", 80, "Four steps of every method, compared with the same steps on the CPU."),
     "engines": Item(LAWS, "engines", 80, "The same over ZeRO and FSDP2 in a group of one rank, and offloaded."),
     "resume": Item(LAWS, "resume", 30, "Saved and resumed: whether two further steps are bitwise the same."),
     "peft": Item(LAWS, "peft", 20, "Exported adapters, loaded by PEFT: logits."),
@@ -60,7 +60,8 @@ ITEMS: dict[str, Item] = {
         80,
         "The same in nf4, beside PEFT over bitsandbytes, and in int8; of bf16: to lora in bf16.",
     ),
-    "speeds": Item(MODELS, "speeds", 40, "Every method on four layers; ratio: to the frozen model."),
+    "speeds": Item(MODELS, "speeds", 55, "Every method on four layers; ratio: to the frozen model."),
+    "updates": Item(MODELS, "updates", 40, "The optimizer's part of a step behind each direction, four layers."),
     "exchange": Item(MODELS, "exchange", 60, "SRLoRA's start and exchange, of the whole model."),
     "launcher": Item(LAWS, "launcher", 90, "torchrun launch/train.py, ZeRO-3 and nf4, stopped and resumed."),
     "compile": Item(MODELS, "compiled", 60, "torch.compile of each decoder layer, four layers."),

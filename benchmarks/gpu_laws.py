@@ -37,7 +37,15 @@ TYPES = ("fp32", "bf16", "nf4", "int8")
 # 3.1 % from those of float32, by method.
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 1e-2, "int8": 1e-2}
 STEPS = 4
-SHARDED = ("lora", "srlora-bank", "relora-weight", "losia-bank", "rasa")  # methods that the engines are tried with
+SHARDED = (
+    "lora",
+    "lora-lora_rite",
+    "srlora-bank",
+    "relora-weight",
+    "losia-bank",
+    "rasa",
+    "core",
+)  # methods that the engines are tried with
 # heads of 64 and rows of 512 tokens, which torch's flash attention takes in several tiles
 WIDE = dict(
     hidden_size=128,

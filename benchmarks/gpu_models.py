@@ -36,8 +36,10 @@ import llm_lowrank.methods  # noqa: F401 - registers them
 from benchmarks.gpu_device import CUDA, DEVICE, median_of, peak, reset_peak, seconds_of, wait
 from benchmarks.gpu_results import Results, Row, failure, read
 from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.method import Method, attach
+from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.codecs import nf4 as nf4_codec
 from llm_lowrank.codecs.base import from_bytes
@@ -121,7 +123,10 @@ def loaded(
     adapters = attach(model, method, codec, 0)
     bind(model, adapters, source)
     began = time.perf_counter()
-    wrapped, _ = load(engine, model, adapters=adapters, method=method, tensors=source, settings=Optimization())
+    settings = Optimization(optim="sgd" if method.own_step else "adamw")
+    wrapped, _ = load(engine, model, adapters=adapters, method=method, tensors=source, settings=settings)
+    for adapter in adapters:
+        adapter.started()  # a calibration would change none of the times
     wait()
     seconds = time.perf_counter() - began
     for adapter in adapters:
@@ -355,6 +360,9 @@ def speeds(args: argparse.Namespace, results: Results) -> None:
         "droplora, token": KINDS["droplora"](rank=r),
         "droplora, step": KINDS["droplora"](rank=r, mask="step"),
         "losia": KINDS["losia"](output_factor=0),
+        "flat_lora": KINDS["flat_lora"](rank=r),
+        "core, p 4 r": KINDS["core"](p=4 * r),
+        "core, p 8 r": KINDS["core"](p=8 * r),
     }
     ids = tokens(args)
     arms: dict[str, Callable[[], float]] = {}
@@ -367,6 +375,37 @@ def speeds(args: argparse.Namespace, results: Results) -> None:
             arms["limit"] = stepping(sharing(model, dense_linear), ids)
         arms[name] = stepping(model, ids)
     turns(results, arms, args.rounds, lambda seconds: {}, beside=True)
+
+
+def updates(args: argparse.Namespace, results: Results) -> None:
+    """What follows the last backward of a step: the optimizer alone, and behind each direction."""
+    r, layers = args.rank, 1 if args.small else 4
+    rules = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
+    methods: dict[str, Method] = {"lora": KINDS["lora"](rank=r)}
+    methods |= {name: KINDS["lora"](rank=r, direction=kind()) for name, kind in rules.items()}
+    methods |= {f"core, p {k} r": KINDS["core"](p=k * r, interval=2) for k in (4, 8)}
+    ids = tokens(args, 64)
+
+    def cell(method: Method) -> Row:
+        engine, model, wrapped, adapters, _ = loaded(args, method, Dense(BF16), layers)
+        head, times = model.get_output_embeddings(), []
+        for step in range(200, 206):  # behind every warm-up; CORE turns at every second one
+            engine.backward(sum_loss(wrapped, {"input_ids": ids}, ids.cpu(), head))
+            wait()
+            began = time.perf_counter()
+            make_step(engine, method, adapters, step, method.rates(adapters, step, 1000, lambda step: 1e-6), 1.0)
+            wait()
+            times.append(1e3 * (time.perf_counter() - began))
+        fast, slow = sorted(times[2:])[1:3]
+        return {
+            "modules": len(adapters),
+            "least ms": min(times[2:]),
+            "ms": (fast + slow) / 2,
+            "most ms": max(times[2:]),
+        }
+
+    for name, method in methods.items():
+        results.cell(name, partial(cell, method))
 
 
 def exchange(args: argparse.Namespace, results: Results) -> None:
