@@ -26,6 +26,7 @@ ENGINES = pytest.mark.parametrize(
     "engine, world", [(name, world) for name in tiny.ENGINES for world in (1, 2, 3)], ids=lambda x: str(x)
 )
 RATE, STEPS = 1e-2, 6
+OFFLOAD = {"device": "cpu", "pin_memory": False}
 
 
 def ramp(t: Tensor) -> Tensor:
@@ -60,8 +61,10 @@ def lora(rule: Direction, **settings: object) -> LoRA:
     return LoRA(**{**dict(rank=3, alpha=6, direction=rule), **settings})
 
 
-def follow(engine: str, accumulation: int) -> tuple[dict, dict]:
-    t = Trainee(lora(Constant()), engine, accumulation=accumulation, samples=12, optimization={"optim": "sgd"})
+def follow(engine: str, accumulation: int, zero: dict | None = None) -> tuple[dict, dict]:
+    t = Trainee(
+        lora(Constant()), engine, accumulation=accumulation, samples=12, optimization={"optim": "sgd"}, zero=zero
+    )
     before = t.values()
     t.step(0, RATE)
     return before, t.values()
@@ -73,6 +76,24 @@ def test_a_direction_that_was_put_is_the_one_that_is_stepped_along(engine, world
         for name, value in before.items():
             expected = value - RATE * ramp(value)
             torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "engine, zero",
+    [
+        ("zero2", {"offload_optimizer": OFFLOAD}),
+        ("zero3", {"offload_optimizer": OFFLOAD, "offload_param": OFFLOAD}),
+        ("zero3", {"stage3_param_persistence_threshold": 10**6}),
+        ("fsdp", {"cpu_offload": True}),
+        ("fsdp", {"shard_size": 1}),
+        ("fsdp", {"reshard_after_forward": False}),
+    ],
+    ids=["zero2-offload", "zero3-offload", "zero3-persisted", "fsdp-offload", "fsdp-hybrid", "fsdp-gathered"],
+)
+def test_a_direction_is_stepped_along_wherever_parameters_lie(engine, zero):
+    for before, after in ranks.run(2, follow, engine, 2, zero):
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value - RATE * ramp(value), rtol=0, atol=1e-7)
 
 
 def runs(engine: str, clip: float) -> list[tuple[list[float], list[float], dict, dict]]:

@@ -223,6 +223,15 @@ def test_a_dictionary_is_compared_name_by_name_and_given_back_whole():
     assert line.endswith("this version has no such setting; resume with the version that wrote the checkpoint")
 
 
+def test_a_direction_that_differs_is_named_by_its_settings(home, tmp_path, capsys):
+    shutil.copytree(home, tmp_path / "copy")
+    lines = refusal(capsys, tmp_path / "copy", **{"method.direction.type": "riemannian"})
+    assert lines == [
+        "method.direction.type: 'none' in the checkpoint, 'riemannian' now; give --method.direction.type none",
+        "method.direction.damping: absent in the checkpoint, 0.01 now; leave out --method.direction.damping",
+    ]
+
+
 def test_a_method_of_another_type_is_one_line(home, tmp_path, capsys):
     shutil.copytree(home, tmp_path / "copy")
     words = [
