@@ -216,3 +216,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path)
 def test_a_direction_over_other_layers_is_refused():
     with pytest.raises(ValueError, match=r"method.direction.type riemannian is for layers .* A and B; rasa trains"):
         Trainee(RaSA(rank=3, direction=Riemannian()), "plain")
+
+
+def test_a_direction_with_its_own_steps_does_not_leave_lengths_to_plain_gradient_descent():
+    with pytest.raises(ValueError, match=r"dora trains magnitude too, and optim: sgd would step these along their gra"):
+        Trainee(DoRA(rank=3, direction=tiny.DIRECTIONS["lora_rite"]), "plain")

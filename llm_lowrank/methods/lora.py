@@ -162,7 +162,8 @@ class LoRA(Method):
             trained = {name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad}
             others = sorted(trained - {"A", "B"})
             if not isinstance(adapter, PairAdapter) or (others and self.direction.own_step):
-                what = f"trains {', '.join(others)} too, which it would leave to plain gradient descent"
+                what = f"trains {', '.join(others)} too" if others else "trains something else"
+                what += ", and optim: sgd would step these along their gradients" if self.direction.own_step else ""
                 raise ValueError(
                     f"method.direction.type {self.direction_name} is for layers whose trained parameters are A and B; "
                     f"{Method.get_choice_name(type(self))} {what}; choose another direction or another method"
