@@ -148,8 +148,7 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in recipe.items():
         flat |= {f"{key}.{name}": part for name, part in value.items()} if key in SECTIONS else {key: value}
     # a section of a section, method.direction, has a type
-    inner = {key: value for key, value in flat.items() if isinstance(value, Mapping) and "type" in value}
-    for key, value in inner.items():
+    for key in [key for key, value in flat.items() if isinstance(value, Mapping) and "type" in value]:
         flat |= {f"{key}.{name}": part for name, part in flat.pop(key).items()}
     return flat
 
