@@ -723,39 +723,33 @@ def between_marks(page: str, name: str, text: str) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw training and held-out loss of every method: the mean over the seeds, and a band from the least to the
-    greatest.
+    """Draw training and held-out loss of every row: the mean over the seeds, and a band from the least to the greatest.
+
+    Of more than ten rows the bands would hide one another, and are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for axis, curve, title in zip(
-        axes, ("train_curve", "held_out_curve"), ("training loss", "held-out loss"), strict=True
-    ):
+    figure, axes = pyplot.subplots(1, 2, figsize=(15, 5), layout="constrained")
+    kinds = (("train_curve", "training loss"), ("held_out_curve", "held-out loss"))
+    for axis, (curve, heading) in zip(axes, kinds, strict=True):
         for number, (title, results) in enumerate(rows.items()):
             curves = [result[curve] for result in results if result["loss"] is not None]
             if curves:
                 points = [(at[0][0], [value for _, value in at]) for at in zip(*curves, strict=False)]
-                steps, style = [step for step, _ in points], {"color": f"C{number}"}
-                axis.plot(
-                    steps,
-                    [statistics.mean(v) for _, v in points],
-                    label=title,
-                    marker="o",
-                    ms=3,
-                    lw=1.5,
-                    **style,
-                )
-                axis.fill_between(
-                    steps, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, lw=0, **style
-                )
-        axis.set(title=title, xlabel="step", yscale="log")
+                steps, color = [step for step, _ in points], f"C{number % 10}"
+                line = ("-", "--", ":")[number // 10 % 3]
+                mean = [statistics.mean(v) for _, v in points]
+                axis.plot(steps, mean, line, label=title, marker="o", ms=3, lw=1.5, color=color)
+                if len(rows) <= 10:
+                    least, most = [min(v) for _, v in points], [max(v) for _, v in points]
+                    axis.fill_between(steps, least, most, alpha=0.15, lw=0, color=color)
+        axis.set(title=heading, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
