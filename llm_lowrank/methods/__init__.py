@@ -3,5 +3,6 @@
 import importlib
 import pkgutil
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+# LoRA first: --help shows the others as what they add to it.
+for _name in sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name != "lora"):
+    importlib.import_module(f"{__name__}.{_name}")
