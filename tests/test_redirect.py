@@ -26,6 +26,8 @@ ENGINES = pytest.mark.parametrize(
     "engine, world", [(name, world) for name in tiny.ENGINES for world in (1, 2, 3)], ids=lambda x: str(x)
 )
 RATE, STEPS = 1e-2, 6
+# what remembers something, and one rule that does not
+REMEMBERING = ["riemannian", *(name for name, rule in tiny.DIRECTIONS.items() if rule.own_step)]
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 
 
@@ -183,7 +185,8 @@ def test_gradients_travel_once_and_values_where_they_are_sharded(engine, times):
 def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Direction -> values after four steps of a run that was stopped after two of them, and of one that was not."""
     found = {}
-    for name, rule in tiny.DIRECTIONS.items():
+    for name in REMEMBERING:
+        rule = tiny.DIRECTIONS[name]
         method = SRLoRA(rank=3, target_rank=6, svd_cache="", into="bank") if rule.survives_exchange else LoRA(rank=3)
         method = replace(method, direction=rule)
         exchanges = method.schedule(STEPS)
@@ -207,8 +210,8 @@ def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Ten
 def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path):
     """With an exchange before the stop and another one behind it, where the direction allows exchanges."""
     assert len(SRLoRA(rank=3, target_rank=6, svd_cache="").schedule(STEPS)) >= 2
-    for found in ranks.run(world, stopped_and_whole, engine, str(tmp_path), timeout=120):
-        assert found.keys() == tiny.DIRECTIONS.keys()
+    for found in ranks.run(world, stopped_and_whole, engine, str(tmp_path), timeout=250):
+        assert found.keys() == set(REMEMBERING)
         for name, (resumed, whole) in found.items():
             assert all(torch.equal(resumed[key], value) for key, value in whole.items()), name
 
