@@ -51,6 +51,19 @@ class Direction(draccus.ChoiceRegistry):
         """What is wrong with the settings, a sentence each."""
         return []
 
+    def wrong_decays(self, *names: str) -> list[str]:
+        """A sentence for each of these settings that is no weight of the past in a mean."""
+        values = {name: getattr(self, name) for name in names}
+        return [f"method.direction.{k} must be in [0, 1), not {v:g}" for k, v in values.items() if not 0 <= v < 1]
+
+    def wrong_warmup(self, warmup: int) -> list[str]:
+        """A sentence if the rule cannot begin after so many steps."""
+        return [] if warmup >= 0 else [f"method.direction.warmup must be at least 0, not {warmup}"]
+
+    def wrong_eps(self, eps: float) -> list[str]:
+        """A sentence if this cannot keep a denominator above 0."""
+        return [] if eps > 0 else [f"method.direction.eps must be above 0, not {eps:g}"]
+
     def remembered(self, rank: int, m: int, n: int) -> int:
         """The bytes that the rule remembers of a layer, on every rank."""
         return 0

@@ -43,7 +43,7 @@ def make_step(
 def redirect(
     engine: Engine, adapters: Sequence[Adapter], step: int, rates: Sequence[float], max_grad_norm: float
 ) -> float:
-    """Clip the gradients of all adapters together, replace those of A and B, and return the norm before clipping.
+    """Clip the gradients of all adapters together, replace those that adapters direct; return the norm before clipping.
 
     step: 0-based. rates: one for each group of the optimizer. max_grad_norm: 0 for no clipping. If a gradient is not
     finite, nothing is changed, and the engine leaves the step out. Raise RuntimeError if finite gradients give a

@@ -43,9 +43,7 @@ class AltLoRA(Direction):
     """d, which is added to the eigenvalues of both Gram matrices; 0: pseudo-inverses."""
 
     def complaints(self) -> list[str]:
-        complaints = []
-        if not 0 <= self.beta1 < 1:
-            complaints.append(f"method.direction.beta1 must be in [0, 1), not {self.beta1:g}")
+        complaints = self.wrong_decays("beta1")
         if not self.damping >= 0:
             complaints.append(f"method.direction.damping must be at least 0, not {self.damping:g}")
         return complaints

@@ -42,9 +42,7 @@ class LoRAPro(Direction):
     """What is added to the eigenvalues of both Gram matrices, as a share of their mean."""
 
     def complaints(self) -> list[str]:
-        complaints = []
-        if self.warmup < 0:
-            complaints.append(f"method.direction.warmup must be at least 0, not {self.warmup}")
+        complaints = self.wrong_warmup(self.warmup)
         if not self.damping > 0:
             complaints.append(
                 f"method.direction.damping must be above 0, not {self.damping:g}: a factor of a lower rank has a Gram "

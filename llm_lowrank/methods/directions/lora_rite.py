@@ -50,13 +50,7 @@ class LoRARITE(Direction):
     """Added to the square root of the second moment."""
 
     def complaints(self) -> list[str]:
-        complaints = []
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                complaints.append(f"method.direction.{name} must be in [0, 1), not {getattr(self, name):g}")
-        if not self.eps > 0:
-            complaints.append(f"method.direction.eps must be above 0, not {self.eps:g}")
-        return complaints
+        return [*self.wrong_decays("beta1", "beta2"), *self.wrong_eps(self.eps)]
 
     def remembered(self, rank: int, m: int, n: int) -> int:
         return 4 * rank * (m + n) + 8 * (2 * rank * rank + 3)

@@ -33,7 +33,7 @@ class RefLoRA(Direction):
     """The first steps, which take the gradients as they are. 0 is for methods whose B does not start at zero."""
 
     def complaints(self) -> list[str]:
-        return [] if self.warmup >= 0 else [f"method.direction.warmup must be at least 0, not {self.warmup}"]
+        return self.wrong_warmup(self.warmup)
 
     def direct(self, pairs: Pairs, gradients: Pairs, memory: dict[str, Tensor], update: Update) -> Pairs:
         if update.step < self.warmup:

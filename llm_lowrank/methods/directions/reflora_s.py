@@ -47,15 +47,11 @@ class RefLoRAS(Direction):
     """Added to the square root of the second moment."""
 
     def complaints(self) -> list[str]:
-        complaints = []
-        if self.warmup < 0:
-            complaints.append(f"method.direction.warmup must be at least 0, not {self.warmup}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                complaints.append(f"method.direction.{name} must be in [0, 1), not {getattr(self, name):g}")
-        if not self.eps > 0:
-            complaints.append(f"method.direction.eps must be above 0, not {self.eps:g}")
-        return complaints
+        return [
+            *self.wrong_warmup(self.warmup),
+            *self.wrong_decays("beta1", "beta2"),
+            *self.wrong_eps(self.eps),
+        ]
 
     def remembered(self, rank: int, m: int, n: int) -> int:
         return 2 * 4 * rank * (m + n) + 8
