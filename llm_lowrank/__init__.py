@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
     from llm_lowrank.methods.flat_lora import FlatLoRA
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "Core",
     "DoRA",
     "DropLoRA",
     "FlatLoRA",

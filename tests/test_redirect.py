@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -168,18 +169,22 @@ def test_a_direction_that_is_not_finite_ends_the_run():
         redirect(t.engine, t.adapters, 0, [RATE], 0.0)
 
 
-def count(engine: str) -> tuple[int, int]:
+def count(engine: str) -> tuple[int, int, int]:
+    """Bytes that redirecting gave to collectives, bytes of what is trained, and sums over ranks."""
     t = Trainee(lora(Itself()), engine)
     t.forward_backward(0)
     before = t.engine.traffic
-    redirect(t.engine, t.adapters, 0, [RATE], 0.0)
-    return t.engine.traffic - before, sum(4 * value.numel() for value in t.values().values())
+    with patch.object(t.engine, "sum", wraps=t.engine.sum) as sums:
+        redirect(t.engine, t.adapters, 0, [RATE], 0.0)
+    return t.engine.traffic - before, sum(4 * value.numel() for value in t.values().values()), sums.call_count
 
 
 @pytest.mark.parametrize("engine, times", [("plain", 1), ("zero1", 1), ("zero2", 1), ("zero3", 2), ("fsdp", 2)])
 def test_gradients_travel_once_and_values_where_they_are_sharded(engine, times):
-    for traffic, elements in ranks.run(2, count, engine):
+    for traffic, elements, sums in ranks.run(2, count, engine):
         assert traffic - 8 == times * elements  # 8 bytes: the sum for the norm
+        # one buffer for each of the two decoder layers, and the norm; DDP sends rank 0's results and sums nothing else
+        assert sums == 1 + (0 if engine == "plain" else 2 * times)
 
 
 def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
