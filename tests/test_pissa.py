@@ -240,6 +240,14 @@ def test_the_subspace_alone_is_w_whole_with_its_directions_in_a_and_b_zero(engin
             torch.testing.assert_close(cosines, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
+def test_a_weight_without_enough_directions_is_named(monkeypatch):
+    weights = llama("fp32")
+    torch.nn.init.zeros_(weights.model.layers[1].self_attn.k_proj.weight)
+    monkeypatch.setattr("tests.tiny.llama", lambda *_args, **_changes: weights)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj: W has fewer than 4 directions"):
+        Trainee(PiSSA(**EXACT, subspace=True), "plain")
+
+
 def test_srlora_has_nothing_to_exchange_without_pairs():
     with pytest.raises(ValueError, match=r"method\.subspace leaves nothing for srlora to exchange"):
         SRLoRA(subspace=True)

@@ -57,6 +57,11 @@ class PiSSA(LoRA):
             return
         principal = self.principal_pairs(layers, engine, [layer.rank for layer in layers])
         for adapter, pairs in zip(layers, principal, strict=True):
+            if not pairs.A.any(dim=1).all():  # such a row would stay zero, and B's column beside it too
+                raise ValueError(
+                    f"{adapter.name}: W has fewer than {adapter.rank} directions, which method.subspace takes; lower "
+                    f"method.rank, or leave the module out: --method.exclude_modules {adapter.name.rpartition('.')[2]}"
+                )
             with engine.edit(adapter.A) as (a,):
                 a.value.copy_(F.normalize(pairs.A, dim=1) * ROW_LENGTH)
 
