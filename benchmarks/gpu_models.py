@@ -363,6 +363,7 @@ def speeds(args: argparse.Namespace, results: Results) -> None:
         "flat_lora": KINDS["flat_lora"](rank=r),
         "core, p 4 r": KINDS["core"](p=4 * r),
         "core, p 8 r": KINDS["core"](p=8 * r),
+        "core, p 16 r": KINDS["core"](p=16 * r),
     }
     ids = tokens(args)
     arms: dict[str, Callable[[], float]] = {}
@@ -383,7 +384,7 @@ def updates(args: argparse.Namespace, results: Results) -> None:
     rules = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
     methods: dict[str, Method] = {"lora": KINDS["lora"](rank=r)}
     methods |= {name: KINDS["lora"](rank=r, direction=kind()) for name, kind in rules.items()}
-    methods |= {f"core, p {k} r": KINDS["core"](p=k * r, interval=2) for k in (4, 8)}
+    methods |= {f"core, p {k} r": KINDS["core"](p=k * r, interval=2) for k in (4, 8, 16)}
     ids = tokens(args, 64)
 
     def cell(method: Method) -> Row:

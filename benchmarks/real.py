@@ -1,0 +1,446 @@
+"""What the methods learn on a real model, on tasks that LoRA neither fails nor solves, and what they forget on the way.
+
+    python benchmarks/real.py pilot     LoRA alone on nineteen tasks; the tasks of the comparison are chosen by this
+    python benchmarks/real.py run       every method on every chosen task
+    python benchmarks/real.py table     writes the tables of docs/quality.md from the results of the runs
+
+The model is SmolLM2-135M-Instruct. On one H100 `pilot` and `run` take ten minutes together with
+
+    python recipes/data/stdlib_code.py output/stdlib-code.jsonl
+    nvidia-cuda-mps-control -d          # lets the processes use the GPU side by side
+    python benchmarks/real.py pilot --jobs 14 && python benchmarks/real.py run --jobs 14
+
+`--steps 4800` takes twenty times as many. `--minutes 8` begins no run after eight minutes; what is missing is made by
+the next start.
+
+Tasks. Questions come from reasoning-gym, and their exact match is that of generated answers. `pilot` trains LoRA once
+on each of CANDIDATES. Of each kind the task is taken whose exact match is nearest to 50 %, if it is from 20 to 80 %.
+`alpaca` and `code` are text, of which only the held-out loss is known.
+
+Rates. Every method has its own rate for each task. It is chosen by runs of half the steps with one seed that is not
+reported, among three rates, and as long as the best one is the first or the last, among the next one on that side too.
+
+Forgetting. Before and after a run the loss is taken of text that it was not trained on: the held-out examples of
+`alpaca` and `code`.
+
+Everything else is as in benchmarks/quality.py: one JSON file a run, the same data, batches, warm-up, cosine schedule,
+clipping and modules for all methods, AdamW without weight decay, and about the same number of trained parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.gpu_device import card_name
+from benchmarks.quality import (
+    PAGE,
+    ROOT,
+    TITLES,
+    Comparison,
+    Result,
+    Spec,
+    best,
+    between_marks,
+    of,
+    quiet,
+    rates_of,
+    read_runs,
+    spread,
+)
+from benchmarks.quality import methods as all_methods
+from llm_lowrank.adapters.method import Method
+from llm_lowrank.data import Data, load_corpus
+from llm_lowrank.files import write_json, write_text
+from llm_lowrank.methods.core import Core
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.run.build import codec
+from llm_lowrank.run.calibration import calibrate
+from llm_lowrank.run.held_out import evaluate, held_out_loss
+from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.prepare import Run, make_engine, prepare
+from llm_lowrank.run.recipe import Recipe
+from llm_lowrank.run.signals import Signals
+from llm_lowrank.run.train import load, train_steps
+
+GYM, CODE = "reasoning-gym:", "output/stdlib-code.jsonl"
+RATES = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3, 2e-2, 6e-2)
+FIRST = slice(2, 5)  # of RATES: those that every method is tried with
+TUNING, PILOT, SEEDS = 100, 200, (0, 1, 2)
+WINDOW = (0.2, 0.8)  # of LoRA's exact match
+KINDS = 4  # tasks of different kinds that are taken
+METHODS = ("lora", "lora_plus", "dora", "rasa", "losia", "srlora", "core", "core_4r")
+NAMES = TITLES | {"core_4r": "CORE, p = 4 r"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to learn. A task of questions has settings of reasoning-gym."""
+
+    kind: str
+    dataset: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0  # of the comparison's steps, where the data is small
+
+    @property
+    def asks(self) -> bool:
+        return self.dataset.startswith(GYM)
+
+
+def gym(kind: str, name: str, **settings: Any) -> Task:
+    return Task(kind, GYM + name, settings)
+
+
+CANDIDATES: dict[str, Task] = {
+    "sums": gym("arithmetic", "chain_sum", min_terms=3, max_terms=3, min_digits=2, max_digits=2),
+    "long_sums": gym("arithmetic", "chain_sum", min_terms=4, max_terms=5, min_digits=1, max_digits=2),
+    "products": gym("arithmetic", "products", min_digits=2, max_digits=2),
+    "decimals": gym("arithmetic", "decimal_chain_sum", max_terms=2, max_digits=2, max_decimal_places=2),
+    "expressions": gym("arithmetic", "basic_arithmetic", min_terms=3, max_terms=3, max_digits=1),
+    "legs": gym("arithmetic", "leg_counting", min_animals=2, max_animals=3, max_instances=5),
+    "divisors": gym("numbers", "gcd", max_value=200),
+    "fractions": gym("numbers", "fraction_simplification", max_value=30, max_factor=12, styles=["plain"]),
+    "bases": gym("numbers", "base_conversion", max_base=8, min_value=1, max_value=5000),
+    "equations": gym("numbers", "simple_equations", max_terms=2, max_value=30),
+    "backward": gym("letters", "spell_backward", max_word_len=8),
+    "letters": gym("letters", "letter_counting", min_words=4, max_words=8),
+    "cipher": gym("letters", "caesar_cipher", min_words=2, max_words=4, max_rotation=3),
+    "insertion": gym("letters", "string_insertion", max_string_length=10),
+    "number_lists": gym("lists", "number_sorting", min_numbers=5, max_numbers=8, max_decimals=0),
+    "word_lists": gym("lists", "word_sorting", min_words=4, max_words=7),
+    "filters": gym("lists", "number_filtering", min_numbers=5, max_numbers=8, max_decimals=1),
+    "reversals": gym("lists", "word_sequence_reversal", min_words=6, max_words=12),
+    "families": gym("relations", "family_relationships", max_family_size=6),
+}
+TEXTS: dict[str, Task] = {
+    "code": Task("text", CODE),
+    "alpaca": Task("text", "recipes/data/alpaca-sample.json", share=0.25),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The setting of a comparison on one task."""
+
+    task: Task
+    steps: int = 240
+    batch: int = 16
+    warmup: int = 12
+    rank: int = 16
+    held_out: int = 256
+    max_length: int = 256
+    dtype: str = "bfloat16"
+    model: str = DEMO
+
+    def length(self, tuning: bool) -> int:
+        """The number of steps of a run. Rates are chosen by runs of half the steps."""
+        steps = max(2, round(self.steps * self.task.share))
+        return steps // 2 if tuning and self.task.asks else steps
+
+    def data(self) -> Data:
+        if self.task.asks:
+            size = self.steps * self.batch + self.held_out
+            generated = {"task": dict(self.task.settings), "size": size, "held_out": self.held_out}
+            return Data(dataset=self.task.dataset, max_length=self.max_length, **generated)
+        # of code no module of a held-out function is trained on, and the body follows the docstring
+        code = {"held_out_by": "module", "prompt_style": "plain"} if self.task.dataset == CODE else {}
+        return Data(dataset=self.task.dataset, max_length=self.max_length, held_out=64, **code)  # type: ignore[arg-type]
+
+
+@dataclass
+class Adapted(Result):
+    """The result of a run, with the losses of other text before and after it."""
+
+    others: dict[str, tuple[float, float]] = field(default_factory=dict)
+    device: str = ""
+
+
+def methods(model: PreTrainedModel, rank: int, steps: int) -> dict[str, Method]:
+    """Return the settings of every method, as benchmarks/quality.py has them, and CORE at p = 4 r."""
+    known = all_methods(model, rank, steps, "auto") | {"core_4r": Core(p=4 * rank)}
+    return {name: known[name] for name in METHODS}
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def recipe_of(setting: Setting, method: Method, spec: Spec, output: str) -> Recipe:
+    return Recipe(
+        model_name_or_path=str(Source.open(setting.model).path),
+        output_dir=output,
+        save_merged=False,
+        engine="plain",
+        dtype=setting.dtype,  # type: ignore[arg-type]
+        report_to="none",
+        optim="sgd" if method.own_step else "adamw",
+        method=method,
+        data=setting.data(),
+        per_device_train_batch_size=setting.batch,
+        per_device_eval_batch_size=128,
+        max_steps=setting.length(spec.tuning),
+        seed=spec.seed,
+        learning_rate=spec.rate,
+        warmup_steps=min(setting.warmup, setting.length(spec.tuning) // 2),
+        logging_steps=10,
+    )
+
+
+def run_task(setting: Setting, spec: Spec) -> Adapted:
+    """Run the library's own loop once, and take the losses of other text before and after it."""
+    blank = skeleton(Source.open(setting.model).path, torch.float32, "sdpa")
+    method = methods(blank, setting.rank, setting.length(spec.tuning))[spec.method]
+    with tempfile.TemporaryDirectory() as output, Signals() as signals, Metrics(output, "none", True) as metrics:
+        recipe = recipe_of(setting, method, spec, output)
+        assert codec(recipe).writable, "the comparison stores weights as they are"
+        run = prepare(recipe, make_engine(recipe))
+        model, _ = load(run, signals)
+        result = Adapted(sum(p.numel() for p in model.parameters() if p.requires_grad), device=card_name())
+        others = {} if spec.tuning else other_texts(run)
+        before = {name: text_loss(run, model, data) for name, data in others.items()}
+        evaluate(run, model, 0, metrics)
+        began = time.perf_counter()
+        try:
+            calibrate(run, model)
+            train_steps(run, model, metrics, signals)
+        except FloatingPointError:  # diverged
+            return result
+        result.seconds = time.perf_counter() - began
+        evaluate(run, model, run.total_steps, metrics)
+        result.others = {name: (before[name], text_loss(run, model, data)) for name, data in others.items()}
+        records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    result.train_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+    result.held_out_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and "loss" in r]
+    result.exact_match = ([0.0] + [r["exact_match"] for r in records if r["kind"] == "eval" and "exact_match" in r])[-1]
+    loss = result.held_out_curve[-1][1]
+    result.loss = loss if math.isfinite(loss) else None
+    return result
+
+
+def silently(setting: Setting, spec: Spec) -> Adapted:
+    """Make a run without the library's output."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return run_task(setting, spec)
+
+
+def other_texts(run: Run) -> dict[str, Data]:
+    """Return the texts that a run is not trained on."""
+    return {k: Setting(task).data() for k, task in TEXTS.items() if task.dataset != run.recipe.data.dataset}
+
+
+def text_loss(run: Run, model: nn.Module, data: Data) -> float:
+    """Return the loss of the held-out examples of other data; they are the same ones in every run."""
+    corpus = load_corpus(data, run.tokenizer, 0)
+    loss = held_out_loss(run.engine, model, corpus.held_out, 32, run.batches.pad_id, run.loss_layer)
+    model.train()
+    return loss
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def comparison(folder: Path, setting: Setting) -> Comparison:
+    """Return the comparison on one task. Its folder is named by the task."""
+    model = skeleton(Source.open(setting.model).path, torch.float32, "sdpa")
+    settings, tuning = (
+        {k: draccus.encode(m) for k, m in methods(model, setting.rank, setting.length(short)).items()}
+        for short in (False, True)
+    )
+    return Comparison(folder, setting, settings, tuning, partial(run_task, setting))  # type: ignore[arg-type]
+
+
+def wanted(compared: Comparison, method: str, seeds: Sequence[int]) -> list[Spec]:
+    """Return the runs that a method's next result waits for: rates to be tried, or else the runs that are reported."""
+    runs = read_runs(compared.folder)
+    tried = {Spec(method, rate, TUNING, True) for rate in rates_of(runs, method)}
+    first = [Spec(method, rate, TUNING, True) for rate in RATES[FIRST]]
+    if missing := [spec for spec in first if spec not in tried]:
+        return missing
+    rate, rates = best(runs, method), rates_of(runs, method)
+    at = RATES.index(rate)
+    if rate in (rates[0], rates[-1]) and 0 < at < len(RATES) - 1:
+        return [Spec(method, RATES[at - 1 if rate == rates[0] else at + 1], TUNING, True)]
+    return [spec for spec in (Spec(method, rate, seed) for seed in seeds) if not compared.done(spec)]
+
+
+def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[int], jobs: int, until: float) -> None:
+    """Make the runs of all comparisons, those of the first one first. No run begins after `until`."""
+    chains = [(one, name) for one in compared for name in names]
+    running: dict[Future[str], tuple[Comparison, str, Spec]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        while True:
+            busy = {(one.folder, spec) for one, _, spec in running.values()}
+            ready = (
+                (one, name, spec)
+                for one, name in chains
+                for spec in wanted(one, name, seeds)
+                if (one.folder, spec) not in busy
+            )
+            while len(running) < jobs and time.monotonic() < until and (begun := next(ready, None)):
+                running[pool.submit(begun[0].make, begun[2])] = begun
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                one, name, _ = running.pop(future)
+                if error := future.exception():
+                    chains.remove((one, name))
+                    print(f"{one.folder.name}: {name} is left out: {type(error).__name__}: {error}", flush=True)
+                else:
+                    print(f"{one.folder.name}: {future.result()}", flush=True)
+
+
+# --- the pilot --------------------------------------------------------------------------------------------------------
+
+
+def pilot(folder: Path, setting: Setting, rate: float, jobs: int) -> None:
+    """Train LoRA once on every candidate, choose the tasks and write pilot.json."""
+    known: dict[str, float] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        runs = {
+            name: pool.submit(silently, replace(setting, task=task), Spec("lora", rate, PILOT))
+            for name, task in CANDIDATES.items()
+        }
+        for name, run in runs.items():
+            if error := run.exception():
+                print(f"{name}: {type(error).__name__}: {error}", flush=True)
+                continue
+            known[name] = run.result().exact_match
+            print(f"{name}: {known[name]:.1%}", flush=True)
+    write_json(folder / "pilot.json", {"rate": rate, "exact_match": known, "chosen": chosen(known)})
+
+
+def chosen(known: dict[str, float]) -> list[str]:
+    """Return the tasks of different kinds that are nearest to one half, the nearest first."""
+    inside = [name for name, exact in known.items() if WINDOW[0] <= exact <= WINDOW[1]]
+    nearest = sorted(inside, key=lambda name: abs(known[name] - 0.5))
+    of_kind = {CANDIDATES[name].kind: name for name in reversed(nearest)}
+    return [name for name in nearest if name in of_kind.values()][:KINDS]
+
+
+def tasks_of(folder: Path) -> dict[str, Task]:
+    """Return the tasks that the pilot chose, and the texts."""
+    return {name: CANDIDATES[name] for name in json.loads((folder / "pilot.json").read_text())["chosen"]} | TEXTS
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def table(folder: Path, page: Path) -> None:
+    """Write the tables between the marks of the page."""
+    found = {name: read_runs(folder / name) for name in tasks_of(folder)}
+    asked = [name for name in found if name in CANDIDATES and found[name]]
+    texts = [name for name in found if name in TEXTS and found[name]]
+    lines = ["Exact match in %, and in brackets the mean difference from LoRA over the same seeds:", ""]
+    lines += rows(found, asked, exact)
+    lines += ["", "Held-out loss of the same runs, and of text:", "", *rows(found, asked + texts, held_out)]
+    lines += ["", "Rates:", "", *rows(found, asked + texts, lambda runs, name: f"{best(runs, name):g}")]
+    lines += ["", "Loss of text that a run was not trained on, after minus before:", "", *rows(found, asked, forgotten)]
+    write_text(page, between_marks(page.read_text(encoding="utf-8"), "real", "\n".join(lines)))
+
+
+def rows(found: dict[str, list[dict[str, Any]]], tasks: Sequence[str], cell: Any) -> list[str]:
+    """Return a table of methods and tasks. A cell without a reported run is empty."""
+    lines = [f"| method | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
+    for name in METHODS:
+        known = [found[task] if of(found[task], name, False) else [] for task in tasks]
+        if any(known):
+            lines.append(f"| {NAMES[name]} | {' | '.join(cell(runs, name) if runs else '' for runs in known)} |")
+    return lines
+
+
+def exact(runs: list[dict[str, Any]], name: str) -> str:
+    values = [100 * result["exact_match"] for result in of(runs, name, False, best(runs, name))]
+    return spread(values, 1) + difference(runs, name, lambda result: 100 * result["exact_match"], 1)
+
+
+def held_out(runs: list[dict[str, Any]], name: str) -> str:
+    values = [result["loss"] for result in of(runs, name, False, best(runs, name)) if result["loss"] is not None]
+    return spread(values, 3) + difference(runs, name, lambda result: result["loss"], 3)
+
+
+def forgotten(runs: list[dict[str, Any]], name: str) -> str:
+    results = of(runs, name, False, best(runs, name))
+    texts = sorted({text for result in results for text in result["others"]})
+    both = [[result["others"][text] for result in results if result["others"]] for text in texts]
+    changes = [[after - before for before, after in pairs] for pairs in both]
+    return ", ".join(f"{text} {spread(values, 2)}" for text, values in zip(texts, changes, strict=True))
+
+
+def difference(runs: list[dict[str, Any]], name: str, value: Any, digits: int) -> str:
+    """Return the mean difference from LoRA over the seeds that both have, in brackets."""
+    both = [by_seed(runs, method, value) for method in (name, "lora")]
+    seeds = both[0].keys() & both[1].keys()
+    if name == "lora" or not seeds:
+        return ""
+    return f" ({statistics.mean(both[0][seed] - both[1][seed] for seed in seeds):+.{digits}f})"
+
+
+def by_seed(runs: list[dict[str, Any]], name: str, value: Any) -> dict[int, float]:
+    """Return the values of the reported runs that did not diverge."""
+    rate = best(runs, name) if rates_of(runs, name) else None
+    found = [(r["settings"]["run"], r["result"]) for r in runs]
+    return {
+        run["seed"]: value(result)
+        for run, result in found
+        if (run["method"], run["rate"], run["tuning"]) == (name, rate, False) and result["loss"] is not None
+    }
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare what the methods learn on a real model.")
+    parser.add_argument("what", choices=["pilot", "run", "table"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "real")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", choices=[*CANDIDATES, *TEXTS], help="by default those of the pilot")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds that are reported")
+    parser.add_argument("--steps", type=int, default=Setting.steps)
+    parser.add_argument("--model", default=Setting.model, help="a folder or a name, as model_name_or_path")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Setting.dtype)
+    parser.add_argument("--pilot-rate", type=float, default=2e-3)
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many no run begins")
+    parser.add_argument("--page", type=Path, default=PAGE, help="of `table`: the page to write into")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    until = time.monotonic() + 60 * args.minutes
+    quiet()
+    setting = Setting(Task("", ""), steps=args.steps, dtype=args.dtype, model=args.model)
+    if args.what == "table":
+        table(args.output, args.page)
+        return
+    Source.open(setting.model)  # converted once, before the processes ask for it
+    if args.what == "pilot":
+        pilot(args.output, setting, args.pilot_rate, args.jobs)
+        return
+    tasks = tasks_of(args.output) if not args.tasks else {n: (CANDIDATES | TEXTS)[n] for n in args.tasks}
+    compared = [comparison(args.output / name, replace(setting, task=task)) for name, task in tasks.items()]
+    fill(compared, args.methods, args.seeds, args.jobs, until)
+
+
+if __name__ == "__main__":
+    main()
