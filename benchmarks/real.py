@@ -302,7 +302,7 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
             for future in done:
                 one, name, _ = running.pop(future)
                 if error := future.exception():
-                    chains.remove((one, name))
+                    chains = [chain for chain in chains if chain != (one, name)]
                     print(f"{one.folder.name}: {name} is left out: {type(error).__name__}: {error}", flush=True)
                 else:
                     print(f"{one.folder.name}: {future.result()}", flush=True)
