@@ -84,30 +84,32 @@ def save_adapter(
     Every module has the same rank and the same scaling, lora_alpha / r. PEFT could read others, but vLLM applies one
     scaling to all modules, and llama.cpp lora_alpha over the rank of each module: neither reads patterns or use_rslora.
 
-    Adapters that never froze a pair are written as they were trained if the method has one scale for all of them. With
-    other scales s is folded into B and the scaling is 1. Otherwise the change of every module is written as balanced
-    factors, scaling 1, of the largest rank that a module needs, at most `method.export_rank`. Modules that need less
-    are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks were truncated, ALL
-    holds the untruncated pairs.
+    Adapters that never froze a pair are written as they were trained if the method has one scale for all of them and no
+    `export_rank`. With other scales s is folded into B and the scaling is 1. Otherwise the change of every module is
+    written as balanced factors, scaling 1, of the largest rank that a module needs, at most `method.export_rank`.
+    Modules that need less are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks
+    were truncated, ALL holds the untruncated pairs.
     """
     # all ranks must agree, but only rank 0 has the ledgers
     only_pairs = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
-    as_trained = only_pairs and method.one_scale
+    as_trained = only_pairs and method.one_scale and not method.export_rank
     # gathering is collective, one adapter at a time; the factors are on rank 0
     factors: dict[str, Pairs] = {}
     extras: dict[str, Tensor] = {}
     error = 0.0
     for adapter in adapters:
+        name = outer_name(adapter.name)
+        change: Pairs | None = None
         if only_pairs:
             assert isinstance(adapter, PairAdapter)
-            pairs = Pairs(engine.whole(adapter.B), engine.whole(adapter.A))
-            tensors = adapter.extras(engine.whole)
+            pairs, tensors = adapter.pairs(engine.whole), adapter.extras(engine.whole)
             if engine.main:
-                name = outer_name(adapter.name)
                 factors[name] = (pairs if as_trained else pairs.scaled(adapter.scale)).to("cpu")
                 extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
-        elif (change := _change(engine, adapter)) is not None:
-            name = outer_name(adapter.name)
+                change = factors[name] if method.export_rank else None
+        else:
+            change = _change(engine, adapter)
+        if change is not None:
             small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
             factors[name] = small.to("cpu")
             cut = _norm(factors[name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
@@ -119,7 +121,7 @@ def save_adapter(
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
     written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
-    if not only_pairs and method.export_rank and rank > method.export_rank:
+    if method.export_rank and rank > method.export_rank:
         rank = method.export_rank
         written[ALL] = _peft_names(factors)
     factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
