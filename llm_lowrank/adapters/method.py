@@ -66,6 +66,11 @@ class Method(draccus.ChoiceRegistry):
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
 
     @property
+    def changes_function(self) -> bool:
+        """Whether `exchange` is meant to change the function, see adapters.exchange.rewrite_."""
+        return False
+
+    @property
     def directs(self) -> bool:
         """Whether the optimizer steps along something else than the gradients, see adapters.redirect."""
         return False

@@ -99,21 +99,19 @@ def save_adapter(
     error = 0.0
     for adapter in adapters:
         name = outer_name(adapter.name)
-        change: Pairs | None = None
-        if only_pairs:
-            assert isinstance(adapter, PairAdapter)
-            pairs, tensors = adapter.pairs(engine.whole), adapter.extras(engine.whole)
-            if engine.main:
-                factors[name] = (pairs if as_trained else pairs.scaled(adapter.scale)).to("cpu")
-                extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
-                change = factors[name] if method.export_rank else None
-        else:
-            change = _change(engine, adapter)
-        if change is not None:
-            small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
-            factors[name] = small.to("cpu")
-            cut = _norm(factors[name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
-            error = max(error, math.hypot(dropped, cut) / max(_norm(change), torch.finfo(torch.float64).tiny))
+        found = _trained_pairs(engine, adapter) if only_pairs else _change(engine, adapter)
+        tensors = adapter.extras(engine.whole) if only_pairs else {}
+        if found is None:
+            continue
+        extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
+        if only_pairs and not method.export_rank:
+            factors[name] = found if as_trained else found.scaled(adapter.scale)
+            continue
+        change = found.scaled(adapter.scale) if only_pairs else found
+        small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
+        factors[name] = small.to("cpu")
+        cut = factors[name].take(slice(method.export_rank, None)).norm() if method.export_rank else 0.0
+        error = max(error, math.hypot(dropped, cut) / max(change.norm(), torch.finfo(torch.float64).tiny))
     if not engine.main:
         return None
 
@@ -173,15 +171,16 @@ def _of_rank(pairs: Pairs, rank: int) -> Pairs:
     return Pairs.cat([pairs.take(slice(rank)), Pairs(torch.zeros(m, more), torch.zeros(more, n))])
 
 
+def _trained_pairs(engine: Engine, adapter: Adapter) -> Pairs | None:
+    """Return the pairs of an adapter that never froze one, on the host of rank 0; None elsewhere. Collective."""
+    assert isinstance(adapter, PairAdapter)
+    pairs = adapter.pairs(engine.whole)
+    return pairs.to("cpu") if engine.main else None
+
+
 def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
     """Return all changes of W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
     trained = adapter.change(engine.whole)
     if not engine.main:
         return None
     return Pairs.cat([*(entry.pairs() for entry in adapter.ledger), trained.to("cpu", torch.float32)])
-
-
-def _norm(pairs: Pairs) -> float:
-    """|B A| without forming it: |B A|^2 = <B^T B, A A^T>."""
-    b, a = pairs.B.double(), pairs.A.double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
