@@ -45,6 +45,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "lora-b-rate": dict(PAIRS, alpha=6, b_rate=4.0),
         **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in tiny.DIRECTIONS.items()},
     },
+    "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
+    "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
@@ -86,6 +88,7 @@ FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 # little that their neighbours do not show: two stored types
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
+LOOKING = ("lora_xs",)  # at W's directions, which stay in W
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 # the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
@@ -93,6 +96,7 @@ THINNER = (
     *tiny.DIRECTIONS,
     "b-rate",
     "pissa-subspace",
+    "lora_fa-kaiming",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]
@@ -120,7 +124,7 @@ CELLS: list[Cell] = [
 
 def takes_pairs(method: str) -> bool:
     """Out of W, at the start."""
-    return isinstance(METHODS[method], PiSSA) and not METHODS[method].subspace
+    return isinstance(METHODS[method], PiSSA) and not METHODS[method].subspace and method not in LOOKING
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
