@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.droplora import DropLoRA
     from llm_lowrank.methods.flat_lora import FlatLoRA
     from llm_lowrank.methods.lora import LoRA
+    from llm_lowrank.methods.lora_fa import LoRAFA
     from llm_lowrank.methods.lora_ga import LoRAGA
     from llm_lowrank.methods.lora_one import LoRAOne
+    from llm_lowrank.methods.lora_xs import LoRAXS
     from llm_lowrank.methods.losia import LoSiA
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
@@ -34,8 +36,10 @@ __all__ = [
     "DropLoRA",
     "FlatLoRA",
     "LoRA",
+    "LoRAFA",
     "LoRAGA",
     "LoRAOne",
+    "LoRAXS",
     "LoSiA",
     "PiSSA",
     "RaSA",
@@ -47,8 +51,10 @@ __all__ = [
 
 _HOMES = {name: f"llm_lowrank.methods.{name.lower()}" for name in __all__} | {
     "FlatLoRA": "llm_lowrank.methods.flat_lora",
+    "LoRAFA": "llm_lowrank.methods.lora_fa",
     "LoRAGA": "llm_lowrank.methods.lora_ga",
     "LoRAOne": "llm_lowrank.methods.lora_one",
+    "LoRAXS": "llm_lowrank.methods.lora_xs",
     "Recipe": "llm_lowrank.run.recipe",
     "train": "llm_lowrank.run.train",
 }

@@ -37,6 +37,30 @@ def test_at_the_start_it_is_the_frozen_layer_bitwise():
     assert adapter.A.abs().max() <= 1 / math.sqrt(N) and adapter.A.std() > 0.4 / math.sqrt(N) and not adapter.B.any()
 
 
+@pytest.mark.parametrize("trains", ["A", "B", ""])
+def test_a_factor_that_is_not_trained_keeps_its_value_and_has_no_gradient(trains):
+    class Half(PairAdapter):
+        pass
+
+    Half.trains = trains
+    linear = nn.Linear(N, M)
+    adapter = Half("layer", linear, Dense(), PairSettings(R, 0.5))
+    full, _ = layer()
+    for one in (adapter, full):
+        fill_(one)
+        nn.init.normal_(one.B, generator=torch.Generator().manual_seed(1))
+    full.weight.data, full.bias.data = adapter.weight.data, adapter.bias.data
+    assert torch.equal(adapter.A, full.A), "a frozen factor starts as a trained one does"
+    x = torch.randn(4, N, requires_grad=True)
+    y = adapter(x)
+    assert torch.equal(y, full(x))
+    (y.square().sum() + full(x).square().sum()).backward()
+    for name in "AB":
+        frozen, trained = getattr(adapter, name), getattr(full, name)
+        assert frozen.requires_grad == (name in trains)
+        assert torch.equal(frozen.grad, trained.grad) if name in trains else frozen.grad is None
+
+
 def test_trainable_are_a_and_b_alone():
     adapter, _ = layer(bank=K)
     assert {n for n, p in adapter.named_parameters() if p.requires_grad} == {"A", "B"}

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter, generator
-from llm_lowrank.adapters.exchange import PROBES, Exchanged, compress_bank_, exchange_, measure_exchange
+from llm_lowrank.adapters.exchange import (
+    PROBES,
+    Exchanged,
+    compress_bank_,
+    exchange_,
+    measure_exchange,
+    renew_moments_,
+    rewrite_,
+)
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines import base
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -616,3 +624,94 @@ def wrong_map(engine: str, into: str) -> list[str]:
 def test_an_exchange_that_changes_the_function_ends_the_run(engine, into):
     for name, message in ranks.run(ENGINES[engine][1], wrong_map, engine, into):
         assert message.startswith(f"RuntimeError: {name}: an exchange changed the layer's function by"), message
+
+
+# --- a share of pairs, and what is meant to change the function -------------------------------------------------------
+
+
+SHARE = 0.19  # sqrt(1 - 0.19) = 0.9
+
+
+def share_everywhere(engine: str, into: str) -> dict[str, Seen]:
+    name, _, zero = ENGINES[engine]
+    t = Trainee(Growing(rank=RANK, alpha=RANK * SCALE, target_modules=MODULES), name, zero=zero)
+    for step in range(2):
+        t.step(step)
+    found = {}
+    for a in t.adapters:
+        before, logits = Layer.now(t, a), t.logits()
+        slots = slice(0, len(INDEX)) if into == "bank" else None
+        event = exchange_(t.engine, a, torch.tensor(INDEX), slots=slots, share=SHARE, moments="kept")
+        found[a.name] = Seen(
+            before.W, before, before.bank, 0.0, before, Layer.now(t, a), None, event, a.ledger, (logits, t.logits())
+        )
+    return found
+
+
+@both
+@a_few_engines
+def test_of_a_share_the_rest_stays_trainable_and_the_function_stays(engine, into):
+    for told in ranks.run(ENGINES[engine][1], share_everywhere, engine, into):
+        for name, seen in told.items():
+            before, after = seen.before, seen.after
+            old, rest = before.trained.take(torch.tensor(INDEX)), after.trained.take(torch.tensor(INDEX))
+            for now, was in ((rest.A, old.A), (rest.B, old.B)):
+                torch.testing.assert_close(now, was * 0.9)
+            assert relative(after.map(), before.map()) <= 2e-7, name
+            assert relative(seen.logits[1], seen.logits[0]) <= 1e-6 and seen.event.drift <= 1e-6
+            frozen = SHARE * SCALE * old.to(dtype=torch.float64).product()
+            if into == "bank":
+                assert torch.equal(before.W, after.W)
+                moved = SCALE * after.bank.to(dtype=torch.float64).product()
+                assert relative(moved - SCALE * before.bank.to(dtype=torch.float64).product(), frozen) <= 1e-6
+            else:
+                assert relative(after.W.double() - before.W.double(), frozen) <= 1e-4  # W rounds it to float32
+            index, stay = torch.tensor(INDEX), torch.tensor([2])
+            for key, moment in after.moments.items():
+                rows, was = (moment, before.moments[key]) if key[0] == "A" else (moment.T, before.moments[key].T)
+                factor = 0.9 if key.endswith("exp_avg") else 0.81
+                torch.testing.assert_close(rows[index], was[index] * factor)
+                assert torch.equal(rows[stay], was[stay])
+
+
+def test_a_share_is_between_0_and_1_and_fresh_pairs_have_no_place_beside_it():
+    t = trainee("plain-1")
+    for wrong in ({"share": 0.0}, {"share": 1.5}, {"share": 0.5, "fresh": random_pairs(t.adapters[0], 3, 1)}):
+        with pytest.raises(AssertionError):
+            exchange_(t.engine, t.adapters[0], torch.tensor(INDEX), **wrong)
+
+
+def rewrite_everywhere(engine: str) -> list[tuple[Layer, Layer, Exchanged, float]]:
+    t = trainee(engine)
+    for step in range(2):
+        t.step(step)
+    found = []
+    for a in t.adapters:
+
+        def drop_first(sa, sb) -> None:
+            Pairs(sb.value, sa.value).put_(torch.tensor([0]), Pairs(sb.value[:, :1] * 0, sa.value[:1] * 0))
+            starts = t.engine.settings.kind.moments
+            renew_moments_(sa, sb, index=torch.tensor([0]), moments="zeroed", starts=starts)
+
+        before = Layer.now(t, a)
+        hook = functools.partial(rewrite_, t.engine, a, (a.A, a.B), drop_first, pairs=1)
+        with pytest.raises(AssertionError, match="declares"):
+            measure_exchange(t.engine, lambda: Exchanged(1, "itself", 0.0, 0.0, 0.0, 0, meant=True))
+        event = measure_exchange(t.engine, hook, changes_function=True)
+        found.append((before, Layer.now(t, a), event, float(t.engine.weight(a).matmul(torch.eye(a.shape[1])).norm())))
+        t.step(2)
+        assert not t.engine.whole(a.A)[0].any() and not t.engine.whole(a.B)[:, 0].any(), "an idle pair stays idle"
+    return found
+
+
+@a_few_engines
+def test_what_is_meant_to_change_the_function_is_measured_and_w_stays(engine):
+    for told in ranks.run(ENGINES[engine][1], rewrite_everywhere, engine):
+        for before, after, event, _ in told:
+            change = SCALE * sum(p.to(dtype=torch.float64).product() for p in (before.trained, before.bank))
+            gone = SCALE * before.trained.take(torch.tensor([0])).to(dtype=torch.float64).product()
+            assert event.meant and event.into == "itself" and event.pairs == 1
+            assert event.lost == pytest.approx(float(gone.norm() / change.norm()), rel=1e-4)
+            assert 0 < event.drift < 1 and relative(after.map(), before.map()) > 1e-4
+            assert torch.equal(before.W, after.W) and equal(before.bank, after.bank)
+            assert all(not (m if k[0] == "A" else m.T)[0].any() for k, m in after.moments.items())

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from llm_lowrank import files
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
+from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import export, merging
@@ -225,6 +227,43 @@ def test_rslora_is_written_with_scaling_1_and_the_scale_in_b(tmp_path, base):
         assert torch.equal(tensors[f"base_model.model.{adapter.name}.lora_B.weight"], adapter.B * 1.5)  # 3 / sqrt 4
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "bank"])
+def test_export_rank_cuts_every_method_to_the_best_of_a_rank_and_the_merge_has_all(tmp_path, base, name):
+    method = replace({**METHODS, "dora": DoRA(rank=4, alpha=6.0)}[name], export_rank=3)
+    model, adapters = trained(method)
+    if name == "dora":
+        for adapter in adapters:
+            lengths = adapter.weight.norm(dim=1)
+            adapter.norms.data, adapter.magnitude.data = lengths, lengths * torch.linspace(0.5, 1.5, len(lengths))
+    wanted = logits(model)
+    saved = save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
+    assert saved.rank == 3 and "CUT DOWN" in str(saved) and min(saved.ranks.values()) >= 4
+    tensors, worst = load_file(tmp_path / "adapter" / WEIGHTS), 0.0
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config.get("use_dora", False)) == (3, 3, name == "dora")
+    for adapter in adapters:
+        a, b = (tensors[f"base_model.model.{adapter.name}.lora_{letter}.weight"].double() for letter in "AB")
+        change = adapter.change(lambda p: p.data).to(dtype=torch.float64).product()
+        u, sigma, vt = torch.linalg.svd(change)
+        torch.testing.assert_close(b @ a, (u[:, :3] * sigma[:3]) @ vt[:3], rtol=0, atol=1e-5)
+        worst = max(worst, float(sigma[3:].norm() / sigma.norm()))
+    assert saved.error == pytest.approx(worst, rel=1e-4)
+    assert (through_peft(base, tmp_path / "adapter") - wanted).abs().max() > 1e-3
+    merge(Source.open(base), tmp_path / "adapter", tmp_path / "merged")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-5)
+
+
+def test_an_export_rank_that_is_large_enough_loses_nothing(tmp_path, base):
+    method = LoRA(rank=4, alpha=6.0, export_rank=4)
+    model, adapters = trained(method)
+    saved = save_adapter(Plain(), adapters, method=method, path=tmp_path / "adapter", base_model_name_or_path=str(base))
+    assert saved.rank == 4 and saved.error < 1e-7 and not (tmp_path / "adapter" / "untruncated.safetensors").exists()
+    torch.testing.assert_close(through_peft(base, tmp_path / "adapter"), logits(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="export_rank must be at least 1"):
+        LoRA(export_rank=0)
 
 
 class Mine(LoRA):

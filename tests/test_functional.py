@@ -122,7 +122,7 @@ def test_two_products_with_gates_and_an_input_of_their_own(gates, dropped, bias)
     products = [Product(layer.A, layer.B, d[0]), Product(*more, d[1])]
     read = x if z is None else z
     wanted = x @ decode(*layer.parts).T + (0 if layer.bias is None else layer.bias)
-    for A, B, gate in products:
+    for A, B, gate, *_ in products:
         h = (read @ A.T).reshape(6, -1) * (1 if gate is None else gate)
         wanted = wanted + SCALE * (h @ B.T).view(2, 3, M)
     found = adapter_linear(x, layer.parts, decode=decode, products=products, scale=SCALE, bias=layer.bias, dropped=z)
@@ -131,6 +131,100 @@ def test_two_products_with_gates_and_an_input_of_their_own(gates, dropped, bias)
     g = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape)
     for ours, true in zip(torch.autograd.grad(found, leaves, g), torch.autograd.grad(wanted, leaves, g), strict=True):
         torch.testing.assert_close(ours, true)
+
+
+FIELDS = ("A", "B", "gate", "core", "out")
+Q = 5  # columns of B beside a core
+
+
+def product_of(fields: str, trained: str) -> Product:
+    """A product with these fields beside A and B, of which some are trained."""
+    rng = torch.Generator().manual_seed(6)
+    sizes = {"A": (R, N), "B": (M, Q if "core" in fields else R), "gate": (R,), "core": (Q, R), "out": (M,)}
+    made = {name: torch.randn(sizes[name], generator=rng, dtype=torch.float64) for name in ("A", "B", *fields.split())}
+    return Product(**{name: t.requires_grad_(name in trained.split()) for name, t in made.items()})
+
+
+def whole_of(product: Product) -> Tensor:
+    """diag(out) B core diag(gate) A, (m, n)."""
+    A, B, gate, core, out = product
+    B = B if core is None else B @ core
+    B = B if gate is None else B * gate
+    return (B if out is None else out[:, None] * B) @ A
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("trained", ["core", "out", "gate", "gate out", "core out", "A B gate core out", "B"])
+@pytest.mark.parametrize("fields", ["core", "out", "core out", "gate core out", "gate out"])
+def test_a_core_and_weights_of_the_outputs(fields, trained, dropped, magnitude):
+    """LoRA-XS's and CORE's matrix, VeRA's and OSoRA's vectors: value, and gradients of whatever is trained."""
+    layer, x = Layer(torch.float64, bias=True), inputs(2, 3, N, dtype=torch.float64)
+    product = product_of(fields, trained)
+    if magnitude and product.out is not None:
+        return  # row lengths know no weights of the outputs
+    z = inputs(2, 3, N, dtype=torch.float64).detach().mul(2).requires_grad_() if dropped else None
+    w, change = decode(*layer.parts), whole_of(product)
+    growth = torch.ones(M, dtype=torch.float64)
+    if magnitude:
+        lengths = torch.linspace(1, 2, M, dtype=torch.float64)
+        norms = w.norm(dim=1)
+        growth = lengths / (w + SCALE * change.detach() if product.gate is None else _ungated(w, product)).norm(dim=1)
+    wanted = (x @ w.T + SCALE * (x if z is None else z) @ change.T) * growth + layer.bias
+    found = adapter_linear(
+        x,
+        layer.parts,
+        decode=decode,
+        products=[product],
+        scale=SCALE,
+        bias=layer.bias,
+        dropped=z,
+        direction=(lengths, norms) if magnitude else None,
+    )
+    torch.testing.assert_close(found, wanted)
+    leaves = [t for t in (x, z, *product) if t is not None and t.requires_grad]
+    g = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape)
+    for ours, true in zip(torch.autograd.grad(found, leaves, g), torch.autograd.grad(wanted, leaves, g), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def _ungated(w: Tensor, product: Product) -> Tensor:
+    return w + SCALE * whole_of(product._replace(gate=None)).detach()
+
+
+@pytest.mark.parametrize("trained", ["B", "core", "out", "gate", "gate out"])
+def test_beside_a_frozen_a_no_input_is_kept(trained):
+    """What a layer keeps of the forward is (t, r), and the input, (t, n), is freed."""
+    layer, x = Layer(torch.float64), inputs(7, N, dtype=torch.float64).detach()
+    product = product_of(trained if trained != "B" else "", trained)
+    kept = saved_by(lambda: adapter_linear(x, layer.parts, decode=decode, products=[product], scale=SCALE))
+    passed = {t.data_ptr() for t in (*product, *layer.parts) if t is not None}
+    own = [t for t in kept if t.data_ptr() not in passed]
+    assert [t.shape for t in own] == [(7, R)]
+
+
+def test_a_trained_core_costs_no_gradient_of_b():
+    """dS = s (g U)^T (x V): two products with (t, .) beside W's, where U S made first would cost a third, (m, p)."""
+    layer, x = Layer(torch.float64), inputs(7, N, dtype=torch.float64).detach()
+    product = product_of("core", "core")
+    y = adapter_linear(x, layer.parts, decode=decode, products=[product], scale=SCALE)
+    shapes = []
+    with _Products(shapes):
+        y.sum().backward()
+    assert shapes == [(7, M, Q), (Q, 7, R)]  # u = g B, and u^T h: nothing of shape (m, .)
+
+
+class _Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Note the sizes (rows, sum, columns) of all matrix products."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.mm.default:
+            self.shapes.append((*args[0].shape, args[1].shape[1]))
+        return operation(*args, **(kwargs or {}))
 
 
 def test_a_bank_does_not_read_the_dropped_input():

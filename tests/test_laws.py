@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -21,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llm_lowrank.methods  # noqa: F401 - registers them
+from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -45,6 +47,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "lora-b-rate": dict(PAIRS, alpha=6, b_rate=4.0),
         **{f"lora-{name}": dict(PAIRS, alpha=6, direction=rule) for name, rule in tiny.DIRECTIONS.items()},
     },
+    "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
+    "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
@@ -86,6 +90,7 @@ FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 # little that their neighbours do not show: two stored types
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
+LOOKING = ("lora_xs",)  # at W's directions, which stay in W
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 # the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
@@ -93,6 +98,7 @@ THINNER = (
     *tiny.DIRECTIONS,
     "b-rate",
     "pissa-subspace",
+    "lora_fa-kaiming",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]
@@ -120,7 +126,7 @@ CELLS: list[Cell] = [
 
 def takes_pairs(method: str) -> bool:
     """Out of W, at the start."""
-    return isinstance(METHODS[method], PiSSA) and not METHODS[method].subspace
+    return isinstance(METHODS[method], PiSSA) and not METHODS[method].subspace and method not in LOOKING
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
@@ -176,6 +182,7 @@ class Life:
     base: Tensor  # logits of the untouched model
     started: Snapshot
     exchanges: list[tuple[Snapshot, Snapshot]]  # before and after every exchange
+    events: list[Exchanged]  # their reports
     final: Snapshot
     losses: list[float]
     norms: list[float]  # of the gradient
@@ -215,7 +222,7 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
 
     with torch.no_grad():
         base = untouched(input_ids=batch(99)).logits.float()
-    started, exchanges, losses, norms = Snapshot.take(t), [], [], []
+    started, exchanges, events, losses, norms = Snapshot.take(t), [], [], [], []
     history = [parameters()]
     for step in range(STEPS):
         loss = t.forward_backward(step)
@@ -223,15 +230,30 @@ def live(method: Method, engine: str, dtype: str, accumulation: int, folder: str
         losses.append(float(t.engine.sum(torch.tensor(loss))))
         if step + 1 in method.schedule(STEPS):
             before = Snapshot.take(t)
-            method.exchange(t.adapters, t.engine, step + 1)
-            exchanges.append((before, Snapshot.take(t)))
+            event = measure_exchange(
+                t.engine, partial(method.exchange, t.adapters, t.engine, step + 1), method.changes_function
+            )
+            if event is not None:
+                events.append(event)
+                exchanges.append((before, Snapshot.take(t)))
         history.append(parameters())
     final = Snapshot.take(t)
     save_adapter(t.engine, t.adapters, method=method, path=folder, base_model_name_or_path="base")
     original = {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}
     ledger = {a.name: a.ledger for a in t.adapters}
     return Life(
-        original, base, started, exchanges, final, losses, norms, ledger, history, t.checkpoint.elements, watched.most
+        original,
+        base,
+        started,
+        exchanges,
+        events,
+        final,
+        losses,
+        norms,
+        ledger,
+        history,
+        t.checkpoint.elements,
+        watched.most,
     )
 
 
@@ -371,7 +393,21 @@ def check_first_step(life: Life, method: LoRAOne, dtype: str) -> None:
         assert not life.ledger[name], "W stays as it was read"
 
 
-EXCHANGING = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
+SCHEDULED = [cell for cell in CELLS if METHODS[cell[0]].schedule(STEPS)]
+EXCHANGING = [cell for cell in SCHEDULED if not METHODS[cell[0]].changes_function]
+
+
+@over([cell for cell in SCHEDULED if METHODS[cell[0]].changes_function])
+def test_what_is_meant_to_change_the_function_is_measured_and_leaves_the_bytes_of_w(lives, cell):
+    life = lives(*cell)[0][0]
+    assert len(life.events) == len(life.exchanges) and all(event.meant for event in life.events)
+    for (before, after), event in zip(life.exchanges, life.events, strict=True):
+        moved = [relative(after.maps[name], before.maps[name]) for name in life.original]
+        assert (max(moved) > 1e-9) == (event.lost > 1e-9), "the report says whether the function changed"
+    for name, parts in life.started.parts.items():
+        for k, stored in parts.items():
+            assert torch.equal(stored.view(torch.uint8), life.final.parts[name][k].view(torch.uint8)), (name, k)
+        assert len(life.ledger.get(name, [])) == life.started.ledger.get(name, 0), "W received nothing"
 
 
 @over(EXCHANGING)

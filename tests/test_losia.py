@@ -598,7 +598,7 @@ def test_a_block_and_its_pairs_are_the_same_change():
 def test_an_export_that_was_cut_down_says_so_and_the_merge_has_all(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     source = Source.open(str(tmp_path / "base"))
-    runs = {rank: trainee(replace(METHOD, max_export_rank=rank)) for rank in (4, 40)}
+    runs = {rank: trainee(replace(METHOD, export_rank=rank)) for rank in (4, 40)}
     for rank, t in runs.items():
         advance(t, range(6))
         saved = save_adapter(

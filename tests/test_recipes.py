@@ -226,6 +226,10 @@ def trained(settings: Method, config: dict) -> int:
         return sum(int(p * m) * int(p * n) for m, n in wanted) * layers + int(settings.output_factor * v) * d
     if kind == "core":
         return settings.p**2 * len(wanted) * layers
+    if kind == "lora_xs":
+        return settings.rank**2 * len(wanted) * layers
+    if kind == "lora_fa":
+        return settings.rank * sum(m for m, _ in wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
     if kind == "rasa":
         k = max(1, settings.rank // 8)

@@ -16,8 +16,10 @@ from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora_fa import LoRAFA
 from llm_lowrank.methods.lora_ga import LoRAGA
 from llm_lowrank.methods.lora_one import LoRAOne
+from llm_lowrank.methods.lora_xs import LoRAXS
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
@@ -41,6 +43,8 @@ METHODS: dict[str, Method] = {
     "relora-bank": ReLoRA(rank=4, interval=2, restart_warmup=0, into="bank"),
     "rasa": RaSA(rank=4),
     "flat_lora": FlatLoRA(rank=4),
+    "lora_fa": LoRAFA(rank=4),
+    "lora_xs": LoRAXS(rank=4, svd_cache=""),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
     "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),
     "droplora-token": DropLoRA(rank=4, mask="token"),

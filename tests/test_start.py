@@ -12,7 +12,9 @@ from tests.test_laws import METHODS
 from tests.tiny import Trainee, batch, llama
 
 # B = 0, and no start; Flat-LoRA's first step has no noise
-BY_ATTACH_ALONE = [label for label in METHODS if type(METHODS[label]).__name__ in ("LoRA", "RaSA", "FlatLoRA")]
+BY_ATTACH_ALONE = [
+    label for label in METHODS if type(METHODS[label]).__name__ in ("LoRA", "LoRAFA", "RaSA", "FlatLoRA")
+]
 
 
 @pytest.mark.parametrize("label", METHODS)

@@ -79,7 +79,7 @@ class Shared(nn.Module):
         """Return the parameter `name` for the forward of one layer. `first`: the model's first layer that uses it."""
         p: nn.Parameter = getattr(self, name)
         in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1  # a recomputation
-        if in_backward and not first:
+        if in_backward and not first and p.requires_grad:
             leaf = p.detach().requires_grad_()
             leaf.register_post_accumulate_grad_hook(partial(self._wait, name))
             return leaf
@@ -114,6 +114,8 @@ class Adapter(FrozenLinear):
     scale = 1.0  # s, of everything beside W
     directed: tuple[str, ...] = ()  # the trained parameters whose steps `direct` decides
     looks_at: tuple[str, ...] = ()  # those whose values it looks at for that
+    takes = True  # whether the starting pairs leave W; otherwise they are only looked at, and W stays as it is
+    penalties: Mapping[str, float] = {}  # of parameters, by their names: see optimizers.shrink_
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)
@@ -157,7 +159,7 @@ class Adapter(FrozenLinear):
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values, whole and on the host, of all parameters except W's parts and the bias.
 
-        `pairs` are the pairs that were taken out of W.
+        `pairs` are those of Method.starting_pairs: they were taken out of W, unless the adapter `takes` none.
         """
         raise NotImplementedError
 
@@ -222,8 +224,12 @@ class PairAdapter(Adapter):
 
     A and B are float32 masters: they are trained as they are and cast to the compute dtype in forward. The bank of
     frozen pairs is float32 too, so that an exchange copies pairs bitwise. https://arxiv.org/abs/2106.09685 eq. 3
+
+    A factor that `trains` does not name keeps its starting value. It is a float32 parameter without a gradient, like
+    the bank: engines shard it, and a checkpoint stores it.
     """
 
+    trains = "AB"  # the letters of the factors that are trained
     directed = looks_at = ("A", "B")
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
@@ -231,7 +237,8 @@ class PairAdapter(Adapter):
         (m, n), rank, bank = self.shape, settings.rank, settings.bank
         self.rank, self.scale, self.dropout = rank, settings.scale, settings.dropout
         self.rule = settings.direction
-        self.A, self.B = self.factor(rank, n), self.factor(m, rank)
+        self.A = self.factor(rank, n, trained="A" in self.trains)
+        self.B = self.factor(m, rank, trained="B" in self.trains)
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
@@ -240,7 +247,7 @@ class PairAdapter(Adapter):
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values of A, B and the bank.
 
-        Of `pairs`, which were taken out of W, the first r are trained and the others fill the bank. Without `pairs` A
+        Of `pairs` the first r are trained and the others fill the bank. Without `pairs` A
         is uniform and B and the bank are zero, so that the function starts as it was.
         """
         (m, n), r, bank = self.shape, self.rank, 0 if self.bank_A is None else len(self.bank_A)
@@ -302,10 +309,16 @@ class PairAdapter(Adapter):
     def only_pairs(self) -> bool:
         return self.bank_A is None
 
+    def pairs(self, whole: Whole) -> Pairs:
+        """The trained pairs, B and A as a PEFT LoRA names them. Collective."""
+        return Pairs(whole(self.B), whole(self.A))
+
     def change(self, whole: Whole) -> Pairs:
         """s B A + s bank_B bank_A."""
-        factors = [whole(p) for p in self.factors()]
-        return Pairs.cat([Pairs(b, a).scaled(self.scale) for a, b in zip(factors[::2], factors[1::2], strict=True)])
+        change = self.pairs(whole).scaled(self.scale)
+        if self.bank_A is None or self.bank_B is None:
+            return change
+        return Pairs.cat([change, Pairs(whole(self.bank_B), whole(self.bank_A)).scaled(self.scale)])
 
     def extra_repr(self) -> str:
         bank = 0 if self.bank_A is None else len(self.bank_A)

@@ -38,6 +38,9 @@ class Method(draccus.ChoiceRegistry):
     """Names of linear modules to adapt, matched as in PEFT, or [all-linear]: all but the output layer."""
     exclude_modules: list[str] = field(default_factory=list)
     """Names of linear modules to leave out of target_modules, matched in the same way."""
+    export_rank: int | None = None
+    """Largest rank of the exported LoRA: larger changes are cut by SVD, the error is printed, and the merged model has
+    the whole change; by default the rank that the changes need."""
 
     def __post_init__(self) -> None:
         complaints = self.complaints()
@@ -46,15 +49,12 @@ class Method(draccus.ChoiceRegistry):
 
     def complaints(self) -> list[str]:
         """What is wrong with the settings, a sentence each. A method adds its own to those of `super()`."""
-        return [] if self.target_modules else ["method.target_modules is empty; name modules or write [all-linear]"]
-
-    @property
-    def export_rank(self) -> int | None:
-        """The largest rank of the exported LoRA. The error of truncating a change to this rank is printed.
-
-        None: the rank that the change needs.
-        """
-        return None
+        complaints = (
+            [] if self.target_modules else ["method.target_modules is empty; name modules or write [all-linear]"]
+        )
+        if self.export_rank is not None and self.export_rank < 1:
+            complaints.append(f"method.export_rank must be at least 1, not {self.export_rank}")
+        return complaints
 
     @property
     def needs_start(self) -> bool:
@@ -64,6 +64,11 @@ class Method(draccus.ChoiceRegistry):
         """
         hooks = ("starting_pairs", "start", "calibrate", "schedule")
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether `exchange` is meant to change the function, see adapters.exchange.rewrite_."""
+        return False
 
     @property
     def directs(self) -> bool:
@@ -111,11 +116,12 @@ class Method(draccus.ChoiceRegistry):
         return ()
 
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
-        """Yield for each adapter in turn the pairs that leave W at the start, or None if W stays as it is.
+        """Yield for each adapter in turn the pairs that it starts from, or None if it starts without.
 
-        The first `rank` pairs become trainable, the others fill the bank. Called while the model is being loaded,
-        before W is encoded or sharded: `adapter.source` reads the untouched W. The pairs are the same on every rank.
-        Collective.
+        The pairs leave W, unless the adapter `takes` none and only looks at them. Adapter.initial says what becomes of
+        them: of a PairAdapter the first `rank` pairs become trainable, the others fill the bank. Called while the model
+        is being loaded, before W is encoded or sharded: `adapter.source` reads the untouched W. The pairs are the same
+        on every rank. Collective.
         """
         for _ in adapters:
             yield None

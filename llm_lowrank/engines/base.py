@@ -31,7 +31,7 @@ from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.watch import Watch
 from llm_lowrank.engines.weight import Weight
 from llm_lowrank.files import raw_bytes
-from llm_lowrank.numerics.optimizers import Optimization, check_state, initial_state
+from llm_lowrank.numerics.optimizers import Optimization, check_state, initial_state, penalize
 
 TIMEOUT = 1800.0  # seconds without progress after which a guarded run ends
 PATIENCE = 120.0  # seconds by which the process group waits longer: its error names no rank
@@ -80,8 +80,10 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
 
     A parameter belongs to the group that `groups` of its module gives to its name, else to the module's `group`, by
     default 0. Groups are numbered without a gap, because torch's schedulers and DeepSpeed disagree about empty ones.
+    What `penalties` of a module gives to a name holds for the whole group, see optimizers.shrink_.
     """
     groups: dict[int, list[nn.Parameter]] = {}
+    penalties: dict[int, set[float]] = {}
     grouped: set[nn.Parameter] = set()
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -89,10 +91,12 @@ def optimizer(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer
                 grouped.add(p)
                 number = getattr(module, "groups", {}).get(name, getattr(module, "group", 0))
                 groups.setdefault(number, []).append(p)
+                penalties.setdefault(number, set()).add(getattr(module, "penalties", {}).get(name, 0.0))
+    assert all(len(found) == 1 for found in penalties.values()), f"one penalty for each group, not {penalties}"
     assert sorted(groups) == list(range(len(groups))), f"groups {sorted(groups)}"
-    listed = [{"params": groups[number]} for number in range(len(groups))]
+    listed = [{"params": groups[number], "penalty": penalties[number].pop()} for number in range(len(groups))]
     check_state(settings)
-    return settings.kind.build(listed, settings)
+    return penalize(settings.kind.build(listed, settings))
 
 
 def set_rates(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:
@@ -333,19 +337,17 @@ class Engine(ABC):
 
     def whole_gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return float32 copies of some gradients, whole, where `gradient` may be called. Collective."""
-        return self._join_spans(params, [self.gradient(p) for p in params])
+        return self.join_spans(params, [self.gradient(p) for p in params])
 
     def whole_masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return copies of some trainable parameters, whole, as the optimizer holds them. Collective."""
-        return self._join_spans(params, [self.span(p).value for p in params])
+        return self.join_spans(params, [self.span(p).value for p in params])
 
-    def put_gradients(self, params: Sequence[nn.Parameter], wholes: Sequence[Tensor]) -> None:
-        """Replace some gradients, see put_gradient. Collective: where ranks hold copies, all take those of rank 0."""
-        for p, whole in zip(params, wholes, strict=True):
-            self.put_gradient(p, whole)
+    def join_spans(self, params: Sequence[nn.Parameter], mine: Sequence[Tensor]) -> list[Tensor]:
+        """Return float32 tensors of which each rank has its span of each parameter, whole. Collective, in one buffer.
 
-    def _join_spans(self, params: Sequence[nn.Parameter], mine: Sequence[Tensor]) -> list[Tensor]:
-        """Put this rank's spans of some parameters together with those of the others, in one buffer. Collective."""
+        mine: this rank's spans, such as a method keeps them in adapter.memory.
+        """
         shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in params]  # ZeRO-3 leaves an empty p.data
         sizes = [shape.numel() for shape in shapes]
         flat = torch.zeros(sum(sizes), device=self.device)
@@ -354,6 +356,11 @@ class Engine(ABC):
             whole[start : start + span.numel()] = span
         self.sum(flat)
         return [whole.view(shape) for whole, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+    def put_gradients(self, params: Sequence[nn.Parameter], wholes: Sequence[Tensor]) -> None:
+        """Replace some gradients, see put_gradient. Collective: where ranks hold copies, all take those of rank 0."""
+        for p, whole in zip(params, wholes, strict=True):
+            self.put_gradient(p, whole)
 
     def _fill(self, model: nn.Module, read: Read) -> None:
         """Give every parameter its values, one module at a time; a parameter of two modules is read once.

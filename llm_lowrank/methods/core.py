@@ -185,7 +185,7 @@ class CoreLayer(Adapter):
             return {"U": U, "Vt": V.T.contiguous(), "S": torch.zeros(self.p, self.p)}
 
     def forward(self, x: Tensor) -> Tensor:
-        core = Product(self.Vt, self.U @ self.S)  # (p, n), (m, p)
+        core = Product(self.Vt, self.U, core=self.S)
         return adapter_linear(
             x,
             self.parts(),

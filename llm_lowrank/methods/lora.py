@@ -154,6 +154,11 @@ class LoRA(Method):
             self._check_directed(adapters)
         if self.b_rate != 1:
             for adapter in adapters:
+                if isinstance(adapter, PairAdapter) and adapter.trains != "AB":
+                    raise ValueError(
+                        f"method.b_rate is the rate of B beside that of A, and {Method.get_choice_name(type(self))} "
+                        "does not train both; remove it, and set learning_rate"
+                    )
                 adapter.groups = second_group(adapter)
 
     def _check_directed(self, adapters: list[Adapter]) -> None:
@@ -161,8 +166,9 @@ class LoRA(Method):
         for adapter in adapters:
             trained = {name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad}
             others = sorted(trained - {"A", "B"})
-            if not isinstance(adapter, PairAdapter) or (others and self.direction.own_step):
-                what = f"trains {', '.join(others)} too" if others else "trains something else"
+            both = trained >= {"A", "B"}
+            if not isinstance(adapter, PairAdapter) or not both or (others and self.direction.own_step):
+                what = f"trains {', '.join(others)} too" if others and both else "trains something else"
                 what += ", and optim: sgd would step these along their gradients" if self.direction.own_step else ""
                 raise ValueError(
                     f"method.direction.type {self.direction_name} is for layers whose trained parameters are A and B; "

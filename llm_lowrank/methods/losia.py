@@ -279,7 +279,7 @@ class LoSiA(Method):
     """Blocks of a layer that the bank has room for."""
     moments: Literal["seeded", "zeroed"] = "seeded"
     """Second moment at a new place: mean of the old place's, or zero (first updates up to 6.5 times too large)."""
-    max_export_rank: int = 256
+    export_rank: int | None = 256
     """Largest rank of the exported LoRA; the error of that is printed, and the merged model has the whole change."""
     pro: bool = True
     """Compact gradients; false: the gradient of the whole W, then its block (slow, to compare)."""
@@ -293,14 +293,10 @@ class LoSiA(Method):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name, least in (("period", 1), ("rewarm_steps", -1), ("max_live_blocks", 1), ("max_export_rank", 1)):
+        for name, least in (("period", 1), ("rewarm_steps", -1), ("max_live_blocks", 1)):
             if getattr(self, name) < least:
                 complaints.append(f"method.{name} must be at least {least}, not {getattr(self, name)}")
         return complaints
-
-    @property
-    def export_rank(self) -> int:
-        return self.max_export_rank
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         """The bytes of mean and spread of one layer's entries, and of the layer's gradients, summed on every rank.

@@ -68,6 +68,16 @@ class PiSSA(LoRA):
     def principal_pairs(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Pairs]:
         """Yield counts[i] principal pairs of the untouched W of adapter i, on the host, the same on every rank.
 
+        Collective.
+        """
+        triplets = self.principal_triplets(adapters, engine, counts)
+        for adapter, (u, s, v) in zip(adapters, triplets, strict=True):
+            root = (s / adapter.scale).sqrt()
+            yield Pairs(u * root, (v * root).T.contiguous())
+
+    def principal_triplets(self, adapters: list[PairAdapter], engine: Engine, counts: list[int]) -> Iterator[Triplets]:
+        """Yield the counts[i] largest singular triplets of the untouched W of adapter i, as `principal_pairs` does.
+
         The rank that decomposes a W reads it from the checkpoint, so that nothing is gathered. Collective.
         """
         spread = engine.world if self.svd_placement == "spread" else 1
@@ -80,10 +90,8 @@ class PiSSA(LoRA):
                     outcome = self._decompose(*batch[engine.rank], engine.device)
                 except Exception as error:  # raised on every rank by the broadcast below
                     outcome = error
-            for owner, (adapter, _) in enumerate(batch):
-                u, s, v = (t.cpu() for t in engine.broadcast(partial(_or_raise, outcome), source=owner))
-                root = (s / adapter.scale).sqrt()
-                yield Pairs(u * root, (v * root).T.contiguous())
+            for owner in range(len(batch)):
+                yield Triplets(*(t.cpu() for t in engine.broadcast(partial(_or_raise, outcome), source=owner)))
 
     def _decompose(self, adapter: Adapter, k: int, device: torch.device) -> Triplets:
         assert adapter.source is not None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from llm_lowrank.adapters.adapter import (
     generator,
     uniform_rows,
 )
-from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
+from llm_lowrank.adapters.exchange import Exchanged, Into, compress_bank_, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
@@ -48,7 +49,7 @@ class ReLoRA(LoRA):
     bank_pairs: int | None = None
     """Pairs that the bank has room for, more than rank; in proportion for a module with another rank; by default 2
     rank."""
-    moments: Moments = "pruned"
+    moments: Literal["seeded", "zeroed", "pruned"] = "pruned"
     """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
     zeroed."""
     prune_ratio: float = 0.99

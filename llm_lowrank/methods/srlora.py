@@ -22,14 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llm_lowrank.adapters import scores
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
 from llm_lowrank.adapters.exchange import Exchanged, Into, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.numerics import importance
 from llm_lowrank.numerics.pairs import Pairs
+
+SCORED = ("A", "B")  # the parameters whose entries make a pair's score
 
 
 @Method.register_subclass("srlora")
@@ -80,8 +82,7 @@ class SRLoRA(PiSSA):
         return max(1, round(self.gamma * self.rank))
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        spread = sum(2 * (a.A.nbytes + a.B.nbytes) for a in as_pair_adapters(adapters))  # mean and spread
-        return spread, super().statistics(adapters)[1]
+        return scores.statistics_bytes(as_pair_adapters(adapters), SCORED), super().statistics(adapters)[1]
 
     def bank(self, codec: Codec) -> int:
         return self.target_rank - self.rank if needs_bank(self.into, codec) else 0
@@ -121,18 +122,10 @@ class SRLoRA(PiSSA):
             adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.int64, device=engine.device)
             # how many pairs the last exchange replaced: (all, those that had come at the exchange before it)
             adapter.memory["replaced"] = torch.zeros(2, dtype=torch.int64)
-            for name, p in (("A", adapter.A), ("B", adapter.B)):
-                for statistic in ("mean", "spread"):
-                    adapter.memory[f"{statistic}_{name}"] = torch.zeros_like(engine.span(p).value)
-                    adapter.spans[f"{statistic}_{name}"] = name
+        scores.remember(adapters, engine, SCORED)
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        params = [(a, name, getattr(a, name)) for a in adapters for name in ("A", "B")]
-        mean = [a.memory[f"mean_{name}"] for a, name, _ in params]
-        spread = [a.memory[f"spread_{name}"] for a, name, _ in params]
-        values = [engine.span(p).value for _, _, p in params]
-        gradients = [engine.gradient(p) for _, _, p in params]
-        importance.update_(mean, spread, w=values, g=gradients, beta1=self.beta1, beta2=self.beta2)
+        scores.observe(adapters, engine, SCORED, beta1=self.beta1, beta2=self.beta2)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
@@ -155,9 +148,7 @@ class SRLoRA(PiSSA):
             adapter.memory["replaced"].copy_(torch.tensor([count, int(fresh[index].sum())]))
             fresh.zero_()
             fresh[index] = 1
-            # scores start anew
-            for key in ("mean_A", "mean_B", "spread_A", "spread_B"):
-                adapter.memory[key].zero_()
+            scores.begin_anew(adapter, SCORED)
         engine.same("the exchanged pairs", *decisions)
         return Exchanged.total(events)
 
@@ -176,10 +167,10 @@ class SRLoRA(PiSSA):
         layers = as_pair_adapters(adapters)
         replaced, fresh = torch.stack([a.memory["replaced"] for a in layers]).sum(0).tolist()
         numbers = {"replaced_fresh": fresh, "replaced_fresh_share": fresh / replaced if replaced else 0.0}
-        scores = self.scores(layers, engine)
-        scores = scores[scores.sum(1) > 0]
-        if len(scores):
-            numbers["score_variation"] = float((scores.std(1, correction=0) / scores.mean(1)).mean())
+        found = self.scores(layers, engine)
+        found = found[found.sum(1) > 0]
+        if len(found):
+            numbers["score_variation"] = float((found.std(1, correction=0) / found.mean(1)).mean())
         return numbers
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
@@ -187,38 +178,18 @@ class SRLoRA(PiSSA):
 
         Rank 0 decides. Collective.
         """
-        scores = self.scores(adapters, engine)
-        if not torch.isfinite(scores).all():
-            bad = adapters[int((~torch.isfinite(scores)).any(1).nonzero()[0])].name
+        found = self.scores(adapters, engine)
+        if not torch.isfinite(found).all():
+            bad = adapters[int((~torch.isfinite(found)).any(1).nonzero()[0])].name
             raise RuntimeError(
                 f"{bad}: importance is not finite; a gradient was NaN or infinite since the last exchange"
             )
-        (choice,) = engine.broadcast(lambda: [torch.argsort(scores, dim=1, stable=True)[:, :count].sort(1).values])
+        (choice,) = engine.broadcast(lambda: [torch.argsort(found, dim=1, stable=True)[:, :count].sort(1).values])
         return choice
 
     def scores(self, adapters: list[PairAdapter], engine: Engine) -> Tensor:
         """Return S_k of every pair: (modules, r) float64. Collective."""
-        return engine.sum(torch.stack([self._my_scores(a, engine) for a in adapters]))
-
-    def _my_scores(self, adapter: PairAdapter, engine: Engine) -> Tensor:
-        """S_k summed over this rank's spans of A and B: (r,)."""
-        m, n = adapter.shape
-        memory, r = adapter.memory, self.rank
-        rows = importance.pair_sums(
-            memory["mean_A"] * memory["spread_A"],
-            engine.span(adapter.A).start,
-            rank=r,
-            row_length=n,
-            rows_are_pairs=True,
-        )
-        columns = importance.pair_sums(
-            memory["mean_B"] * memory["spread_B"],
-            engine.span(adapter.B).start,
-            rank=r,
-            row_length=r,
-            rows_are_pairs=False,
-        )
-        return columns / m + rows / n
+        return torch.stack(scores.scores(adapters, engine, SCORED))
 
 
 def _waiting(adapter: PairAdapter, where: slice) -> list[Tensor]:

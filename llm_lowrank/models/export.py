@@ -84,34 +84,34 @@ def save_adapter(
     Every module has the same rank and the same scaling, lora_alpha / r. PEFT could read others, but vLLM applies one
     scaling to all modules, and llama.cpp lora_alpha over the rank of each module: neither reads patterns or use_rslora.
 
-    Adapters that never froze a pair are written as they were trained if the method has one scale for all of them. With
-    other scales s is folded into B and the scaling is 1. Otherwise the change of every module is written as balanced
-    factors, scaling 1, of the largest rank that a module needs, at most `method.export_rank`. Modules that need less
-    are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks were truncated, ALL
-    holds the untruncated pairs.
+    Adapters that never froze a pair are written as they were trained if the method has one scale for all of them and no
+    `export_rank`. With other scales s is folded into B and the scaling is 1. Otherwise the change of every module is
+    written as balanced factors, scaling 1, of the largest rank that a module needs, at most `method.export_rank`.
+    Modules that need less are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks
+    were truncated, ALL holds the untruncated pairs.
     """
     # all ranks must agree, but only rank 0 has the ledgers
     only_pairs = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
-    as_trained = only_pairs and method.one_scale
+    as_trained = only_pairs and method.one_scale and not method.export_rank
     # gathering is collective, one adapter at a time; the factors are on rank 0
     factors: dict[str, Pairs] = {}
     extras: dict[str, Tensor] = {}
     error = 0.0
     for adapter in adapters:
-        if only_pairs:
-            assert isinstance(adapter, PairAdapter)
-            pairs = Pairs(engine.whole(adapter.B), engine.whole(adapter.A))
-            tensors = adapter.extras(engine.whole)
-            if engine.main:
-                name = outer_name(adapter.name)
-                factors[name] = (pairs if as_trained else pairs.scaled(adapter.scale)).to("cpu")
-                extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
-        elif (change := _change(engine, adapter)) is not None:
-            name = outer_name(adapter.name)
-            small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
-            factors[name] = small.to("cpu")
-            cut = _norm(factors[name].take(slice(method.export_rank, None))) if method.export_rank else 0.0
-            error = max(error, math.hypot(dropped, cut) / max(_norm(change), torch.finfo(torch.float64).tiny))
+        name = outer_name(adapter.name)
+        found = _trained_pairs(engine, adapter) if only_pairs else _change(engine, adapter)
+        tensors = adapter.extras(engine.whole) if only_pairs else {}
+        if found is None:
+            continue
+        extras |= {f"{PREFIX}{name}.{k}": v.cpu() for k, v in tensors.items()}
+        if only_pairs and not method.export_rank:
+            factors[name] = found if as_trained else found.scaled(adapter.scale)
+            continue
+        change = found.scaled(adapter.scale) if only_pairs else found
+        small, dropped = change.to(engine.device).compress()  # QR of as many columns as there are frozen pairs
+        factors[name] = small.to("cpu")
+        cut = factors[name].take(slice(method.export_rank, None)).norm() if method.export_rank else 0.0
+        error = max(error, math.hypot(dropped, cut) / max(change.norm(), torch.finfo(torch.float64).tiny))
     if not engine.main:
         return None
 
@@ -119,7 +119,7 @@ def save_adapter(
     ranks = {name: len(pairs) for name, pairs in factors.items()}
     rank = max(1, *ranks.values())
     written: dict[str, dict[str, Tensor]] = {WEIGHTS: extras}
-    if not only_pairs and method.export_rank and rank > method.export_rank:
+    if method.export_rank and rank > method.export_rank:
         rank = method.export_rank
         written[ALL] = _peft_names(factors)
     factors = {name: _of_rank(pairs, rank) for name, pairs in factors.items()}
@@ -171,15 +171,16 @@ def _of_rank(pairs: Pairs, rank: int) -> Pairs:
     return Pairs.cat([pairs.take(slice(rank)), Pairs(torch.zeros(m, more), torch.zeros(more, n))])
 
 
+def _trained_pairs(engine: Engine, adapter: Adapter) -> Pairs | None:
+    """Return the pairs of an adapter that never froze one, on the host of rank 0; None elsewhere. Collective."""
+    assert isinstance(adapter, PairAdapter)
+    pairs = adapter.pairs(engine.whole)
+    return pairs.to("cpu") if engine.main else None
+
+
 def _change(engine: Engine, adapter: Adapter) -> Pairs | None:
     """Return all changes of W0, uncompressed, on the host of rank 0; None elsewhere. Collective."""
     trained = adapter.change(engine.whole)
     if not engine.main:
         return None
     return Pairs.cat([*(entry.pairs() for entry in adapter.ledger), trained.to("cpu", torch.float32)])
-
-
-def _norm(pairs: Pairs) -> float:
-    """|B A| without forming it: |B A|^2 = <B^T B, A A^T>."""
-    b, a = pairs.B.double(), pairs.A.double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))

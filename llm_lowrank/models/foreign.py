@@ -101,15 +101,15 @@ class Lora:
 
     def update(self, module: str) -> Update:
         """Read the update of a module: the untruncated one, if there is one."""
-        if (self.path / ALL).is_file():
-            with safe_open(self.path / ALL, framework="pt") as handle:
-                a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
-            return Update(Pairs(b, a), 1.0)
         with safe_open(self.path / WEIGHTS, framework="pt") as handle:
             a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
             magnitude = (
                 handle.get_tensor(f"{PREFIX}{module}.lora_magnitude_vector") if self.config.get("use_dora") else None
             )
+        if (self.path / ALL).is_file():
+            with safe_open(self.path / ALL, framework="pt") as handle:
+                a, b = (handle.get_tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+            return Update(Pairs(b, a), 1.0, magnitude)
         pairs = Pairs(b, a)
         rank = match_pattern(self.config.get("rank_pattern") or {}, module, self.config["r"])
         alpha = match_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])

@@ -185,10 +185,12 @@ def encode_rows(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> t
     return parts, decoded if change is None else add_change(decoded, change.scaled(-1), rows)
 
 
-def _out_of_w(layer: nn.Module, pairs: Pairs) -> Pairs:
-    """The change of W when these pairs leave it: -s B A."""
+def _out_of_w(layer: nn.Module, pairs: Pairs | None) -> Pairs | None:
+    """The change of W when these pairs leave it, -s B A, or None if W stays as it is."""
+    if pairs is None:
+        return None
     assert isinstance(layer, PairAdapter)
-    return pairs.scaled(-layer.scale)
+    return pairs.scaled(-layer.scale) if layer.takes else None
 
 
 class _Reader:
@@ -220,7 +222,7 @@ class _Reader:
         with self.engine.together(), torch.no_grad():
             values: dict[str, Tensor] = {}
             # the pairs leave W: those that the method takes, or that it took when the run began
-            change = _out_of_w(module, pairs) if pairs is not None else None
+            change = _out_of_w(module, pairs)
             if self.resume_from is not None and isinstance(module, Adapter):
                 change = self.resume_from.starting_change(module)
             # my rows of W without the pairs, encoded

@@ -1,21 +1,24 @@
 """The linear layer of a frozen W and the low-rank products added to it, as one autograd Function.
 
-    z  = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T                     W = decode(*parts), d_j a gate per pair, or none
-    y  = z * g + b                                                   g = magnitude / |rows of W + s B A|, or 1
-
-    u_j = (dy * g) B_j
-    dx = (dy * g) W + s sum_j (u_j * d_j) A_j
-    dA_j = s (u_j * d_j)^T x                         dB_j = s (dy * g)^T ((x A_j^T) * d_j)
-    dd_j = s sum_t u_j * (x A_j^T)                   dmagnitude = sum_t dy * (y - b) / magnitude
+    h_j = (x A_j^T) * d_j            (t, r)                          d_j a gate per pair, or none
+    z  = x W^T + s sum_j (h_j C_j^T) B_j^T * o_j                     W = decode(*parts), C_j a core (q, r), or none;
+    y  = z * g + b                                                   o_j (m,) a weight per output, or none
+                                                                     g = magnitude / |rows of W + s B A|, or 1
+    u_j = ((dy * g) * o_j) B_j       (t, q)
+    dx = (dy * g) W + s sum_j ((u_j C_j) * d_j) A_j
+    dA_j = s ((u_j C_j) * d_j)^T x                   dB_j = s ((dy * g) * o_j)^T (h_j C_j^T)
+    dd_j = s sum_t (u_j C_j) * (x A_j^T)             dC_j = s u_j^T h_j
+    do_j = s sum_t (dy * g) * (h_j C_j^T B_j^T)      dmagnitude = sum_t dy * (y - b) / magnitude
 
 The layer is LoRA's, https://arxiv.org/abs/2106.09685. RunLoRA, https://arxiv.org/abs/2312.03415, compares the orders of
-the small products. m out, n in, r pairs, k bank pairs, t tokens.
+the small products. m out, n in, r rows of A, q columns of B, k bank pairs, t tokens. Without a core q = r.
 
 **Order.** The small products share x A^T (forward and dB) and g B (dx and dA): 3 t r (m + n) multiplications, all of
 them skinny. RunLoRA's two other orders are not used. Computing dA and dB from g^T x is cheaper only for
 r > mn / (m + n), and such a rank is not low. One product with W + s B A is cheaper for t > 2 mn / (m + n), but it needs
 memory for a second W, and a low-precision W + s B A rounds the update away. The adapter's term is added to the base
-product in place, by addmm_, so that no second (t, m) or (t, n) tensor is made.
+product in place, by addmm_, so that no second (t, m) or (t, n) tensor is made. A core costs t q r more, and its
+gradient is made of u and h: neither B C nor dB is. The weights of the outputs multiply B, and not the (t, m) result.
 
 **Memory.** The Function keeps x, x A^T and (where a magnitude is trained) y for backward, and references to the
 parameters exactly as they were passed in. Decoded, cast and concatenated parameters are computed again in backward: a
@@ -45,11 +48,17 @@ Multiply = Callable[..., Tensor]  # (x, bias, *parts) -> x W^T + b, without a de
 
 
 class Product(NamedTuple):
-    """The term s ((x A^T) * gate) B^T of a layer.   A (r, n), B (m, r), gate (r,) or (t, r), a constant or trained"""
+    """The term s ((((x A^T) * gate) core^T) B^T) * out of a layer.   A (r, n), B (m, q); each of them and of the others
+    is a constant or trained"""
 
     A: Tensor
     B: Tensor
-    gate: Tensor | None = None
+    gate: Tensor | None = None  # (r,), or (t, r) for a constant
+    core: Tensor | None = None  # (q, r); without it q = r
+    out: Tensor | None = None  # (m,)
+
+
+WIDTH = len(Product._fields)
 
 
 def frozen_linear(
@@ -81,7 +90,7 @@ def adapter_linear(
     direction: tuple[Tensor, Tensor] | None = None,
     multiply: Multiply | None = None,
 ) -> Tensor:
-    """Return y = z * g + b,  z = x W^T + s sum_j ((x A_j^T) * d_j) B_j^T + s (x bank_A^T) bank_B^T.
+    """Return y = z * g + b,  z = x W^T + s sum_j ((((x A_j^T) * d_j) C_j^T) B_j^T) * o_j + s (x bank_A^T) bank_B^T.
 
     x (..., n), W = decode(*parts) (m, n), bias (m,), bank pairs (k, n), (m, k) -> y (..., m). `dropped` is x after
     dropout: the products read it in the place of x, W and the bank read x. `direction` is DoRA's (magnitude (m,), |rows
@@ -90,7 +99,7 @@ def adapter_linear(
     part is multiply(x, b, *parts). https://arxiv.org/abs/2106.09685 eq. 3
     """
     assert direction is None or (len(products) == 1 and bank is None), "a direction is that of one product"
-    assert bank is None or products[0].gate is None, "pairs beside a bank have no gate"
+    assert bank is None or products[0][2:] == (None, None, None), "pairs beside a bank have no gate, core or out"
     assert multiply is None or direction is None, "a direction needs the decoded W"
     bank_A, bank_B = (None, None) if bank is None else bank[:2]
     magnitude, norms = (None, None) if direction is None else direction
@@ -132,7 +141,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 # _AdapterLinear.apply takes x, dropped, bank_A, bank_B, bias, magnitude, norms, scale, decode, multiply, count, and
-# behind these (A, B, gate) of every product and the parts of W. Product j begins at FIXED + 3 j.
+# behind these the fields of every product and the parts of W. Product j begins at FIXED + WIDTH j.
 FIXED = 11
 
 
@@ -154,13 +163,13 @@ class _AdapterLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        products, parts = _group_products(tensors[: 3 * count]), tensors[3 * count :]
-        assert not any(needs[2:5] + needs[6:7] + needs[FIXED + 3 * count :]), (
+        products, parts = _group_products(tensors[: WIDTH * count]), tensors[WIDTH * count :]
+        assert not any(needs[2:5] + needs[6:7] + needs[FIXED + WIDTH * count :]), (
             "bias, bank, norms and W must not require gradients"
         )
         ctx.decode, ctx.scale, ctx.count = decode, scale, count
         ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
-        hidden: list[Tensor | None] = []  # x A_j^T, for dB and dd
+        hidden: list[Tensor | None] = []  # x A_j^T, for all gradients of a product but dA
         growth = None
         with torch.autocast(x.device.type, enabled=False):
             # W reads x, the products read x after dropout
@@ -173,14 +182,14 @@ class _AdapterLinear(torch.autograd.Function):
             else:
                 w = decode(*parts)
                 y = base_linear(rows, w, bias if magnitude is None else None)  # (t, m)
-            for j, (A, B, gate) in enumerate(products):
+            for j, (A, B, gate, core, out) in enumerate(products):
                 # the bank reads x too: without dropout it joins the first product, in one sum that is rounded once
                 joint = bank_A is not None and dropped is None and j == 0
                 h = read @ _all_A(A, bank_A if joint else None, ctx.dtype).T  # (t, r), (t, r + k)
-                gated = h if gate is None else h * gate.to(ctx.dtype)  # (t, r)
-                y.addmm_(gated, _all_B(B, bank_B if joint else None, ctx.dtype).T, alpha=scale)
-                first = FIXED + 3 * j
-                hidden.append(h[:, : len(A)].contiguous() if any(needs[first + 1 : first + 3]) else None)
+                last = _last(h, gate, core)  # (t, q), (t, r + k)
+                y.addmm_(last, _all_B(B, bank_B if joint else None, out, ctx.dtype).T, alpha=scale)
+                first = FIXED + WIDTH * j
+                hidden.append(h[:, : len(A)].contiguous() if any(needs[first + 1 : first + WIDTH]) else None)
             # the bank's part, outside of the dropout
             if bank_A is not None and bank_B is not None and dropped is not None:
                 y.addmm_(rows @ bank_A.to(ctx.dtype).T, bank_B.to(ctx.dtype).T, alpha=scale)
@@ -192,7 +201,7 @@ class _AdapterLinear(torch.autograd.Function):
                 y = y if bias is None else y.add_(bias.to(ctx.dtype))
         y = unflattened(y, x)  # (..., m)
         # only tensors whose gradients are asked for are kept; parameters as they came, see Memory above
-        need_A = any(needs[FIXED + 3 * j] for j in range(count))
+        need_A = any(needs[FIXED + WIDTH * j] for j in range(count))
         output = (y, bias) if needs[5] else (None, None)
         ctx.save_for_backward(read if need_A else None, *output, growth, magnitude, bank_A, bank_B, *hidden, *tensors)
         ctx.dropped = dropped is not None
@@ -203,10 +212,11 @@ class _AdapterLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         read, y, bias, growth, magnitude, bank_A, bank_B, *rest = ctx.saved_tensors
         count = ctx.count
-        hidden, products, parts = rest[:count], _group_products(rest[count : 4 * count]), rest[4 * count :]
+        of_products, parts = rest[count : (1 + WIDTH) * count], rest[(1 + WIDTH) * count :]
+        hidden, products = rest[:count], _group_products(of_products)
         needs, dtype, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
         dx = ddropped = dmagnitude = None
-        product_gradients: list[Tensor | None] = []  # dA, dB, dgate of each product in turn
+        product_gradients: list[Tensor | None] = []  # those of the fields of each product in turn
         with torch.autocast(g.device.type, enabled=False):
             rows = flat_rows(g.to(dtype))  # (t, m)
             # DoRA: z comes from the kept y; a row of zeros keeps its zero length
@@ -227,30 +237,60 @@ class _AdapterLinear(torch.autograd.Function):
             # the bank's part, outside of the dropout
             if dx is not None and bank_A is not None and ctx.dropped:
                 dx.addmm_(rows @ bank_B.to(dtype), bank_A.to(dtype), alpha=s)
-            for j, ((A, B, gate), h) in enumerate(zip(products, hidden, strict=True)):
-                need_A, need_B, need_gate = needs[FIXED + 3 * j : FIXED + 3 * j + 3]
-                dA = dB = dgate = None
-                d = None if gate is None else gate.to(dtype)
+            for j, (product, h) in enumerate(zip(products, hidden, strict=True)):
+                needed = needs[FIXED + WIDTH * j : FIXED + WIDTH * (j + 1)]
                 # without dropout the bank joins the first product, as in forward
                 joint = into is not None and bank_A is not None and not ctx.dropped and j == 0
-                # u is shared by the gradients of the input, of A and of the gate
-                if into is not None or need_A or need_gate:
-                    u = rows @ _all_B(B, bank_B if joint else None, dtype)  # (t, r), (t, r + k)
-                    v = u if d is None else u * d
-                    if into is not None:
-                        into.addmm_(v, _all_A(A, bank_A if joint else None, dtype), alpha=s)
-                    if need_A:
-                        dA = _scaled_(product_as(v[:, : len(A)].T, read, A.dtype), s)  # (r, n)
-                    if need_gate and gate is not None:
-                        dgate = _scaled_((u * h).sum(0, dtype=gate.dtype), s)  # (r,)
-                if need_B:
-                    gated = h if d is None else h * d  # (t, r)
-                    dB = _scaled_(product_as(gated.T, rows, B.dtype), s).T  # (m, r); h^T g runs faster than g^T h
-                product_gradients += [dA, dB, dgate]
+                bank = (bank_A, bank_B) if joint else (None, None)
+                product_gradients += _backward(product, h, rows, read, into, bank=bank, needed=needed, s=s)
         shape = (*g.shape[:-1], products[0].A.shape[1])
         dx, ddropped = (None if t is None else t.view(shape).to(ctx.x_dtype) for t in (dx, ddropped))
         fixed = (dx, ddropped, None, None, None, dmagnitude, None, None, None, None, None)  # in the order of FIXED
         return *fixed, *product_gradients, *(None for _ in parts)
+
+
+def _backward(
+    product: Product,
+    h: Tensor | None,
+    rows: Tensor,
+    read: Tensor | None,
+    into: Tensor | None,
+    *,
+    bank: tuple[Tensor | None, Tensor | None],
+    needed: Sequence[bool],
+    s: float,
+) -> list[Tensor | None]:
+    """Return the gradients of a product's fields, as far as they are needed, and add its part of dx to `into`.
+
+    h = x A^T (t, r), rows = dy * g (t, m), read = x (t, n), of which only those are there that a gradient needs. bank:
+    what joins the product.
+    """
+    (A, B, gate, core, out), dtype = product, rows.dtype
+    need_A, need_B, need_gate, need_core, need_out = needed
+    dA = dB = dgate = dcore = dout = None
+    # u is shared by the gradients of the input, of A, of the gate and of the core
+    if into is not None or need_A or need_gate or need_core:
+        u = rows @ _all_B(B, bank[1], out, dtype)  # (t, q), (t, r + k)
+        if into is not None or need_A or need_gate:
+            v = u if core is None else u @ core.to(dtype)  # (t, r), (t, r + k)
+            gated = v if gate is None else v * gate.to(dtype)
+            if into is not None:
+                into.addmm_(gated, _all_A(A, bank[0], dtype), alpha=s)
+            if need_A and read is not None:
+                dA = _scaled_(product_as(gated[:, : len(A)].T, read, A.dtype), s)  # (r, n)
+            if need_gate and gate is not None and h is not None:
+                dgate = _scaled_((v * h).sum(0, dtype=gate.dtype), s)  # (r,)
+        if need_core and core is not None and h is not None:
+            dcore = _scaled_(product_as(u.T, _gated(h, gate), core.dtype), s)  # (q, r)
+    if (need_B or need_out) and h is not None:
+        last = _last(h, gate, core)  # (t, q)
+        # (m, q), the gradient of diag(out) B; h^T g runs faster than g^T h
+        both = _scaled_(product_as(last.T, rows, B.dtype), s).T
+        if need_B:
+            dB = both if out is None else both * out.to(B.dtype)[:, None]
+        if need_out and out is not None:
+            dout = (both * B).sum(1, dtype=out.dtype)  # (m,)
+    return [dA, dB, dgate, dcore, dout]
 
 
 def _scaled_(t: Tensor, s: float) -> Tensor:
@@ -266,8 +306,12 @@ def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tensor:
-    """Return |rows of W + s B A|, given norms = |rows of W|: w (m, n), norms (m,) -> (m,), at least float32."""
-    A, B = product.A, product.B
+    """Return |rows of W + s B A|, given norms = |rows of W|: w (m, n), norms (m,) -> (m,), at least float32.
+
+    With a core C it is |rows of W + s B C A|. A gate is left out.
+    """
+    assert product.out is None, "row lengths know no weights of the outputs"
+    A, B = product.A, product.B if product.core is None else product.B @ product.core  # (m, r)
     cross = (w @ A.to(w.dtype).T).to(norms.dtype)  # (m, r)
     gram = A @ A.T  # (r, r)
     squares = norms.square() + scale * (B * (2 * cross + scale * (B @ gram))).sum(1)
@@ -275,7 +319,16 @@ def row_norms(w: Tensor, product: Product, scale: float, norms: Tensor) -> Tenso
 
 
 def _group_products(flat: Sequence[Any]) -> list[Product]:
-    return [Product(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
+    return [Product(*flat[i : i + WIDTH]) for i in range(0, len(flat), WIDTH)]
+
+
+def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
+    return h if gate is None else h * gate.to(h.dtype)  # (t, r)
+
+
+def _last(h: Tensor, gate: Tensor | None, core: Tensor | None) -> Tensor:
+    gated = _gated(h, gate)
+    return gated if core is None else gated @ core.to(h.dtype).T  # (t, q)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -307,5 +360,7 @@ def _all_A(A: Tensor, bank_A: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (A if bank_A is None else torch.cat([A, bank_A])).to(dtype)  # (r + k, n)
 
 
-def _all_B(B: Tensor, bank_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _all_B(B: Tensor, bank_B: Tensor | None, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if out is not None:
+        return B.to(dtype) * out.to(dtype)[:, None]  # (m, q)
     return (B if bank_B is None else torch.cat([B, bank_B], 1)).to(dtype)  # (m, r + k)

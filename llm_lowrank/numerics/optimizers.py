@@ -116,6 +116,30 @@ else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
+def penalize(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let every step of the optimizer end with shrink_ where a group has a `penalty`; return the optimizer."""
+    if any(group.get("penalty") for group in optimizer.param_groups):
+        optimizer.register_step_post_hook(lambda stepped, *_: shrink_(stepped.param_groups))
+    return optimizer
+
+
+@torch.no_grad()
+def shrink_(groups: Groups) -> None:
+    """Make the proximal step of each group's L1 penalty, in place.
+
+        p <- sign(p) max(|p| - rate * penalty, 0)
+
+    This is the soft threshold: the proximal operator of rate * penalty * sum |p|. Small entries become exactly 0. It
+    works on each entry alone and remembers nothing, so that shards of any cut get the same values, and padding of zeros
+    stays zero.
+    """
+    for group in groups:
+        threshold = group["lr"] * group.get("penalty", 0.0)
+        if threshold:
+            for p in group["params"]:
+                p.copy_(p.sign() * (p.abs() - threshold).clamp_min(0))
+
+
 def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
     """Return the state of one tensor after so many steps, its moments zero."""
     where = t.device if _on_cuda(t) else torch.device("cpu")  # the fused kernel counts on the device

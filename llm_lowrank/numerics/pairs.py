@@ -7,6 +7,7 @@ A pair is the unit that a method trains, freezes, adds to W or starts afresh. No
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ class Pairs:
     def product(self) -> Tensor:
         """B A, (m, n)."""
         return self.B @ self.A
+
+    def norm(self) -> float:
+        """|B A| (Frobenius) without forming it: |B A|^2 = <B^T B, A A^T>. Exact to |B| |A| times 1e-8."""
+        b, a = self.B.double(), self.A.double()
+        return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
     # ---- as a change of W
 

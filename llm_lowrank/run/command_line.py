@@ -338,7 +338,15 @@ def _choice_help(name: str, base: Any, value: Any, doc: str, width: int) -> list
     """The settings that all types share once, then what each type adds."""
     kinds = base.get_known_choices()
     chosen = base.get_choice_name(type(value))
-    out = [f"\n{name}: {doc}", f"  --{name}.{TYPE} {{{','.join(kinds)}}}  (default: {chosen})"]
+    shown = f"  (default: {chosen})"
+    types = textwrap.fill(
+        f"--{name}.{TYPE} {{{', '.join(kinds)}}}",
+        width - len(shown),
+        initial_indent="  ",
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+    )
+    out = [f"\n{name}: {doc}", types + shown]
     out += [_entry(f"{name}.{key}", base, key, getattr(value, key), width) for key in _hints(base)]
     for kind_name, kind in kinds.items():
         above = next(c for c in kind.__mro__[1:] if c in kinds.values() or c is base)  # a type may add to another one

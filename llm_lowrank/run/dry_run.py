@@ -80,7 +80,7 @@ class Row:
         self.modules += 1
         for name, p in module.named_parameters(recurse=False):
             if id(p) not in seen:
-                part = memory.part_of(name, p)
+                part = memory.part_of(module, name, p)
                 setattr(self, part, getattr(self, part) + p.numel())
                 seen.add(id(p))
 

@@ -171,7 +171,9 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
             lent = [p for lender in module.borrows for p in lender.parameters()]
             own = dict(module.named_parameters(recurse=False))
             trained = sum(p.numel() for p in [*own.values(), *lent] if p.requires_grad and p.ndim > 1)
-            frozen += sum(p.numel() for key, p in own.items() if key.startswith("bank_"))
+            parts = module.part_names
+            beside = [*(p for key, p in own.items() if key not in parts), *lent]
+            frozen += sum(p.numel() for p in beside if not p.requires_grad and p.ndim > 1)
         return Matrices(frozen, frozen * behind, trained)
     frozen = 0.0
     for key, p in module.named_parameters(recurse=False):

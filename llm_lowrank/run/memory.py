@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.adapter import Adapter, Shared
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines import ENGINES, Engine, Held, Sizes
 from llm_lowrank.engines.frozen import FrozenLinear, persistent_size
@@ -24,8 +24,12 @@ GIB = 2**30
 def sizes_of(model: nn.Module, method: Method) -> Sizes:
     """Return the sizes of a model with its adapters; it needs no values."""
     parts: dict[str, list[tuple[int, int]]] = {"frozen": [], "bank": [], "trained": []}
-    for name, p in model.named_parameters():
-        parts[part_of(name, p)].append((p.numel(), p.nbytes))
+    seen: set[int] = set()  # a parameter that two modules share counts once
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in seen:
+                parts[part_of(module, name, p)].append((p.numel(), p.nbytes))
+                seen.add(id(p))
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)]
     made = [m for m in model.modules() if isinstance(m, FrozenLinear) and m.makes_w]
     return Sizes(
@@ -46,9 +50,12 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         return [model]
 
 
-def part_of(name: str, p: nn.Parameter) -> str:
-    """Return what a parameter is to the run: trained, bank or frozen."""
-    return "trained" if p.requires_grad else "bank" if name.rpartition(".")[2].startswith("bank_") else "frozen"
+def part_of(module: nn.Module, name: str, p: nn.Parameter) -> str:
+    """Return what a parameter of a module is to the run: trained, bank (what is frozen beside W) or frozen."""
+    if p.requires_grad:
+        return "trained"
+    beside = isinstance(module, Shared) or (isinstance(module, Adapter) and name not in (*module.part_names, "bias"))
+    return "bank" if beside else "frozen"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -93,7 +100,8 @@ def table(recipe: Recipe, sizes: Sizes, world: int) -> str:
 
 
 LETTERS = (
-    "W, K, T: bytes of the frozen weights, of the bank, of what is trained (both float32). N: ranks",
+    "W, K, T: bytes of the frozen weights, of the bank with all else that is frozen beside a weight, of what is",
+    "trained (both float32). N: ranks",
     "S, E: what the method remembers of gradients, over all ranks, on each. D: the largest W that is made for use",
 )
 NOT_COUNTED = (

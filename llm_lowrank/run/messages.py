@@ -129,9 +129,17 @@ def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
         into=event.into,
         drift=event.drift,
         lost=event.lost,
+        meant=event.meant,
         milliseconds=milliseconds,
         bytes=event.traffic,
     )
+    cost = f"{milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
+    if event.meant:
+        return (
+            f"step {step}: exchange: {event.pairs} {event.unit} of {event.modules} modules rewritten, which is meant "
+            f"to change the function: by up to {event.drift:.1e} of a layer's answer, {event.lost:.1e} of what was "
+            f"trained; {cost}"
+        )
     if event.into == "bank":
         lost = f", compressing the bank took {event.lost:.1e} of it" if event.lost else ""
     else:
@@ -139,7 +147,7 @@ def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
     return (
         f"step {step}: exchange: {event.pairs} {event.unit} of {event.modules} modules, frozen ones into the "
         f"{event.into}; "
-        f"largest drift {event.drift:.1e}{lost}; {milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
+        f"largest drift {event.drift:.1e}{lost}; {cost}"
     )
 
 

@@ -132,8 +132,8 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                 run.say(describe_skipped_step(run, step, norm, in_a_row=skipped_in_a_row))
             if step in run.exchange_steps:
                 engine.at(f"the exchange after step {step}")
-                event = measure_exchange(engine, partial(recipe.method.exchange, run.adapters, engine, step))
-                if event is not None:
+                hook = partial(recipe.method.exchange, run.adapters, engine, step)
+                if (event := measure_exchange(engine, hook, recipe.method.changes_function)) is not None:
                     run.say(log_exchange(metrics, step, event))
             bar.update()
             if step % recipe.logging_steps == 0 or step == total:
