@@ -59,7 +59,7 @@ def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        fused=True,  # one kernel for all parameters, and one pass over each
+        fused=True if _has_fused(groups[0]["params"][0]) else None,  # one kernel for all parameters
     )
 
 
@@ -118,8 +118,8 @@ else:
 
 def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
     """Return the state of one tensor after so many steps, its moments zero."""
-    # the fused kernel counts on the device
-    counter = {"step": torch.tensor(float(steps), device=t.device)} if settings.kind.counter else {}
+    where = t.device if _has_fused(t) else torch.device("cpu")  # the fused kernel counts on the device
+    counter = {"step": torch.tensor(float(steps), device=where)} if settings.kind.counter else {}
     return counter | {name: torch.zeros_like(t) for name in settings.kind.moments}
 
 
@@ -139,6 +139,10 @@ def check_state(settings: Optimization) -> None:
         f"optim: {settings.optim} keeps {found or 'nothing'} of a parameter of shape (2, 3), but OPTIMIZERS says "
         f"{expected or 'nothing'}: what the table does not name would be neither saved nor renewed at an exchange"
     )
+
+
+def _has_fused(t: Tensor) -> bool:
+    return t.device.type in ("cpu", "cuda")
 
 
 def _describe(value: object) -> str:
