@@ -128,6 +128,7 @@ LATER: dict[str, Any] = {"exclude_modules": [], "subspace": False, "b_rate": 1.0
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
+AT_ONCE = 128  # examples of a forward that judges: the memory of all of them at once would be fetched anew every time
 
 # --- the two families -------------------------------------------------------------------------------------------------
 
@@ -176,12 +177,15 @@ def answered(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def judged(model: nn.Module, tokens: Tensor) -> tuple[float, float]:
     """Return (mean loss of an answer's token, share of the answers that are right in all tokens)."""
-    training = model.training
+    training, found = model.training, []
     model.eval()
-    logits, answers = answered(model, tokens)
+    for some in tokens.split(AT_ONCE):
+        logits, answers = answered(model, some)
+        right = (logits.argmax(1) == answers).view(-1, LENGTH).all(1)
+        found.append(torch.stack([nn.functional.cross_entropy(logits, answers, reduction="sum"), right.sum()]))
     model.train(training)
-    right = (logits.argmax(1) == answers).view(-1, LENGTH).all(1)
-    return float(nn.functional.cross_entropy(logits, answers)), float(right.float().mean())
+    loss, right = torch.stack(found).sum(0)
+    return float(loss) / (len(tokens) * LENGTH), float(right) / len(tokens)
 
 
 # --- the small model --------------------------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ def test_trainable_are_a_and_b_alone():
     assert {n for n, p in adapter.named_parameters() if not p.requires_grad} == {"weight", "bias", "bank_A", "bank_B"}
 
 
+def test_a_dense_w_is_read_as_it_is_stored():
+    adapter, _ = layer()
+    assert adapter.decode(*adapter.parts()) is adapter.weight  # no view: a small layer would wait for the operator
+
+
 @pytest.mark.parametrize("bank", [0, K])
 def test_forward_is_the_equation(bank):
     adapter, linear = layer(bank)

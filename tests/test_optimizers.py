@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import checkpoint
@@ -66,6 +67,32 @@ def test_every_entry_describes_the_state_of_its_optimizer(name):
         assert all(not primed[k].any() and primed[k].shape == p.shape for k in settings.kind.moments)
         if settings.kind.counter:
             assert torch.equal(optimizer.state[p]["step"], primed["step"])
+
+
+def test_a_step_of_adamw_is_one_operator_for_all_parameters():
+    """A small model waits for operators, not for numbers."""
+    settings = Optimization(optim="adamw")
+    params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(5)]
+    optimizer = settings.kind.build([{"params": params}], settings)
+    for _ in range(2):  # the first step makes the state
+        for p in params:
+            p.grad = torch.randn(3, 4)
+        with Operators() as seen:
+            optimizer.step()
+    assert seen.names == ["aten::_foreach_add_", "aten::_fused_adamw_"]  # the steps are counted, and made
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators on tensors that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":  # not the profiler's marks
+            self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def test_moments_are_those_of_the_papers():

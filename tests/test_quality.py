@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,26 @@ def test_the_families_are_deterministic_and_differ():
     for rule in quality.SHIFTED.values():  # no rule of one family answers many questions of the other
         assert all((rule(x, y) == other(x, y)).all(1).float().mean() < 0.2 for other in quality.OWN.values())
     assert shifted.shape == own.shape == (200, 2 + 3 * quality.LENGTH)
+
+
+class Halves(torch.nn.Module):
+    """Knows the next token where the first digit of x is below 5, and is sure of a wrong one elsewhere."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        symbols = len(quality.SYMBOLS)
+        following = torch.where(input_ids[:, 1:2] < 5, input_ids, input_ids + 1).roll(-1, 1) % symbols
+        return SimpleNamespace(logits=2 * torch.nn.functional.one_hot(following, symbols).float())
+
+
+@pytest.mark.parametrize("at_once", [7, 50])  # the last part is smaller, or the only one
+def test_judging_in_parts_is_judging_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(quality, "AT_ONCE", at_once)
+    tokens = quality.examples(quality.OWN, 50, generator(0, "judged"))
+    right = float((tokens[:, 1] < 5).float().mean())
+    others = len(quality.SYMBOLS) - 1
+    sure = math.log(math.exp(2) + others)  # -log p of a token that is no favourite
+    assert 0.3 < right < 0.7
+    assert quality.judged(Halves(), tokens) == pytest.approx((sure - 2 * right, right), rel=1e-5)
 
 
 def test_the_best_rate_is_chosen_with_tuning_runs_only():

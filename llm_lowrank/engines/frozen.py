@@ -64,7 +64,8 @@ class FrozenLinear(nn.Module):
         """Return W (m, n) of its parts. after: a tensor that a compiled graph must have computed before."""
         if torch.compiler.is_compiling() and not self.codec.writable:
             return opaque.decode(list(parts), self.codec_name, self.shape[1], after)[: self.shape[0]]
-        return self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])[: self.shape[0]]
+        w = self.codec.decode(dict(zip(self.part_names, parts, strict=True)), self.shape[1])
+        return w if self.stored_rows == self.shape[0] else w[: self.shape[0]]
 
     def multiply(self, x: Tensor) -> Multiply | None:
         """Return what multiplies x with the codes as they are, within `codes_multiplied`; None where W is decoded."""

@@ -36,6 +36,7 @@ the order of that sum.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ class _FrozenLinear(torch.autograd.Function):
         assert not any(ctx.needs_input_grad[1:]), "the bias and the parts of a frozen linear must not require gradients"
         ctx.decode, ctx.dtype, ctx.x_dtype = decode, compute_dtype(x), x.dtype
         ctx.save_for_backward(*parts)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if multiply is not None:
                 return multiply(x.to(ctx.dtype), bias, *parts)
             return base_linear(x.to(ctx.dtype), decode(*parts), bias)
@@ -135,7 +136,7 @@ class _FrozenLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             dx = (g.to(ctx.dtype) @ _again(ctx.decode, parts, g).to(ctx.dtype)).to(ctx.x_dtype)
         return dx, None, None, None, *(None for _ in parts)
 
@@ -171,7 +172,7 @@ class _AdapterLinear(torch.autograd.Function):
         ctx.dtype, ctx.x_dtype = compute_dtype(x), x.dtype
         hidden: list[Tensor | None] = []  # x A_j^T, for all gradients of a product but dA
         growth = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             # W reads x, the products read x after dropout
             rows = flat_rows(x.to(ctx.dtype))  # (t, n)
             read = rows if dropped is None else flat_rows(dropped.to(ctx.dtype))  # (t, n)
@@ -189,7 +190,8 @@ class _AdapterLinear(torch.autograd.Function):
                 last = _last(h, gate, core)  # (t, q), (t, r + k)
                 y.addmm_(last, _all_B(B, bank_B if joint else None, out, ctx.dtype).T, alpha=scale)
                 first = FIXED + WIDTH * j
-                hidden.append(h[:, : len(A)].contiguous() if any(needs[first + 1 : first + WIDTH]) else None)
+                kept = h[:, : len(A)].contiguous() if joint else h
+                hidden.append(kept if any(needs[first + 1 : first + WIDTH]) else None)
             # the bank's part, outside of the dropout
             if bank_A is not None and bank_B is not None and dropped is not None:
                 y.addmm_(rows @ bank_A.to(ctx.dtype).T, bank_B.to(ctx.dtype).T, alpha=scale)
@@ -217,7 +219,7 @@ class _AdapterLinear(torch.autograd.Function):
         needs, dtype, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
         dx = ddropped = dmagnitude = None
         product_gradients: list[Tensor | None] = []  # those of the fields of each product in turn
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             rows = flat_rows(g.to(dtype))  # (t, m)
             # DoRA: z comes from the kept y; a row of zeros keeps its zero length
             if y is not None:
@@ -335,6 +337,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype if autocast is on, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A block without autocast. Where autocast is off anyway nothing is entered: in a small layer that can be felt."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def flat_rows(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _adamw(groups: Groups, o: Optimization) -> torch.optim.Optimizer:
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        fused=True if _on_cuda(groups[0]["params"][0]) else None,  # one kernel for all parameters
+        fused=True if _has_fused(groups[0]["params"][0]) else None,  # one kernel for all parameters
     )
 
 
@@ -142,7 +142,7 @@ def shrink_(groups: Groups) -> None:
 
 def initial_state(t: Tensor, steps: int, settings: Optimization) -> dict[str, Tensor]:
     """Return the state of one tensor after so many steps, its moments zero."""
-    where = t.device if _on_cuda(t) else torch.device("cpu")  # the fused kernel counts on the device
+    where = t.device if _has_fused(t) else torch.device("cpu")  # the fused kernel counts on the device
     counter = {"step": torch.tensor(float(steps), device=where)} if settings.kind.counter else {}
     return counter | {name: torch.zeros_like(t) for name in settings.kind.moments}
 
@@ -165,8 +165,8 @@ def check_state(settings: Optimization) -> None:
     )
 
 
-def _on_cuda(t: Tensor) -> bool:
-    return t.device.type == "cuda"
+def _has_fused(t: Tensor) -> bool:
+    return t.device.type in ("cpu", "cuda")
 
 
 def _describe(value: object) -> str:
