@@ -43,7 +43,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import draccus
 import torch
@@ -51,6 +51,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
@@ -117,11 +118,16 @@ CONTROLS = {
     "core_small_random": "CORE, p = 3 r, between random bases",
     "core_small_fixed": "CORE, p = 3 r, without turns",
     "lora": "LoRA, rank r",
+    "core_one_pass": "CORE, bases of one pass: `svd_niter: 0`",
+    "core_exact": "CORE, bases to rounding: `svd_niter: 10`",
     "lora_wide": "LoRA, rank 5.6 r: CORE's FLOPs",
+    "rslora_wide": "rsLoRA, rank 5.6 r",
+    "lora_plus_wide": "LoRA+, rank 5.6 r",
     "lora_soap": "LoRA, rank r, with SOAP on both sides",
     "dora": "DoRA, rank r",
     "losia": "LoSiA",
 }
+IN_FAMILIES = ("core", "core_small", "core_random", "lora", "dora", "losia")  # in the comparisons on other families
 CLIP = 1.0  # max_grad_norm
 # Settings that were added after the first runs: with these values a method is what it was before.
 LATER: dict[str, Any] = {"exclude_modules": [], "subspace": False, "b_rate": 1.0, "direction": {"type": "none"}}
@@ -130,37 +136,7 @@ WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
 AT_ONCE = 128  # examples of a forward that judges: the memory of all of them at once would be fetched anew every time
 
-# --- the two families -------------------------------------------------------------------------------------------------
-
-DIGITS, LENGTH = 10, 4  # an example: tag, x, y, =, answer; x, y and the answer are strings of 4 digits
-Rule = Callable[[Tensor, Tensor], Tensor]  # x, y (count, 4) -> answer (count, 4)
-
-OWN: dict[str, Rule] = {  # tag -> what the model is pre-trained on
-    "a": lambda x, y: (x + 1) % 10,
-    "s": lambda x, y: (y - 2) % 10,
-    "m": torch.maximum,
-    "n": torch.minimum,
-    "r": lambda x, y: x.flip(1),
-    "t": lambda x, y: y.roll(1, 1),
-}
-# what it is adapted to: tags that it has not seen, operators put together otherwise, another base
-SHIFTED: dict[str, Rule] = {
-    "A": lambda x, y: (x.flip(1) + 3) % 7,
-    "B": lambda x, y: 9 - torch.minimum(x, y),
-    "C": lambda x, y: torch.maximum(x, y.flip(1)),
-    "D": lambda x, y: (3 * y.roll(-1, 1)) % 10,
-    "E": lambda x, y: (x + 5 * (y % 2)) % 10,
-}
-SYMBOLS = "0123456789=" + "".join(OWN) + "".join(SHIFTED)
-
-
-def examples(rules: dict[str, Rule], count: int, random: torch.Generator) -> Tensor:
-    """Return the tokens of examples of one length, (count, 2 + 3 * 4)."""
-    x, y = torch.randint(DIGITS, (2, count, LENGTH), generator=random)
-    which = torch.randint(len(rules), (count,), generator=random)
-    answers = torch.stack([rule(x, y) for rule in rules.values()])[which, torch.arange(count)]  # (count, 4)
-    tags = torch.tensor([SYMBOLS.index(tag) for tag in rules])[which]
-    return torch.cat([tags[:, None], x, y, torch.full((count, 1), SYMBOLS.index("=")), answers], 1)
+# --- examples -------------------------------------------------------------------------------------------------------
 
 
 def labelled(tokens: Tensor) -> list[Example]:
@@ -206,6 +182,7 @@ class Base:
     batch: int = 64
     rate: float = 2e-3
     seed: int = 0
+    family: str = "digits"  # of benchmarks/families.py
 
 
 @dataclass(frozen=True)
@@ -225,15 +202,14 @@ def pretrained(folder: Path, base: Base) -> Path:
     """Return the checkpoint of the model that knows its own family; train and write it if there is none."""
     note = folder / "pretrained.json"
     if note.is_file():
-        if (made := json.loads(note.read_text())["settings"]) != asdict(base):
+        if (made := {"family": "digits"} | json.loads(note.read_text())["settings"]) != asdict(base):
             raise ValueError(f"{folder} was pre-trained with other settings, {made}; choose another --output")
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     model, began = fresh(base), time.perf_counter()
     pretrain(model, base)
-    own, shifted = (
-        judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in (OWN, SHIFTED)
-    )
+    family = FAMILIES[base.family]
+    own, shifted = (judged(model, examples(rules, 1024, generator(0, "after pre-training")))[1] for rules in family)
     print(f"pre-trained: exact match {own:.1%} of its own family, {shifted:.1%} of the shifted one", flush=True)
     model.save_pretrained(folder)
     write_text(folder / ".gitignore", "*\n")  # a clone pre-trains again
@@ -271,7 +247,7 @@ def pretrain(model: LlamaForCausalLM, base: Base) -> None:
     model.train()
     schedule = Schedule(base.rate, base.steps, warmup=base.steps // 12)
     for step in range(base.steps):
-        tokens = examples(OWN, base.batch, random)
+        tokens = examples(FAMILIES[base.family].own, base.batch, random)
         loss = nn.functional.cross_entropy(*answered(model, tokens))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -332,7 +308,7 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
     """Return the settings of CORE and of its controls, as `methods` does."""
     from benchmarks.soap import Soap  # registers a direction, which no other comparison should know
 
-    never = 10 * steps
+    never, wide = 10 * steps, round(5.6 * rank)
     return {
         "core": Core(like_rank=rank),
         "core_small": Core(p=3 * rank),
@@ -341,7 +317,11 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "core_small_random": Core(p=3 * rank, samples=0),
         "core_small_fixed": Core(p=3 * rank, interval=never),
         "lora": LoRA(rank=rank),
-        "lora_wide": LoRA(rank=round(5.6 * rank)),
+        "core_one_pass": Core(like_rank=rank, svd_niter=0),
+        "core_exact": Core(like_rank=rank, svd_niter=10),
+        "lora_wide": LoRA(rank=wide),
+        "rslora_wide": LoRA(rank=wide, use_rslora=True),
+        "lora_plus_wide": LoRA(rank=wide, b_rate=16.0),
         "lora_soap": LoRA(rank=rank, direction=Soap()),
         "dora": DoRA(rank=rank),
         "losia": matched_losia(model, rank, steps),
@@ -415,9 +395,10 @@ def run_small(checkpoint: Path, small: Small, spec: Spec, among: Methods = metho
         model, _ = loading.load(engine, model, adapters=adapters, method=method, tensors=source, settings=settings)
     else:
         model = engine.wrap(model, settings, partial(plain_rows, source))
-    training = labelled(examples(SHIFTED, small.train, generator(spec.seed, "training")))
+    shifted = FAMILIES[small.base.family].shifted
+    training = labelled(examples(shifted, small.train, generator(spec.seed, "training")))
     batches = Batches(training, small.batch, pad_id=0, seed=spec.seed)
-    held_out = examples(SHIFTED, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(
+    held_out = examples(shifted, small.held_out, generator(0, "chosen on" if spec.tuning else "reported")).to(
         engine.device
     )
     result = Result(sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -556,6 +537,8 @@ class Comparison:
         """Return the settings that the file of this run holds, with those that its method had not yet."""
         settings = json.loads(self.file(spec).read_text())["settings"]
         now = self.stamp(spec)["method"]
+        if "base" in settings["setting"]:
+            settings["setting"]["base"] = {"family": "digits"} | settings["setting"]["base"]
         return settings | {"method": {key: LATER[key] for key in LATER if key in now} | settings["method"]}
 
     def done(self, spec: Spec) -> bool:
@@ -760,8 +743,14 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+def in_families(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
+    known = methods(model, rank, steps, svd_cache) | controls(model, rank, steps, svd_cache)
+    return {name: known[name] for name in IN_FAMILIES}
+
+
 def small_comparison(folder: Path, small: Small, among: Methods = methods) -> Comparison:
-    checkpoint = pretrained(folder.with_name("small") / "pretrained", small.base)
+    home = folder.with_name("small") if small.base.family == "digits" else folder
+    checkpoint = pretrained(home / "pretrained", small.base)
     model = skeleton(checkpoint, torch.float32, "sdpa")
     settings = {k: draccus.encode(m) for k, m in among(model, small.rank, small.steps, "").items()}
     return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small, among=among))
@@ -776,9 +765,37 @@ def real_comparison(folder: Path, real: Real) -> Comparison:
     return Comparison(folder, real, settings, tuning, partial(run_real, real))
 
 
+SMALL_GRID = {"rates": [1e-3, 2.5e-3, 4e-3, 6e-3, 1e-2], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
+CONTROL_GRID = {
+    "rates": [2.5e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2],
+    "tuning_seeds": [100, 101],
+    "seeds": list(range(5, 15)),
+}
+FAMILY_GRID = {"rates": [1e-3, 2.5e-3, 6e-3, 1.6e-2], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
+REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
+
+
+class SmallRuns(NamedTuple):
+    """A comparison on the small model."""
+
+    family: str
+    pretrain_steps: int
+    among: Methods
+    titles: dict[str, str]
+    grid: dict[str, list[Any]]
+
+
+SMALL: dict[str, SmallRuns] = {
+    "small": SmallRuns("digits", 900, methods, TITLES, SMALL_GRID),
+    "controls": SmallRuns("digits", 900, controls, CONTROLS, CONTROL_GRID),
+    "tables": SmallRuns("tables", 2400, in_families, CONTROLS, FAMILY_GRID),
+    "places": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID),
+}
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn in the same steps.")
-    parser.add_argument("what", choices=["small", "controls", "real", "table"])
+    parser.add_argument("what", choices=[*SMALL, "real", "table"])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie"
     )
@@ -789,35 +806,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds that are reported")
     parser.add_argument("--steps", type=int, default=Small.steps, help="of `small`")
-    parser.add_argument("--pretrain-steps", type=int, default=Base.steps, help="of `small`")
+    parser.add_argument("--pretrain-steps", type=int, help="of the small model; by default those of docs/quality.md")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--page", type=Path, default=PAGE, help="of `table`: the page to write into")
     return parser.parse_args(argv)
-
-
-SMALL_GRID = {"rates": [1e-3, 2.5e-3, 4e-3, 6e-3, 1e-2], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
-CONTROL_GRID = {
-    "rates": [2.5e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2],
-    "tuning_seeds": [100, 101],
-    "seeds": list(range(5, 15)),
-}
-REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     quiet()
     if args.what == "table":
-        for name, titles in (("small", TITLES), ("controls", CONTROLS), ("real", TITLES)):
+        for name, titles in [*((name, runs.titles) for name, runs in SMALL.items()), ("real", TITLES)]:
             tabulate(args.output / name, args.page, name, titles)
         return
     folder = args.output / args.what
-    small = Small(Base(steps=args.pretrain_steps), steps=args.steps)
     if args.what == "real":
         comparison, default = real_comparison(folder, Real()), REAL_GRID
     else:
-        among, default = (methods, SMALL_GRID) if args.what == "small" else (controls, CONTROL_GRID)
-        comparison = small_comparison(folder, small, among)
+        runs = SMALL[args.what]
+        base = Base(steps=args.pretrain_steps or runs.pretrain_steps, family=runs.family)
+        comparison, default = small_comparison(folder, Small(base, steps=args.steps), runs.among), runs.grid
     grid = {key: getattr(args, key) or values for key, values in default.items()}
     names = args.methods or list(comparison.settings)
     compare(comparison, names, grid["rates"], grid["tuning_seeds"], grid["seeds"], args.jobs)

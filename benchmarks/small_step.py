@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.quality import CLIP, IGNORE, LENGTH, SHIFTED, Base, Small, examples, fresh, judged, labelled, quiet
+from benchmarks.families import FAMILIES, LENGTH, examples
+from benchmarks.quality import CLIP, IGNORE, Base, Small, fresh, judged, labelled, quiet
 from benchmarks.step_time import cpu_name, own_rows
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.method import Method, attach
@@ -46,6 +47,7 @@ from llm_lowrank.run.held_out import batch_loss
 
 SMALL, RATE = Small(), 1e-3
 QUERY, KEY, VALUE, OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+SHIFTED = FAMILIES["digits"].shifted
 GATE, UP, DOWN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 

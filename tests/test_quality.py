@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import quality
+from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
 from llm_lowrank.adapters.adapter import generator
 
 TINY = [
@@ -61,26 +62,24 @@ def test_a_grid_is_made_once_and_tabulated(tmp_path, page, capsys):
     assert "| LoRA | " in text and "| LoSiA | " in text and (tmp_path / "page-small.png").stat().st_size > 10_000
 
 
-def test_the_families_are_deterministic_and_differ():
-    def made(rules):
-        return quality.examples(rules, 200, generator(3, "test"))
-
-    own, shifted = made(quality.OWN), made(quality.SHIFTED)
-    assert torch.equal(own, made(quality.OWN)) and not torch.equal(
-        own, quality.examples(quality.OWN, 200, generator(4, "test"))
-    )
-    assert not set(quality.OWN) & set(quality.SHIFTED)
-    x, y = torch.randint(10, (2, 1000, quality.LENGTH), generator=generator(5, "test"))
-    for rule in quality.SHIFTED.values():  # no rule of one family answers many questions of the other
-        assert all((rule(x, y) == other(x, y)).all(1).float().mean() < 0.2 for other in quality.OWN.values())
-    assert shifted.shape == own.shape == (200, 2 + 3 * quality.LENGTH)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_families_are_deterministic_and_differ(name):
+    own, shifted = FAMILIES[name]
+    made = [examples(rules, 200, generator(3, "test")) for rules in (own, own, shifted)]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], examples(own, 200, generator(4, "test")))
+    assert set(own) | set(shifted) < set(SYMBOLS) and not set(own) & set(shifted)
+    x, y = torch.randint(10, (2, 1000, LENGTH), generator=generator(5, "test"))
+    for rule in shifted.values():  # no rule of one family answers many questions of the other
+        assert all((rule(x, y) == other(x, y)).all(1).float().mean() < 0.2 for other in own.values())
+        assert rule(x, y).shape == (1000, LENGTH) and 0 <= int(rule(x, y).min()) and int(rule(x, y).max()) < 10
+    assert made[2].shape == made[0].shape == (200, 2 + 3 * LENGTH)
 
 
 class Halves(torch.nn.Module):
     """Knows the next token where the first digit of x is below 5, and is sure of a wrong one elsewhere."""
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        symbols = len(quality.SYMBOLS)
+        symbols = len(SYMBOLS)
         following = torch.where(input_ids[:, 1:2] < 5, input_ids, input_ids + 1).roll(-1, 1) % symbols
         return SimpleNamespace(logits=2 * torch.nn.functional.one_hot(following, symbols).float())
 
@@ -88,9 +87,9 @@ class Halves(torch.nn.Module):
 @pytest.mark.parametrize("at_once", [7, 50])  # the last part is smaller, or the only one
 def test_judging_in_parts_is_judging_at_once(monkeypatch, at_once):
     monkeypatch.setattr(quality, "AT_ONCE", at_once)
-    tokens = quality.examples(quality.OWN, 50, generator(0, "judged"))
+    tokens = examples(FAMILIES["digits"].own, 50, generator(0, "judged"))
     right = float((tokens[:, 1] < 5).float().mean())
-    others = len(quality.SYMBOLS) - 1
+    others = len(SYMBOLS) - 1
     sure = math.log(math.exp(2) + others)  # -log p of a token that is no favourite
     assert 0.3 < right < 0.7
     assert quality.judged(Halves(), tokens) == pytest.approx((sure - 2 * right, right), rel=1e-5)
