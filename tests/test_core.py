@@ -35,7 +35,7 @@ def ours(method: Core, U: Tensor, V: Tensor, target: Tensor, steps: int, rate: f
     S, memory, changes = torch.zeros(P, P, dtype=torch.float64), {}, []
     for step in range(steps):
         g = U.T @ gradient_at(U @ S @ V.T, target, step) @ V
-        S = S - rate * method.step_along(g, memory)
+        S = S - rate * method.step_along(g, memory, step)
         changes.append(U @ S @ V.T)
     return changes
 
@@ -76,6 +76,18 @@ def test_turning_the_optimizers_basis_is_turning_the_bases(interval):
 
 
 @pytest.mark.quick
+def test_a_turn_after_steps_that_were_left_out_counts_those_that_were_made():
+    gradients, memory = [random(P, P, seed=step).double() for step in range(6)], {}
+    for step in (0, 1, 3, 5):  # the gradients of steps 2 and 4 were not finite
+        Core(interval=6).step_along(gradients[step], memory, step)
+    made = torch.stack([gradients[step] for step in (0, 1, 3, 5)])
+    second = (made.transpose(1, 2) @ made).sum(0)
+    assert float(memory["core_seen"]) == 4 and float(memory["core_taken"]) == 0
+    turned = memory["core_Q_R"].T @ second @ memory["core_Q_R"]
+    assert float((turned - turned.diag().diag()).norm() / turned.norm()) < 1e-12
+
+
+@pytest.mark.quick
 def test_without_a_turn_it_is_adam():
     method, U, V, target = Core(interval=1000), orthonormal(M, 1), orthonormal(N, 2), random(M, N, seed=3)
     S = torch.nn.Parameter(torch.zeros(P, P, dtype=torch.float64))
@@ -89,9 +101,9 @@ def test_without_a_turn_it_is_adam():
 @pytest.mark.quick
 def test_a_layer_that_gets_no_gradient_stands_still():
     memory: dict[str, Tensor] = {}
-    for _ in range(5):
-        step = Core(interval=2).step_along(torch.zeros(P, P, dtype=torch.float64), memory)
-        assert not step.any()
+    for step in range(5):
+        along = Core(interval=2).step_along(torch.zeros(P, P, dtype=torch.float64), memory, step)
+        assert not along.any()
     assert all(value.isfinite().all() for value in memory.values())
     assert torch.equal(memory["core_Q_L"], torch.eye(P, dtype=torch.float64))
 

@@ -142,7 +142,8 @@ def test_a_run_stays_on_its_device(name, codec, tmp_path):
     counts = live(name, codec, tmp_path)
     ours = [kind for kind, line in counts.syncs.elements() if not line.startswith(("elsewhere", "transformers/"))]
     if getattr(METHODS[name], "directs", False):  # eigenvalues on the host; the norm twice; a look at each layer
-        assert len(ours) <= WAITS * MODULES + LAYERS + 2, counts.syncs
+        waits = 0 if name == "core" else WAITS  # the step that was counted is none at which CORE's basis turns
+        assert len(ours) <= waits * MODULES + LAYERS + 2, counts.syncs
     else:
         assert ours == ["read"], counts.syncs  # the norm, however many modules there are
 

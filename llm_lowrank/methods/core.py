@@ -130,8 +130,11 @@ class Core(Method):
 
     # ---- the optimizer of S; everything is (p, p) and float64
 
-    def step_along(self, gradient: Tensor, memory: Memory) -> Tensor:
-        """Return the step of S in units of the rate, and remember the gradient."""
+    def step_along(self, gradient: Tensor, memory: Memory, step: int) -> Tensor:
+        """Return the step of S in units of the rate, and remember the gradient. step: 0-based.
+
+        The host reads nothing of the device, but at the steps at which the basis turns.
+        """
         if "core_m" not in memory:
             memory.update(start(gradient))
         Q_L, Q_R, m, v, seen = (memory[f"core_{name}"] for name in ("Q_L", "Q_R", "m", "v", "seen"))
@@ -143,15 +146,16 @@ class Core(Method):
         memory["core_taken"] += 1
         seen += 1
         mean, size = m / (1 - self.beta1**seen), (v / (1 - self.beta2**seen)).sqrt()
-        step = Q_L @ (mean / (size + self.eps)) @ Q_R.T
-        if int(memory["core_taken"]) == self.interval:
+        along = Q_L @ (mean / (size + self.eps)) @ Q_R.T
+        if (step + 1) % self.interval == 0:
             self.turn(memory)
-        return step
+        return along
 
     def turn(self, memory: Memory) -> None:
         """Turn the basis to the eigenvectors of the last gradients, and carry the moments over."""
         left, right = Spectrum.of(memory["core_left"]), Spectrum.of(memory["core_right"])
-        K, m, seen = self.interval, memory["core_m"], memory["core_seen"]
+        # K steps were taken since the last turn: fewer than `interval` if some gradients were not finite
+        K, m, seen = memory["core_taken"], memory["core_m"], memory["core_seen"]
         if left.rank:  # otherwise every gradient was zero
             second = torch.outer(left.values, right.values) / (K * left.values.sum())
             second += FLOOR * second.mean()
@@ -159,7 +163,7 @@ class Core(Method):
             m.copy_(left.V.T @ m @ right.V * ((1 - self.beta1**K) / (1 - self.beta1**seen)))
             memory["core_Q_L"].copy_(memory["core_Q_L"] @ left.V)
             memory["core_Q_R"].copy_(memory["core_Q_R"] @ right.V)
-            seen.fill_(K)
+            seen.copy_(K)
         for name in ("left", "right", "taken"):
             memory[f"core_{name}"].zero_()
 
@@ -197,7 +201,7 @@ class CoreLayer(Adapter):
         )
 
     def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
-        gradients["S"] = self.method.step_along(gradients["S"].double(), self.memory).float()
+        gradients["S"] = self.method.step_along(gradients["S"].double(), self.memory, update.step).float()
 
     def change(self, whole: Whole) -> Pairs:
         """U S V^T."""
