@@ -62,13 +62,14 @@ def redirect(
         values = dict(zip(looked_at, engine.whole_masters(looked_at) if looked_at else [], strict=True))
         for gradient in gradients.values():
             gradient.mul_(factor)
-        for adapter in layer:
-            update = Update(step, adapter.scale, rates[adapter.group], engine.settings.weight_decay)
-            named = {name: getattr(adapter, name) for name in adapter.directed}
-            found = {name: gradients[p] for name, p in named.items()}
-            adapter.direct({name: values[getattr(adapter, name)] for name in adapter.looks_at}, found, update)
+        updates = [Update(step, adapter.scale, rates[adapter.group], engine.settings.weight_decay) for adapter in layer]
+        seen = [{name: values[getattr(adapter, name)] for name in adapter.looks_at} for adapter in layer]
+        found = [{name: gradients[getattr(adapter, name)] for name in adapter.directed} for adapter in layer]
+        (kind,) = {type(adapter) for adapter in layer}  # a method makes one kind of adapters
+        kind.direct_together(layer, seen, found, updates)
+        for adapter, directions in zip(layer, found, strict=True):
             # engines cut spans out of the flattened tensor, and a rule may return a transposed one
-            gradients |= {p: found[name].contiguous() for name, p in named.items()}
+            gradients |= {getattr(adapter, name): value.contiguous() for name, value in directions.items()}
         _check_finite(layer, gradients)
         engine.put_gradients(trained, [gradients[p] for p in trained])
     return norm

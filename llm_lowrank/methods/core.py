@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from llm_lowrank.adapters.probes import probe_bytes, top_directions
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.numerics.functional import Product, adapter_linear
-from llm_lowrank.numerics.gram import Spectrum
 from llm_lowrank.numerics.pairs import Pairs
 
 FLOOR = 1e-3  # of the mean second moment, added to each: a direction without a gradient is not divided by zero
@@ -128,42 +128,43 @@ class Core(Method):
                 u.value.copy_(triplets.U)
                 vt.value.copy_(triplets.V.T)
 
-    # ---- the optimizer of S; everything is (p, p) and float64
+    # ---- the optimizer of S; everything is float64, and (k, p, p) for k modules in one go
 
-    def step_along(self, gradient: Tensor, memory: Memory, step: int) -> Tensor:
-        """Return the step of S in units of the rate, and remember the gradient. step: 0-based.
+    def step_along(self, gradients: Tensor, memory: Memory, step: int) -> Tensor:
+        """Return the steps of S in units of the rate, and remember the gradients; both (k, p, p). step: 0-based.
 
         The host reads nothing of the device, but at the steps at which the basis turns.
         """
-        if "core_m" not in memory:
-            memory.update(start(gradient))
         Q_L, Q_R, m, v, seen = (memory[f"core_{name}"] for name in ("Q_L", "Q_R", "m", "v", "seen"))
-        g = Q_L.T @ gradient @ Q_R
-        memory["core_left"] += g @ g.T
-        memory["core_right"] += g.T @ g
+        g = Q_L.mT @ gradients @ Q_R
+        memory["core_left"] += g @ g.mT
+        memory["core_right"] += g.mT @ g
         m.lerp_(g, 1 - self.beta1)
         v.lerp_(g.square(), 1 - self.beta2)
         memory["core_taken"] += 1
         seen += 1
         mean, size = m / (1 - self.beta1**seen), (v / (1 - self.beta2**seen)).sqrt()
-        along = Q_L @ (mean / (size + self.eps)) @ Q_R.T
+        along = Q_L @ (mean / (size + self.eps)) @ Q_R.mT
         if (step + 1) % self.interval == 0:
             self.turn(memory)
         return along
 
     def turn(self, memory: Memory) -> None:
-        """Turn the basis to the eigenvectors of the last gradients, and carry the moments over."""
-        left, right = Spectrum.of(memory["core_left"]), Spectrum.of(memory["core_right"])
+        """Turn the bases to the eigenvectors of the last gradients, and carry the moments over."""
+        left, right = spectra(memory["core_left"]), spectra(memory["core_right"])
         # K steps were taken since the last turn: fewer than `interval` if some gradients were not finite
-        K, m, seen = memory["core_taken"], memory["core_m"], memory["core_seen"]
-        if left.rank:  # otherwise every gradient was zero
-            second = torch.outer(left.values, right.values) / (K * left.values.sum())
-            second += FLOOR * second.mean()
-            memory["core_v"].copy_(second * (1 - self.beta2**K))
-            m.copy_(left.V.T @ m @ right.V * ((1 - self.beta1**K) / (1 - self.beta1**seen)))
-            memory["core_Q_L"].copy_(memory["core_Q_L"] @ left.V)
-            memory["core_Q_R"].copy_(memory["core_Q_R"] @ right.V)
-            seen.copy_(K)
+        K, m, v, seen = (memory[f"core_{name}"] for name in ("taken", "m", "v", "seen"))
+        energy = left.values.sum(-1)[:, None, None]
+        turns = energy > 0  # otherwise every gradient of the module was zero
+        second = left.values[:, :, None] * right.values[:, None, :] / (K * energy)
+        second += FLOOR * second.mean((1, 2), keepdim=True)
+        carried = left.V.mT @ m @ right.V * ((1 - self.beta1**K) / (1 - self.beta1**seen))
+        v.copy_(torch.where(turns, second * (1 - self.beta2**K), v))
+        m.copy_(torch.where(turns, carried, m))
+        for name, turned in (("Q_L", left.V), ("Q_R", right.V)):
+            basis = memory[f"core_{name}"]
+            basis.copy_(torch.where(turns, basis @ turned, basis))
+        seen.copy_(torch.where(turns, K, seen))
         for name in ("left", "right", "taken"):
             memory[f"core_{name}"].zero_()
 
@@ -177,6 +178,7 @@ class CoreLayer(Adapter):
         super().__init__(name, linear, codec, seed)
         m, n = self.shape
         self.p, self.method = p, method
+        self.stacked: Memory | None = None  # of the first layer of those that step in one go
         self.U, self.Vt = self.factor(m, p, trained=False), self.factor(p, n, trained=False)
         self.S = self.factor(p, p)
 
@@ -200,8 +202,23 @@ class CoreLayer(Adapter):
             multiply=self.multiply(x),
         )
 
-    def direct(self, values: dict[str, Tensor], gradients: dict[str, Tensor], update: Update) -> None:
-        gradients["S"] = self.method.step_along(gradients["S"].double(), self.memory, update.step).float()
+    @classmethod
+    def direct_together(
+        cls,
+        layers: Sequence[Adapter],
+        values: Sequence[dict[str, Tensor]],
+        gradients: Sequence[dict[str, Tensor]],
+        updates: Sequence[Update],
+    ) -> None:
+        """Replace the gradients of S by the steps, for all modules whose p is the same in one go."""
+        all_cores = _cores(layers)
+        for p in sorted({layer.p for layer in all_cores}):
+            at = [i for i, layer in enumerate(all_cores) if layer.p == p]
+            cores, method = [all_cores[i] for i in at], all_cores[0].method
+            stacked = torch.stack([gradients[i]["S"] for i in at]).double()
+            steps = method.step_along(stacked, memory_of(cores, stacked), updates[0].step).float()
+            for i, along in zip(at, steps, strict=True):
+                gradients[i]["S"] = along
 
     def change(self, whole: Whole) -> Pairs:
         """U S V^T."""
@@ -212,11 +229,49 @@ class CoreLayer(Adapter):
 
 
 def start(like: Tensor) -> Memory:
-    """What is remembered before the first step. like: a gradient of S."""
-    zero, one = torch.zeros_like(like), torch.eye(len(like), dtype=like.dtype, device=like.device)
+    """What is remembered before the first step. like: gradients of S, (k, p, p)."""
+    zero, one = torch.zeros_like(like), torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     matrices = {"Q_L": one, "Q_R": one, "m": zero, "v": zero, "left": zero, "right": zero}
-    counts = {"seen": zero.new_zeros(()), "taken": zero.new_zeros(())}  # steps for Adam's bias; since the last turn
-    return {f"core_{name}": value.clone() for name, value in (matrices | counts).items()}
+    counts = {"seen": zero[:, :1, :1], "taken": zero[:, :1, :1]}  # steps for Adam's bias; since the last turn
+    whole = {name: value.expand_as(zero) for name, value in matrices.items()} | counts
+    return {f"core_{name}": value.clone(memory_format=torch.contiguous_format) for name, value in whole.items()}
+
+
+def memory_of(cores: Sequence[CoreLayer], like: Tensor) -> Memory:
+    """Return what these layers remember, each tensor stacked; what they hold themselves are views of it.
+
+    It is stacked once, at the first step of a run or after it resumed.
+    """
+    first = cores[0]
+    if first.stacked is None or any(
+        layer.memory.get(name) is None or layer.memory[name].data_ptr() != value[i].data_ptr()
+        for name, value in first.stacked.items()
+        for i, layer in enumerate(cores)
+    ):
+        new = start(like)
+        first.stacked = {
+            name: torch.stack([layer.memory.get(name, value[i]) for i, layer in enumerate(cores)])
+            for name, value in new.items()
+        }
+        for i, layer in enumerate(cores):
+            layer.memory |= {name: value[i] for name, value in first.stacked.items()}
+    return first.stacked
+
+
+class Spectra(NamedTuple):
+    """V diag(values) V^T of k positive semidefinite matrices."""
+
+    values: Tensor  # (k, p), ascending
+    V: Tensor  # (k, p, p)
+
+
+def spectra(grams: Tensor) -> Spectra:
+    """Decompose (k, p, p) on the host, see numerics.gram; the host waits for the device once."""
+    values, V = torch.linalg.eigh(grams.cpu())
+    both = torch.cat([values.clamp_min(0)[:, None], V], 1)  # in one copy
+    if grams.device.type != "cpu":
+        both = both.pin_memory().to(grams.device, non_blocking=True)
+    return Spectra(both[:, 0], both[:, 1:])
 
 
 def remembered(p: int) -> int:
