@@ -35,6 +35,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -573,13 +574,30 @@ def made(make: Callable[[Spec], str], specs: Sequence[Spec], jobs: int) -> Itera
     if jobs == 1:
         yield from map(make, specs)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+    with pool_of(jobs) as pool:
         try:
             for future in as_completed([pool.submit(make, spec) for spec in specs]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def pool_of(jobs: int) -> ProcessPoolExecutor:
+    """Return a pool of processes that end with this one, however it ends."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), begin_work, (os.getpid(),))
+
+
+def begin_work(parent: int) -> None:
+    """Prepare a process of the pool. A run of minutes should not go on when nobody waits for it."""
+    quiet()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def quiet() -> None:

@@ -4,11 +4,12 @@
     python benchmarks/real.py run       every method on every chosen task
     python benchmarks/real.py table     writes the tables of docs/quality.md from the results of the runs
 
-The model is SmolLM2-135M-Instruct. On one H100 `pilot` and `run` take ten minutes together with
+The model is SmolLM2-135M-Instruct. With one GPU and sixteen cores:
 
     python recipes/data/stdlib_code.py output/stdlib-code.jsonl
     nvidia-cuda-mps-control -d          # lets the processes use the GPU side by side
-    python benchmarks/real.py pilot --jobs 14 && python benchmarks/real.py run --jobs 14
+    python benchmarks/real.py pilot --jobs 14
+    python benchmarks/real.py run --jobs 14
 
 `--steps 4800` takes twenty times as many. `--minutes 8` begins no run after eight minutes; what is missing is made by
 the next start.
@@ -37,11 +38,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ from benchmarks.quality import (
     best,
     between_marks,
     of,
+    pool_of,
     quiet,
     rates_of,
     read_runs,
@@ -285,7 +286,7 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
     """Make the runs of all comparisons, those of the first one first. No run begins after `until`."""
     chains = [(one, name) for one in compared for name in names]
     running: dict[Future[str], tuple[Comparison, str, Spec]] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+    with pool_of(jobs) as pool:
         while True:
             busy = {(one.folder, spec) for one, _, spec in running.values()}
             ready = (
@@ -314,7 +315,7 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
 def pilot(folder: Path, setting: Setting, rate: float, jobs: int) -> None:
     """Train LoRA once on every candidate, choose the tasks and write pilot.json."""
     known: dict[str, float] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+    with pool_of(jobs) as pool:
         runs = {
             name: pool.submit(silently, replace(setting, task=task), Spec("lora", rate, PILOT))
             for name, task in CANDIDATES.items()
@@ -354,7 +355,7 @@ def table(folder: Path, page: Path) -> None:
     lines += ["", "Held-out loss of the same runs, and of text:", "", *rows(found, asked + texts, held_out)]
     lines += ["", "Rates:", "", *rows(found, asked + texts, lambda runs, name: f"{best(runs, name):g}")]
     lines += ["", "Loss of text that a run was not trained on, after minus before:", "", *rows(found, asked, forgotten)]
-    write_text(page, between_marks(page.read_text(encoding="utf-8"), "real", "\n".join(lines)))
+    write_text(page, between_marks(page.read_text(encoding="utf-8"), "tasks", "\n".join(lines)))
 
 
 def rows(found: dict[str, list[dict[str, Any]]], tasks: Sequence[str], cell: Any) -> list[str]:
@@ -395,14 +396,15 @@ def difference(runs: list[dict[str, Any]], name: str, value: Any, digits: int) -
 
 
 def by_seed(runs: list[dict[str, Any]], name: str, value: Any) -> dict[int, float]:
-    """Return the values of the reported runs that did not diverge."""
+    """Return the values of the reported runs by their seeds, without those that are not known."""
     rate = best(runs, name) if rates_of(runs, name) else None
     found = [(r["settings"]["run"], r["result"]) for r in runs]
-    return {
+    values = {
         run["seed"]: value(result)
         for run, result in found
-        if (run["method"], run["rate"], run["tuning"]) == (name, rate, False) and result["loss"] is not None
+        if (run["method"], run["rate"], run["tuning"]) == (name, rate, False)
     }
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ def by_seed(runs: list[dict[str, Any]], name: str, value: Any) -> dict[int, floa
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn on a real model.")
     parser.add_argument("what", choices=["pilot", "run", "table"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "real")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "tasks")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", choices=[*CANDIDATES, *TEXTS], help="by default those of the pilot")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds that are reported")

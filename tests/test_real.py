@@ -1,0 +1,99 @@
+"""benchmarks/real.py without a model: which tasks are chosen, which runs come next, what the tables say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import real
+from benchmarks.quality import Comparison, Spec
+
+SETTING = real.Setting(real.CANDIDATES["sums"])
+
+
+@pytest.mark.quick
+def test_of_each_kind_the_task_nearest_to_one_half_is_chosen():
+    known = {"sums": 0.45, "products": 0.52, "divisors": 0.81, "letters": 0.2, "word_lists": 0.7, "filters": 0.79}
+    assert real.chosen(known) == ["products", "word_lists", "letters"]
+    assert len(real.chosen(dict.fromkeys(real.CANDIDATES, 0.5))) == real.KINDS
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """A comparison whose runs are made by `put`."""
+    settings = {name: {"name": name} for name in real.METHODS}
+    return Comparison(tmp_path / "sums", SETTING, settings, settings, lambda spec: None)
+
+
+def put(compared: Comparison, spec: Spec, exact: float, loss: float | None = 1.0, others: dict | None = None) -> None:
+    result = {"exact_match": exact, "loss": loss, "trainable": 1, "others": others or {}}
+    compared.folder.mkdir(exist_ok=True)
+    compared.file(spec).write_text(json.dumps({"settings": compared.stamp(spec), "result": result}))
+
+
+@pytest.mark.quick
+def test_rates_are_tried_until_the_best_one_is_inside_and_then_seeds_are_run(compared):
+    def wanted() -> list[Spec]:
+        return real.wanted(compared, "lora", (0, 1))
+
+    first = wanted()
+    assert [spec.rate for spec in first] == [6e-4, 2e-3, 6e-3] and all(spec.tuning for spec in first)
+    for spec, exact in zip(first, (0.1, 0.2, 0.3), strict=True):
+        put(compared, spec, exact)
+    assert wanted() == [Spec("lora", 2e-2, real.TUNING, True)]  # the best rate was the highest
+    put(compared, wanted()[0], 0.0, None)  # diverged
+    assert wanted() == [Spec("lora", 6e-3, 0), Spec("lora", 6e-3, 1)]
+    put(compared, Spec("lora", 6e-3, 0), 0.3)
+    assert wanted() == [Spec("lora", 6e-3, 1)]
+    put(compared, Spec("lora", 6e-3, 1), 0.3)
+    assert wanted() == [] and len(real.wanted(compared, "core", (0, 1))) == 3
+
+
+@pytest.mark.quick
+def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_path):
+    write = {"lora": (0.4, 0.5, 0.6), "core": (0.5, 0.7, None)}
+    for name, values in write.items():
+        put(compared, Spec(name, 2e-3, real.TUNING, True), 0.5)
+        for seed, exact in enumerate(values):
+            loss = None if exact is None else 1 - exact
+            put(compared, Spec(name, 2e-3, seed), exact or 0.0, loss, {"code": [1.0, 1.25]} if exact else None)
+    (tmp_path / "pilot.json").write_text(json.dumps({"chosen": ["sums"]}))
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- tasks -->\n<!-- /tasks -->\nb\n", encoding="utf-8")
+    real.table(tmp_path, page)
+    text = page.read_text(encoding="utf-8")
+    assert "| LoRA | 50.0 ± 10.0 |" in text
+    assert "| CORE | 40.0 ± 36.1 (-10.0) |" in text  # a run that diverged has nothing right
+    assert "| CORE | 0.400 ± 0.141 (-0.150) |" in text and "| CORE | 0.002 |" in text
+    assert "| CORE | code 0.25 ± 0.00 |" in text
+
+
+SLEEPERS = """
+import time
+from benchmarks.quality import pool_of
+if __name__ == "__main__":
+    with pool_of(1) as pool:
+        work = pool.submit(time.sleep, 600)
+        while not work.running():
+            time.sleep(0.1)
+        print(*[p.pid for p in pool._processes.values()], flush=True)
+        work.result()
+"""
+
+
+def test_a_pool_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "sleepers.py")], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / parent.stdout.readline().strip()
+    assert worker.name.isdigit() and worker.exists()
+    parent.kill()
+    parent.wait()
+    ended = time.monotonic() + 60
+    while worker.exists() and "zombie" not in (worker / "status").read_text():
+        assert time.monotonic() < ended, "the worker goes on without anybody who waits for it"
+        time.sleep(0.2)
