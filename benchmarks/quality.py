@@ -127,6 +127,8 @@ CONTROLS = {
     "lora_soap": "LoRA, rank r, with SOAP on both sides",
     "dora": "DoRA, rank r",
     "losia": "LoSiA",
+    "full_muon": "all weights of the linears, Muon",
+    "full_soap": "all weights of the linears, SOAP",
 }
 IN_FAMILIES = ("core", "core_small", "core_random", "lora", "dora", "losia")  # in the comparisons on other families
 CLIP = 1.0  # max_grad_norm
@@ -264,16 +266,32 @@ def pretrain(model: LlamaForCausalLM, base: Base) -> None:
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter of the model is trained: what adapters are measured against.
-
-    Not a method of the library: it shards nothing.
+    """Every parameter of the model is trained: what adapters are measured against. Not a method of the library: it
+    shards nothing.
     """
+
+    optimizer: str = "adamw"
+    """adamw, or muon or soap for the weights of the decoder's linears alone."""
 
     def targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         return {}
 
     def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
-        model.requires_grad_(True)
+        model.requires_grad_(self.optimizer == "adamw")
+        if self.optimizer != "adamw":
+            for linear in find_targets(model, [ALL_LINEAR]).values():  # type: ignore[arg-type]
+                linear.weight.requires_grad_(True)
+
+    def put_optimizer(self, engine: Plain, rate: float) -> None:
+        """Replace the engine's optimizer, if it is another one. Muon's steps have the length of AdamW's."""
+        if self.optimizer == "muon":
+            engine.optimizer = torch.optim.Muon(
+                engine.params, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+        elif self.optimizer == "soap":
+            from benchmarks.soap import SoapOptimizer
+
+            engine.optimizer = SoapOptimizer(engine.params, lr=rate)
 
 
 def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
@@ -326,6 +344,8 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "lora_soap": LoRA(rank=rank, direction=Soap()),
         "dora": DoRA(rank=rank),
         "losia": matched_losia(model, rank, steps),
+        "full_muon": Full(optimizer="muon"),
+        "full_soap": Full(optimizer="soap"),
     }
 
 
@@ -396,6 +416,8 @@ def run_small(checkpoint: Path, small: Small, spec: Spec, among: Methods = metho
         model, _ = loading.load(engine, model, adapters=adapters, method=method, tensors=source, settings=settings)
     else:
         model = engine.wrap(model, settings, partial(plain_rows, source))
+        assert isinstance(method, Full), "only the whole model has no adapters"
+        method.put_optimizer(engine, spec.rate)
     shifted = FAMILIES[small.base.family].shifted
     training = labelled(examples(shifted, small.train, generator(spec.seed, "training")))
     batches = Batches(training, small.batch, pad_id=0, seed=spec.seed)

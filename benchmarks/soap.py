@@ -1,4 +1,5 @@
-"""SOAP (https://arxiv.org/abs/2409.11321) on A and B, as a control of CORE: Adam in the eigenbases of both sides.
+"""SOAP (https://arxiv.org/abs/2409.11321), as a control of CORE: Adam in the eigenbases of both sides of a gradient. It
+is a direction, for A and B, and an optimizer, for whole weights.
 
     L <- b L + (1 - b) g g^T        R <- b R + (1 - b) g^T g        Q_L, Q_R their eigenvectors, every `interval` steps
     m, v: Adam's moments, v of Q_L^T g Q_R
@@ -9,6 +10,7 @@ Import it to register it as the direction `soap`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,3 +54,17 @@ class Soap(Direction):
         v.lerp_((Q_L.T @ g @ Q_R).square(), 1 - BETA2)
         mean = Q_L.T @ m @ Q_R / (1 - BETA1**t)
         return Q_L @ (mean / ((v / (1 - BETA2**t)).sqrt() + EPS)) @ Q_R.T
+
+
+class SoapOptimizer(torch.optim.Optimizer):
+    """The same steps for any matrices."""
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * Soap().step("W", p.grad, self.state[p]))

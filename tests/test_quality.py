@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import quality
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
@@ -102,3 +103,19 @@ def test_the_best_rate_is_chosen_with_tuning_runs_only():
 
     runs = [run(1.0, 0.5, 2.0, True), run(2.0, 0.5, 1.0, True), run(3.0, 0.0, None, True), run(1.0, 0.9, 0.1, False)]
     assert quality.best(runs, "lora") == 2.0
+
+
+@pytest.mark.parametrize("name", ["full_muon", "full_soap"])
+def test_other_optimizers_train_the_weights_of_the_linears_alone(tmp_path, name, monkeypatch):
+    small = quality.Small(quality.Base(steps=2), steps=3, warmup=1)
+    checkpoint = quality.pretrained(tmp_path / "pretrained", small.base)
+    kept = {}
+    judged = quality.judged
+    monkeypatch.setattr(
+        quality, "judged", lambda model, held_out: kept.update(model.state_dict()) or judged(model, held_out)
+    )
+    result = quality.run_small(checkpoint, small, quality.Spec(name, 1e-2, 0), quality.controls)
+    before = load_file(checkpoint / "model.safetensors")
+    changed = {key for key, value in kept.items() if not torch.equal(value, before[key])}
+    linears = {key for key in before if key.endswith("proj.weight")}
+    assert changed == linears and result.trainable == sum(before[key].numel() for key in linears)
