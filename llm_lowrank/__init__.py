@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
+    from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
+    from llm_lowrank.methods.vera import VeRA
     from llm_lowrank.run.recipe import Recipe
     from llm_lowrank.run.train import train
 
@@ -46,6 +48,8 @@ __all__ = [
     "ReLoRA",
     "Recipe",
     "SRLoRA",
+    "Squeeze",
+    "VeRA",
     "train",
 ]
 

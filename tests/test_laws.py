@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     },
     "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
     "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
+    "vera": {"vera": dict(PAIRS, d_initial=4.0)},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
@@ -62,6 +63,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
         for into in ("weight", "bank")
     },
     "dora": {"dora": dict(PAIRS, alpha=6)},
+    "squeeze": {"squeeze": dict(PAIRS, alpha=6, target_rank=2)},  # to 3 and 2 pairs after steps 1 and 3
     "relora": {
         f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
     },
@@ -99,6 +101,8 @@ THINNER = (
     "b-rate",
     "pissa-subspace",
     "lora_fa-kaiming",
+    "vera",
+    "squeeze",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]

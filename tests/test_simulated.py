@@ -24,7 +24,9 @@ from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
+from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models import checkpoint, export
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
@@ -42,9 +44,11 @@ METHODS: dict[str, Method] = {
     "relora-weight": ReLoRA(rank=4, interval=2, restart_warmup=0, into="weight"),
     "relora-bank": ReLoRA(rank=4, interval=2, restart_warmup=0, into="bank"),
     "rasa": RaSA(rank=4),
+    "squeeze": Squeeze(rank=4, target_rank=2),
     "flat_lora": FlatLoRA(rank=4),
     "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
+    "vera": VeRA(rank=4),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
     "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),
     "droplora-token": DropLoRA(rank=4, mask="token"),
