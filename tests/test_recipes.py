@@ -228,6 +228,8 @@ def trained(settings: Method, config: dict) -> int:
         return settings.p**2 * len(wanted) * layers
     if kind == "lora_xs":
         return settings.rank**2 * len(wanted) * layers
+    if kind == "vera":
+        return sum(settings.rank + m for m, _ in wanted) * layers
     if kind == "lora_fa":
         return settings.rank * sum(m for m, _ in wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
