@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lowrank.methods.adalora import AdaLoRA
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.lora_one import LoRAOne
     from llm_lowrank.methods.lora_xs import LoRAXS
     from llm_lowrank.methods.losia import LoSiA
+    from llm_lowrank.methods.miss import MiSS
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "AdaLoRA",
     "Core",
     "DoRA",
     "DropLoRA",
@@ -43,6 +46,7 @@ __all__ = [
     "LoRAOne",
     "LoRAXS",
     "LoSiA",
+    "MiSS",
     "PiSSA",
     "RaSA",
     "ReLoRA",

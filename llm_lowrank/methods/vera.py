@@ -54,6 +54,7 @@ class VeRALayer(Adapter):
     ) -> None:
         super().__init__(name, linear, codec, seed)
         self.rank, self.d_initial, self.dropout = rank, d_initial, dropout
+        self.first = False  # whether the layer is the model's first that uses the pair
         self.d, self.b = self.factor(rank), self.factor(self.shape[0])
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
