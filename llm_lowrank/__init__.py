@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
     from llm_lowrank.methods.squeeze import Squeeze
+    from llm_lowrank.methods.sbora import SBoRA
     from llm_lowrank.methods.srlora import SRLoRA
     from llm_lowrank.methods.vera import VeRA
     from llm_lowrank.run.recipe import Recipe
@@ -51,6 +52,7 @@ __all__ = [
     "RaSA",
     "ReLoRA",
     "Recipe",
+    "SBoRA",
     "SRLoRA",
     "Squeeze",
     "VeRA",

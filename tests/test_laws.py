@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
     "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
     "miss": {"miss": PAIRS},
+    "sbora": {f"sbora-{variant}": dict(PAIRS, alpha=6, variant=variant) for variant in ("fa", "fb")},
     "vera": {"vera": dict(PAIRS, d_initial=4.0)},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
@@ -63,8 +64,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
         for into in ("weight", "bank")
     },
-    "adalora": {  # from 32 to 16 pairs of 8 modules, after steps 2 and 3
-        "adalora": dict(PAIRS, alpha=6, target_rank=2, interval=1, initial_share=0.25, final_share=0.25)
+    "adalora": {  # from 64 to 56 pairs of 8 modules, after steps 2 and 3; a module without a pair is in its own test
+        "adalora": dict(PAIRS, rank=8, alpha=12, target_rank=7, interval=1, initial_share=0.25, final_share=0.25)
     },
     "dora": {"dora": dict(PAIRS, alpha=6)},
     "squeeze": {"squeeze": dict(PAIRS, alpha=6, target_rank=2)},  # to 3 and 2 pairs after steps 1 and 3
@@ -108,6 +109,8 @@ THINNER = (
     "lora_fa-kaiming",
     "vera",
     "miss",
+    "sbora-fa",
+    "sbora-fb",
     "squeeze",
     "adalora",
     *CALIBRATED,

@@ -27,6 +27,7 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.squeeze import Squeeze
+from llm_lowrank.methods.sbora import SBoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models import checkpoint, export
@@ -53,6 +54,7 @@ METHODS: dict[str, Method] = {
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
     "vera": VeRA(rank=4),
     "miss": MiSS(rank=4),
+    "sbora": SBoRA(rank=4),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
     "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),
     "droplora-token": DropLoRA(rank=4, mask="token"),
