@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lowrank.methods.adalora import AdaLoRA
+    from llm_lowrank.methods.cola import COLA
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
-    from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.sbora import SBoRA
+    from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
     from llm_lowrank.methods.vera import VeRA
     from llm_lowrank.run.recipe import Recipe
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "COLA",
     "AdaLoRA",
     "Core",
     "DoRA",

@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "relora": {
         f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
     },
+    "cola": {f"cola-{into}": dict(PAIRS, alpha=6, links=2, into=into) for into in ("weight", "bank")},
     "losia": {  # layers move after steps 1, 2, 3; the first one twice
         f"losia-{into}": dict(
             factor=0.5, output_factor=0, period=1, rewarm_steps=2, max_live_blocks=2, target_modules=MODULES, into=into
@@ -112,6 +113,8 @@ THINNER = (
     "sbora-fa",
     "sbora-fb",
     "squeeze",
+    "cola-weight",
+    "cola-bank",
     "adalora",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in

@@ -12,6 +12,7 @@ from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, nf4
 from llm_lowrank.engines import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.methods.adalora import AdaLoRA
+from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
@@ -26,8 +27,8 @@ from llm_lowrank.methods.miss import MiSS
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
-from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.sbora import SBoRA
+from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models import checkpoint, export
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
     "rasa": RaSA(rank=4),
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
+    "cola": COLA(rank=4),
     "flat_lora": FlatLoRA(rank=4),
     "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
