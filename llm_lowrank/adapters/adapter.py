@@ -194,7 +194,7 @@ class Adapter(FrozenLinear):
         return False
 
     def lent(self) -> tuple[int, int]:
-        """The elements of borrowed matrices that this layer's products read: (frozen, trained), for a count of FLOPs."""
+        """The elements of borrowed matrices that the products read: (frozen, trained), for a count of FLOPs."""
         sizes = [(p.numel(), p.requires_grad) for lender in self.borrows for p in lender.parameters() if p.ndim > 1]
         trained = sum(size for size, needs in sizes if needs)
         return sum(size for size, _ in sizes) - trained, trained
