@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lowrank.methods.adalora import AdaLoRA
+    from llm_lowrank.methods.cola import COLA
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
@@ -22,15 +24,21 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.lora_one import LoRAOne
     from llm_lowrank.methods.lora_xs import LoRAXS
     from llm_lowrank.methods.losia import LoSiA
+    from llm_lowrank.methods.miss import MiSS
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
+    from llm_lowrank.methods.sbora import SBoRA
+    from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
+    from llm_lowrank.methods.vera import VeRA
     from llm_lowrank.run.recipe import Recipe
     from llm_lowrank.run.train import train
 
 __version__ = "0.2.0"
 __all__ = [
+    "COLA",
+    "AdaLoRA",
     "Core",
     "DoRA",
     "DropLoRA",
@@ -41,11 +49,15 @@ __all__ = [
     "LoRAOne",
     "LoRAXS",
     "LoSiA",
+    "MiSS",
     "PiSSA",
     "RaSA",
     "ReLoRA",
     "Recipe",
+    "SBoRA",
     "SRLoRA",
+    "Squeeze",
+    "VeRA",
     "train",
 ]
 

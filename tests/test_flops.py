@@ -17,6 +17,7 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA, Subnet
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models.loss import sum_loss
 from llm_lowrank.run.flops import Shape, full_shape, visible, work_of
 from llm_lowrank.run.hardware import GPUS, find, peak, peak_memory
@@ -51,6 +52,7 @@ METHODS: dict[str, tuple[Method, Codec]] = {
     "lora-nf4": (LoRA(rank=4), Nf4(torch.float32)),
     "srlora-bank": (SRLoRA(rank=4, target_rank=8, into="bank", svd_cache=""), Dense(torch.float32)),
     "rasa": (RaSA(rank=4), Dense(torch.float32)),
+    "vera": (VeRA(rank=4), Dense(torch.float32)),
     "losia": (LoSiA(output_factor=0), Dense(torch.float32)),
     "losia-output": (LoSiA(output_factor=0.5), Dense(torch.float32)),
 }
@@ -70,7 +72,7 @@ def spared(adapters: list[Adapter]) -> float:
         found += sum(2 * p.numel() for p in trained if isinstance(a, Subnet) or p.shape[1] == a.shape[1])
         if a is not adapters[0]:
             bank = [p for name, p in a.named_parameters() if name.startswith("bank_")]
-            found += 2 * a.shape[0] * a.shape[1] + sum(2 * p.numel() for p in bank)
+            found += 2 * (a.shape[0] * a.shape[1] + a.lent()[0]) + sum(2 * p.numel() for p in bank)
     return found
 
 

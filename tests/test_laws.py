@@ -49,6 +49,9 @@ SETTINGS: dict[str, dict[str, dict]] = {
     },
     "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
     "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
+    "miss": {"miss": PAIRS},
+    "sbora": {f"sbora-{variant}": dict(PAIRS, alpha=6, variant=variant) for variant in ("fa", "fb")},
+    "vera": {"vera": dict(PAIRS, d_initial=4.0)},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
     "lora_ga": {"lora_ga": dict(PAIRS, alpha=6, samples=6, svd_niter=2)},  # s = 3
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
@@ -61,10 +64,15 @@ SETTINGS: dict[str, dict[str, dict]] = {
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
         for into in ("weight", "bank")
     },
+    "adalora": {  # from 64 to 56 pairs of 8 modules, after steps 2 and 3; a module without a pair is in its own test
+        "adalora": dict(PAIRS, rank=8, alpha=12, target_rank=7, interval=1, initial_share=0.25, final_share=0.25)
+    },
     "dora": {"dora": dict(PAIRS, alpha=6)},
+    "squeeze": {"squeeze": dict(PAIRS, alpha=6, target_rank=2)},  # to 3 and 2 pairs after steps 1 and 3
     "relora": {
         f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
     },
+    "cola": {f"cola-{into}": dict(PAIRS, alpha=6, links=2, into=into) for into in ("weight", "bank")},
     "losia": {  # layers move after steps 1, 2, 3; the first one twice
         f"losia-{into}": dict(
             factor=0.5, output_factor=0, period=1, rewarm_steps=2, max_live_blocks=2, target_modules=MODULES, into=into
@@ -83,7 +91,8 @@ METHODS: dict[str, Method] = {
     if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
-RATES = {"lora-altlora": 0.3}  # without a second moment a step is as long as the gradient is
+# without a second moment a step is as long as the gradient is; a product of three small factors begins slowly
+RATES = {"lora-altlora": 0.3, "adalora": 5e-2}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
@@ -99,6 +108,14 @@ THINNER = (
     "b-rate",
     "pissa-subspace",
     "lora_fa-kaiming",
+    "vera",
+    "miss",
+    "sbora-fa",
+    "sbora-fb",
+    "squeeze",
+    "cola-weight",
+    "cola-bank",
+    "adalora",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
 Cell = tuple[str, str, int, str]

@@ -13,7 +13,9 @@ from tests.tiny import Trainee, batch, llama
 
 # B = 0, and no start; Flat-LoRA's first step has no noise
 BY_ATTACH_ALONE = [
-    label for label in METHODS if type(METHODS[label]).__name__ in ("LoRA", "LoRAFA", "RaSA", "FlatLoRA")
+    label
+    for label in METHODS
+    if type(METHODS[label]).__name__ in ("LoRA", "LoRAFA", "RaSA", "FlatLoRA", "VeRA", "MiSS", "SBoRA")
 ]
 
 

@@ -193,6 +193,12 @@ class Adapter(FrozenLinear):
         """Whether s B A and `extras` are the whole change of W, apart from the ledger."""
         return False
 
+    def lent(self) -> tuple[int, int]:
+        """The elements of borrowed matrices that the products read: (frozen, trained), for a count of FLOPs."""
+        sizes = [(p.numel(), p.requires_grad) for lender in self.borrows for p in lender.parameters() if p.ndim > 1]
+        trained = sum(size for size, needs in sizes if needs)
+        return sum(size for size, _ in sizes) - trained, trained
+
     def change(self, whole: Whole) -> Pairs:
         """The pairs that the parameters now add to the stored W, with s folded in. Collective."""
         raise NotImplementedError

@@ -34,15 +34,10 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.pairs import Pairs
 
 
-@Method.register_subclass("relora")
 @dataclass(frozen=True)
-class ReLoRA(LoRA):
-    """Freeze all pairs and start new random ones, every `interval` steps."""
+class Restarting(LoRA):
+    """Freeze all pairs and start new random ones. ReLoRA and COLA say when, and at which rate they are trained."""
 
-    interval: int = 1000
-    """Steps between exchanges (the paper's pre-training: 5000)."""
-    restart_warmup: int = 50
-    """Steps of linear warm-up after an exchange, towards the rate of the recipe (the paper: 50 to 100)."""
     into: Into = "auto"
     """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
     bank."""
@@ -57,12 +52,6 @@ class ReLoRA(LoRA):
 
     def complaints(self) -> list[str]:
         complaints = super().complaints()
-        if self.restart_warmup < 0:
-            complaints.append(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
-        if self.interval <= self.restart_warmup:
-            complaints.append(
-                f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})"
-            )
         if self.bank_pairs is not None and self.bank_pairs <= self.rank:
             complaints.append(
                 f"method.bank_pairs ({self.bank_pairs}) must be more than method.rank ({self.rank}): a restart fills "
@@ -81,26 +70,6 @@ class ReLoRA(LoRA):
         self.check_fits("rank", rank, name, linear)
         bank = self.bank_of(rank) if needs_bank(self.into, codec) else 0
         return self.layer(name, linear, codec, self.pair_settings(name, bank, seed))
-
-    def exchange_steps(self, total_steps: int) -> range:
-        """Every multiple of interval that leaves at least one step at the full rate behind its warm-up."""
-        return range(self.interval, total_steps - self.restart_warmup, self.interval)
-
-    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        steps = self.exchange_steps(total_steps)
-        if not steps:
-            raise ValueError(
-                f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no "
-                f"restart in a run of {total_steps} steps; lower them, train longer or set method.type: lora"
-            )
-        return tuple(steps)
-
-    def rates(
-        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
-    ) -> list[float]:
-        done = [exchanged for exchanged in self.exchange_steps(total_steps) if exchanged <= step]
-        warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
-        return [each * warm for each in super().rates(adapters, step, total_steps, rate)]
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):
@@ -133,6 +102,47 @@ class ReLoRA(LoRA):
             used, lost = compress_bank_(engine, adapter, capacity - adapter.rank)
         adapter.memory["used"].fill_(used + adapter.rank)
         return slice(used, used + adapter.rank), lost
+
+
+@Method.register_subclass("relora")
+@dataclass(frozen=True)
+class ReLoRA(Restarting):
+    """Freeze all pairs and start new random ones, every `interval` steps."""
+
+    interval: int = 1000
+    """Steps between exchanges (the paper's pre-training: 5000)."""
+    restart_warmup: int = 50
+    """Steps of linear warm-up after an exchange, towards the rate of the recipe (the paper: 50 to 100)."""
+
+    def complaints(self) -> list[str]:
+        complaints = super().complaints()
+        if self.restart_warmup < 0:
+            complaints.append(f"method.restart_warmup must be at least 0, not {self.restart_warmup}")
+        if self.interval <= self.restart_warmup:
+            complaints.append(
+                f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})"
+            )
+        return complaints
+
+    def exchange_steps(self, total_steps: int) -> range:
+        """Every multiple of interval that leaves at least one step at the full rate behind its warm-up."""
+        return range(self.interval, total_steps - self.restart_warmup, self.interval)
+
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
+        steps = self.exchange_steps(total_steps)
+        if not steps:
+            raise ValueError(
+                f"method.interval ({self.interval}) with method.restart_warmup ({self.restart_warmup}) leaves no "
+                f"restart in a run of {total_steps} steps; lower them, train longer or set method.type: lora"
+            )
+        return tuple(steps)
+
+    def rates(
+        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
+    ) -> list[float]:
+        done = [exchanged for exchanged in self.exchange_steps(total_steps) if exchanged <= step]
+        warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
+        return [each * warm for each in super().rates(adapters, step, total_steps, rate)]
 
 
 def fresh_pairs(adapter: PairAdapter, step: int) -> Pairs:

@@ -157,7 +157,7 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
             layers += count
         read, decoded = _moved(module)
         weights, decoding = weights + read, decoding + decoded
-        if count.trained:
+        if any(p.requires_grad for p in module.parameters(recurse=False)):  # vectors too, which count as no product
             behind = True
             started.append(name)
     return Work(layers, last, _attention_of(config, started), recomputed, weights, decoding)
@@ -168,12 +168,11 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
     if isinstance(module, FrozenLinear):
         frozen, trained = float(module.shape[0] * module.shape[1]), 0.0
         if isinstance(module, Adapter):
-            lent = [p for lender in module.borrows for p in lender.parameters()]
             own = dict(module.named_parameters(recurse=False))
-            trained = sum(p.numel() for p in [*own.values(), *lent] if p.requires_grad and p.ndim > 1)
-            parts = module.part_names
-            beside = [*(p for key, p in own.items() if key not in parts), *lent]
-            frozen += sum(p.numel() for p in beside if not p.requires_grad and p.ndim > 1)
+            beside = [p for key, p in own.items() if key not in module.part_names and p.ndim > 1]
+            lent_frozen, lent_trained = module.lent()
+            trained = float(lent_trained + sum(p.numel() for p in beside if p.requires_grad))
+            frozen += lent_frozen + sum(p.numel() for p in beside if not p.requires_grad)
         return Matrices(frozen, frozen * behind, trained)
     frozen = 0.0
     for key, p in module.named_parameters(recurse=False):

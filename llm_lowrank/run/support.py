@@ -55,6 +55,7 @@ PAIRS: Settings = {"rank": 4}
 OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
     "srlora": (PAIRS, INTO),
     "relora": ({**PAIRS, "interval": 100}, INTO),
+    "cola": (PAIRS, INTO),
     "droplora": (
         PAIRS,
         {
@@ -63,6 +64,8 @@ OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
         },
     ),
     "core": ({"p": 4}, {"": {}}),
+    "squeeze": ({**PAIRS, "target_rank": 2}, {"": {}}),
+    "adalora": ({**PAIRS, "target_rank": 2}, {"": {}}),
     "losia": ({"output_factor": 0.0}, INTO | {"output_factor: 0.125": {"output_factor": 0.125}}),
 }
 RUN_OPTIONS: dict[str, Settings] = {
