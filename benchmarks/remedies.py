@@ -45,6 +45,7 @@ REMEDIES = {
     "exchange_zeroed": "two exchanges, fresh moments 0",
     "exchange": "two exchanges, fresh second moments seeded",
     "exchange_early": "one exchange after step 30, seeded",
+    "exchange_soap": "two exchanges, with SOAP on both sides carried through",
     "turn": "a turn every 15 steps, no exchange",
     "turn_exchange": "a turn every 15 steps and two exchanges, seeded",
 }
@@ -76,7 +77,8 @@ class Remedy(LoRA):
             adapter.memory |= {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        clip = min(1.0, engine.settings.max_grad_norm / (engine.gradient_norm() + 1e-6))
+        limit = engine.settings.max_grad_norm or float("inf")  # beside a direction nothing is clipped yet
+        clip = min(1.0, limit / (engine.gradient_norm() + 1e-6))
         for adapter in as_pair_adapters(adapters):
             g_A, g_B = (clip * g.double() for g in engine.whole_gradients([adapter.A, adapter.B]))
             adapter.memory["C_A"] += g_A @ g_A.T
@@ -157,6 +159,8 @@ def turn_(engine: Engine, adapter: PairAdapter) -> None:
 
 def remedies(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
     """Return the settings of every remedy, as `methods` of benchmarks/quality.py does."""
+    from benchmarks.soap import Soap  # registers a direction, which no other comparison should know
+
     thirds = [steps // 3, 2 * steps // 3]
     turned = [round(step / 15) * 15 for step in thirds]
     return {
@@ -164,6 +168,7 @@ def remedies(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "exchange_zeroed": Remedy(rank=rank, exchanges=thirds, moments="zeroed"),
         "exchange": Remedy(rank=rank, exchanges=thirds),
         "exchange_early": Remedy(rank=rank, exchanges=[steps // 10]),
+        "exchange_soap": Remedy(rank=rank, exchanges=thirds, direction=Soap()),
         "turn": Remedy(rank=rank, interval=15),
         "turn_exchange": Remedy(rank=rank, interval=15, exchanges=turned),
     }
