@@ -1,10 +1,11 @@
 """What the methods learn in the same steps.
 
-    python benchmarks/quality.py small | controls | real | table [--output benchmarks/results/quality]
+    python benchmarks/quality.py small | controls | remedies | real | table [--output benchmarks/results/quality]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     controls  CORE in the same setting, on ten other seeds, beside runs that take one of its parts away or spend what it
               spends in another way
+    remedies  LoRA with exchanges by gradient energy, and with turns of its pairs, on the seeds of `controls`
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
     table   writes the tables and the curves of docs/quality.md from the results of the runs
 
@@ -53,12 +54,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
+from benchmarks.remedies import REMEDIES, Remedy, remedies
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Dense
-from llm_lowrank.data import IGNORE, Batches, Example
+from llm_lowrank.data import IGNORE, Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.record import origin
@@ -133,7 +135,13 @@ CONTROLS = {
 IN_FAMILIES = ("core", "core_small", "core_random", "lora", "dora", "losia")  # in the comparisons on other families
 CLIP = 1.0  # max_grad_norm
 # Settings that were added after the first runs: with these values a method is what it was before.
-LATER: dict[str, Any] = {"exclude_modules": [], "subspace": False, "b_rate": 1.0, "direction": {"type": "none"}}
+LATER: dict[str, Any] = {
+    "exclude_modules": [],
+    "export_rank": None,
+    "subspace": False,
+    "b_rate": 1.0,
+    "direction": {"type": "none"},
+}
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
@@ -449,11 +457,7 @@ def adapt(
     exchange_steps = method.schedule(total, adapters)
     schedule = Schedule(peak, total, warmup=small.warmup)
     if method.calibration:
-        micros = first_samples(batches, method.calibration)
-        tokens = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in micros)
-        calibrate_on(
-            engine, model, method, adapters, lambda: (batch_loss(model, m, engine.device) / tokens for m in micros)
-        )
+        look(engine, model, method, adapters, first_samples(batches, method.calibration))
     model.train()
     result.held_out_curve.append((0, judged(model, held_out)[0]))
     for step in range(1, total + 1):
@@ -467,6 +471,9 @@ def adapt(
             result.loss, result.exact_match = None, 0.0
             return result
         if step in exchange_steps:
+            if isinstance(method, Remedy) and step in method.exchanges:
+                ahead = range(step, step + method.looks)
+                look(engine, model, method, adapters, [micro for t in ahead for micro in batches.step(t)])
             method.exchange(adapters, engine, step)
         since.append(loss.detach())
         if step % math.ceil(total / WINDOWS) == 0 or step == total:
@@ -477,6 +484,16 @@ def adapt(
             result.held_out_curve.append((step, result.loss))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def look(
+    engine: Engine, model: nn.Module, method: Method, adapters: list[Adapter], micros: Sequence[MicroBatch]
+) -> None:
+    """Let the method look at the gradients of some samples."""
+    tokens = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in micros)
+    calibrate_on(
+        engine, model, method, adapters, lambda: (batch_loss(model, m, engine.device) / tokens for m in micros)
+    )
 
 
 @dataclass(frozen=True)
@@ -811,6 +828,7 @@ CONTROL_GRID = {
     "tuning_seeds": [100, 101],
     "seeds": list(range(5, 15)),
 }
+REMEDY_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 15))}
 FAMILY_GRID = {"rates": [1e-3, 2.5e-3, 6e-3, 1.6e-2], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 
@@ -828,6 +846,7 @@ class SmallRuns(NamedTuple):
 SMALL: dict[str, SmallRuns] = {
     "small": SmallRuns("digits", 900, methods, TITLES, SMALL_GRID),
     "controls": SmallRuns("digits", 900, controls, CONTROLS, CONTROL_GRID),
+    "remedies": SmallRuns("digits", 900, remedies, REMEDIES, REMEDY_GRID),
     "tables": SmallRuns("tables", 2400, in_families, CONTROLS, FAMILY_GRID),
     "places": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID),
 }
@@ -840,7 +859,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie"
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=list(TITLES | CONTROLS), help="by default all; of `real` all but full"
+        "--methods",
+        nargs="+",
+        choices=list(TITLES | CONTROLS | REMEDIES),
+        help="by default all; of `real` all but full",
     )
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")

@@ -4,6 +4,9 @@ is a direction, for A and B, and an optimizer, for whole weights.
     L <- b L + (1 - b) g g^T        R <- b R + (1 - b) g^T g        Q_L, Q_R their eigenvectors, every `interval` steps
     m, v: Adam's moments, v of Q_L^T g Q_R
 
+After an exchange (benchmarks/remedies.py) the replaced pairs have no first moment, and in the r x r matrix the mean of
+those that stay; v_ij <- l_i r_j / tr, l and r the eigenvalues of both sides, as after K = 1 / (1 - b) steps.
+
 It keeps an m x m and an n x n matrix for each module, 822 MB in float32 for 14336 columns: no method of the library.
 Import it to register it as the direction `soap`.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_lowrank.adapters.direction import Direction, Update
+from llm_lowrank.methods.core import FLOOR
 from llm_lowrank.numerics.pairs import Pairs
 
 BETA1, BETA2, DECAY, EPS = 0.9, 0.999, 0.95, 1e-8
@@ -29,8 +33,6 @@ class Soap(Direction):
     """Adam in the eigenbases of the gradient's covariances."""
 
     own_step: ClassVar[bool] = True
-    survives_exchange: ClassVar[bool] = False
-
     interval: int = 10
     """Steps between two decompositions."""
 
@@ -54,6 +56,21 @@ class Soap(Direction):
         v.lerp_((Q_L.T @ g @ Q_R).square(), 1 - BETA2)
         mean = Q_L.T @ m @ Q_R / (1 - BETA1**t)
         return Q_L @ (mean / ((v / (1 - BETA2**t)).sqrt() + EPS)) @ Q_R.T
+
+    def rebase(self, before: Pairs, after: Pairs, memory: dict[str, Tensor]) -> None:
+        went, K = (before.A != after.A).any(1), round(1 / (1 - DECAY))
+        for name in ("A", "B") if memory else ():
+            L, R, m, v, t = (memory[f"{name}_{key}"] for key in ("L", "R", "m", "v", "t"))
+            own, other, rows = (L, R, m) if name == "A" else (R, L, m.T)  # own: of the pairs
+            stays = own.diagonal()[~went].mean()
+            own[went], own[:, went] = 0.0, 0.0
+            own.diagonal()[went] = stays
+            rows[went] = 0.0
+            (left, memory[f"{name}_Q_L"]), (right, memory[f"{name}_Q_R"]) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+            second = torch.outer(left.clamp_min(0), right.clamp_min(0)) / other.trace()
+            v.copy_((second + FLOOR * second.mean()) * (1 - BETA2**K))
+            m *= (1 - BETA1**K) / (1 - BETA1**t)
+            t.fill_(K)
 
 
 class SoapOptimizer(torch.optim.Optimizer):

@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 
 from benchmarks import quality
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
+from benchmarks.remedies import Remedy, energies
 from llm_lowrank.adapters.adapter import generator
+from llm_lowrank.adapters.method import attach
+from llm_lowrank.codecs import Dense
+from llm_lowrank.data import Batches
+from llm_lowrank.engines.base import Optimization
+from llm_lowrank.engines.plain import Plain
+from llm_lowrank.models import loading
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.models.source import Source
 
 TINY = [
     "--steps",
@@ -119,3 +128,62 @@ def test_other_optimizers_train_the_weights_of_the_linears_alone(tmp_path, name,
     changed = {key for key, value in kept.items() if not torch.equal(value, before[key])}
     linears = {key for key in before if key.endswith("proj.weight")}
     assert changed == linears and result.trainable == sum(before[key].numel() for key in linears)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Remedy(rank=4, interval=4), Remedy(rank=4, exchanges=[4]), Remedy(rank=4, exchanges=[4], moments="zeroed")],
+    ids=["turn", "seeded", "zeroed"],
+)
+def test_a_remedy_keeps_the_function_and_moves_the_moments(tmp_path, method):
+    base = quality.Base(hidden=32, intermediate=48, layers=1)
+    quality.fresh(base).save_pretrained(tmp_path)
+    tokens = examples(FAMILIES["digits"].shifted, 16, generator(0, "asked"))
+    batches = Batches(quality.labelled(tokens), 4, pad_id=0, seed=0)
+    engine, bare, source = Plain(), skeleton(tmp_path, torch.float32, "sdpa"), Source.open(tmp_path)
+    adapters = attach(bare, method, Dense(torch.float32), 0)
+    loading.bind(bare, adapters, source)
+    settings = Optimization(1e-2, max_grad_norm=1.0, micro_batch=4)
+    model, _ = loading.load(engine, bare, adapters=adapters, method=method, tensors=source, settings=settings)
+    gradients = []
+    for step in range(4):
+        (micro,) = batches.step(step)
+        engine.backward(quality.batch_loss(model, micro, engine.device) / micro.tokens)
+        norm = float(engine.gradient_norm())
+        gradients.append([min(1.0, 1 / norm) * adapter.A.grad.double() for adapter in adapters])
+        method.observe(adapters, engine)
+        engine.step(1e-2)
+    if method.exchanges:
+        quality.look(engine, model, method, adapters, batches.step(4))
+    scores = [energies(adapter) for adapter in adapters]
+    before = [[engine.slot(p) for p in (adapter.A, adapter.B)] for adapter in adapters]
+    answers = quality.answered(model, tokens)[0].detach()
+    method.exchange(adapters, engine, 4)
+    assert torch.allclose(quality.answered(model, tokens)[0], answers, atol=1e-5)
+    for number, (adapter, (a, b), energy) in enumerate(zip(adapters, before, scores, strict=True)):
+        now_a, now_b = engine.slot(adapter.A), engine.slot(adapter.B)
+        if method.interval:
+            Q = torch.linalg.lstsq(a.value.double().T, now_a.value.double().T)[0].T  # A' = Q A
+            assert torch.allclose(Q @ Q.T, torch.eye(4, dtype=Q.dtype), atol=1e-5) and not torch.allclose(
+                Q.abs(), Q.abs().round(), atol=1e-2
+            )
+            assert torch.allclose(now_b.value.double(), b.value.double() @ Q.T, atol=1e-6)
+            turned = torch.stack([Q @ g[number] for g in gradients]).square()  # (steps, r, n)
+            rows, columns = turned.sum((0, 2)), turned.sum((0, 1))
+            wanted = torch.outer(rows, columns) / (4 * rows.sum())
+            found = now_a.moments["exp_avg_sq"].double() / (1 - 0.999**4)
+            assert torch.allclose(found, wanted + 1e-3 * wanted.mean(), rtol=1e-3)
+            assert torch.allclose(now_a.moments["exp_avg"].double(), Q @ a.moments["exp_avg"].double(), atol=1e-6)
+            assert float(engine.optimizer.state[adapter.A]["step"]) == 4
+        else:
+            order = energy.argsort()
+            went, stays = order[:2].sort().values, order[2:].sort().values
+            for name, old in a.moments.items():
+                assert torch.equal(now_a.moments[name][stays], old[stays])
+                assert torch.equal(now_b.moments[name][:, stays], b.moments[name][:, stays])
+            assert not now_a.moments["exp_avg"][went].any() and not now_b.value[:, went].any()
+            seed = float(a.moments["exp_avg_sq"][stays].mean()) if method.moments == "seeded" else 0.0
+            assert torch.allclose(now_a.moments["exp_avg_sq"][went], torch.tensor(seed))
+            fresh, kept = now_a.value[went], a.value[stays]
+            assert torch.allclose(fresh.norm(dim=1), torch.tensor(3**-0.5)) and (fresh @ kept.T).abs().max() < 1e-6
+            assert len(adapter.ledger) == 1  # W took the old pairs
