@@ -1,0 +1,125 @@
+"""The table of docs/methods/comparison.md: what each method costs on one model, and what it learned on the small one.
+
+    python benchmarks/methods_table.py          writes it between the marks of the page
+
+The model is LLaMA-3.1-8B, built from its config without weights. Every method has its defaults, and rank 16 where pairs
+are trained and do not become fewer. Exact match comes from the runs of benchmarks/quality.py small.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import PAGE, ROOT, best, between_marks, of, rates_of, read_runs
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.method import Method, attach
+from llm_lowrank.codecs import Dense
+from llm_lowrank.files import write_text
+from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.architectures import skeleton
+from llm_lowrank.run.flops import full_shape, work_of
+
+CONFIG = ROOT / "tests" / "configs" / "Llama-3.1-8B"
+TOKENS, STEPS = 2048, 3000
+RANK = 16
+NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "lora_ga": "LoRA-GA",
+    "lora_one": "LoRA-One",
+    "flat_lora": "Flat-LoRA",
+    "droplora": "DropLoRA",
+    "rasa": "RaSA",
+    "srlora": "SRLoRA",
+    "relora": "ReLoRA",
+    "cola": "COLA",
+    "squeeze": "LoRA-Squeeze",
+    "adalora": "AdaLoRA",
+    "losia": "LoSiA",
+    "lora_fa": "LoRA-FA",
+    "miss": "MiSS",
+    "sbora": "SBoRA",
+    "vera": "VeRA",
+    "lora_xs": "LoRA-XS",
+    "core": "CORE",
+}
+
+
+def method_of(name: str) -> Method:
+    """Return the method with its defaults, of rank 16 where pairs are trained."""
+    kind = Method.get_known_choices()[name]
+    if name == "srlora":
+        return SRLoRA(rank=RANK, target_rank=2 * RANK)
+    keeps = ("adalora", "squeeze", "miss", "vera", "lora_xs", "core", "losia")
+    return kind() if name in keeps else kind(rank=RANK)
+
+
+def frozen_beside(model: torch.nn.Module, adapters: list[Adapter]) -> int:
+    """The bytes of what is frozen beside W: bank, bases, a random pair."""
+    in_layers = [
+        p for adapter in adapters for name, p in adapter.named_parameters(recurse=False) if name not in parts(adapter)
+    ]
+    shared = {id(p): p for adapter in adapters for lent in adapter.borrows for p in lent.parameters()}
+    return sum(p.nbytes for p in [*in_layers, *shared.values()] if not p.requires_grad)
+
+
+def parts(adapter: Adapter) -> set[str]:
+    """The names of the tensors of W itself, and of its bias."""
+    return {*adapter.named_parts(), "bias"}
+
+
+def row(name: str, step_of_lora: float | None) -> tuple[str, float]:
+    """Return a line of the table, and the FLOPs of a step."""
+    model, method = skeleton(CONFIG, torch.bfloat16, "sdpa"), method_of(name)
+    adapters = attach(model, method, Dense(torch.bfloat16), 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    over_ranks, on_each = method.statistics(adapters)
+    flops = work_of(model, recomputed=False).model(full_shape(1, TOKENS))
+    exchanges = len(method.schedule(STEPS, adapters))
+    cells = [
+        f"[{NAMES[name]}]({name}.md)",
+        f"{trained / 1e6:.2f} M",
+        gigabytes(frozen_beside(model, adapters)),
+        gigabytes(over_ranks + on_each),
+        f"{flops / (step_of_lora or flops):.2f}",
+        str(exchanges),
+        learned(name),
+    ]
+    return f"| {' | '.join(cells)} |", flops
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 5e6 else "-"
+
+
+def learned(name: str) -> str:
+    """Exact match on the small comparison, %; empty without a reported run."""
+    runs = read_runs(PAGE.parents[1] / "benchmarks" / "results" / "quality" / "small")
+    results = of(runs, name, False, best(runs, name)) if rates_of(runs, name) else []
+    return f"{100 * statistics.mean(result['exact_match'] for result in results):.1f}" if results else ""
+
+
+def table() -> str:
+    lines = [
+        "| method | trained | frozen beside W | remembered of gradients | FLOPs of a step, of LoRA's "
+        "| events in 3000 steps | small model, % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    step_of_lora = None
+    for name in NAMES:
+        line, flops = row(name, step_of_lora)
+        step_of_lora = step_of_lora or flops
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(page: Path = ROOT / "docs" / "methods" / "comparison.md") -> None:
+    write_text(page, between_marks(page.read_text(encoding="utf-8"), "methods", table()))
+
+
+if __name__ == "__main__":
+    main()
