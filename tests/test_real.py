@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import real
-from benchmarks.quality import Comparison, Spec
+from benchmarks.quality import ROOT, Comparison, Spec
 
 SETTING = real.Setting(real.CANDIDATES["sums"])
 
@@ -88,7 +89,12 @@ if __name__ == "__main__":
 
 def test_a_pool_ends_with_the_process_that_started_it(tmp_path):
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "sleepers.py")], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "sleepers.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     worker = Path("/proc") / parent.stdout.readline().strip()
     assert worker.name.isdigit() and worker.exists()
     parent.kill()
