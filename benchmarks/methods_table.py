@@ -13,39 +13,49 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import PAGE, ROOT, best, between_marks, of, rates_of, read_runs
-from llm_lowrank.adapters.adapter import Adapter
+from benchmarks.quality import PAGE, ROOT, TITLES, best, between_marks, of, rates_of, read_runs
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.run.flops import full_shape, work_of
+from llm_lowrank.run.memory import sizes_of
 
 CONFIG = ROOT / "tests" / "configs" / "Llama-3.1-8B"
 TOKENS, STEPS = 2048, 3000
 RANK = 16
-NAMES = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "lora_ga": "LoRA-GA",
-    "lora_one": "LoRA-One",
-    "flat_lora": "Flat-LoRA",
-    "droplora": "DropLoRA",
-    "rasa": "RaSA",
-    "srlora": "SRLoRA",
-    "relora": "ReLoRA",
+ORDER = [
+    "lora",
+    "dora",
+    "pissa",
+    "lora_ga",
+    "lora_one",
+    "flat_lora",
+    "droplora",
+    "rasa",
+    "srlora",
+    "relora",
+    "cola",
+    "squeeze",
+    "adalora",
+    "losia",
+    "lora_fa",
+    "miss",
+    "sbora",
+    "vera",
+    "lora_xs",
+    "core",
+]
+NAMES = TITLES | {
     "cola": "COLA",
     "squeeze": "LoRA-Squeeze",
     "adalora": "AdaLoRA",
-    "losia": "LoSiA",
     "lora_fa": "LoRA-FA",
     "miss": "MiSS",
     "sbora": "SBoRA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
-    "core": "CORE",
 }
 
 
@@ -58,33 +68,19 @@ def method_of(name: str) -> Method:
     return kind() if name in keeps else kind(rank=RANK)
 
 
-def frozen_beside(model: torch.nn.Module, adapters: list[Adapter]) -> int:
-    """The bytes of what is frozen beside W: bank, bases, a random pair."""
-    in_layers = [
-        p for adapter in adapters for name, p in adapter.named_parameters(recurse=False) if name not in parts(adapter)
-    ]
-    shared = {id(p): p for adapter in adapters for lent in adapter.borrows for p in lent.parameters()}
-    return sum(p.nbytes for p in [*in_layers, *shared.values()] if not p.requires_grad)
-
-
-def parts(adapter: Adapter) -> set[str]:
-    """The names of the tensors of W itself, and of its bias."""
-    return {*adapter.named_parts(), "bias"}
-
-
 def row(name: str, step_of_lora: float | None) -> tuple[str, float]:
     """Return a line of the table, and the FLOPs of a step."""
     model, method = skeleton(CONFIG, torch.bfloat16, "sdpa"), method_of(name)
     adapters = attach(model, method, Dense(torch.bfloat16), 0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    over_ranks, on_each = method.statistics(adapters)
+    sizes = sizes_of(model, method)
+    trained = sum(elements for elements, _ in sizes.trained)
     flops = work_of(model, recomputed=False).model(full_shape(1, TOKENS))
     exchanges = len(method.schedule(STEPS, adapters))
     cells = [
         f"[{NAMES[name]}]({name}.md)",
         f"{trained / 1e6:.2f} M",
-        gigabytes(frozen_beside(model, adapters)),
-        gigabytes(over_ranks + on_each),
+        gigabytes(sizes.parts[1]),
+        gigabytes(sum(sizes.statistics)),
         f"{flops / (step_of_lora or flops):.2f}",
         str(exchanges),
         learned(name),
@@ -110,7 +106,7 @@ def table() -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     step_of_lora = None
-    for name in NAMES:
+    for name in ORDER:
         line, flops = row(name, step_of_lora)
         step_of_lora = step_of_lora or flops
         lines.append(line)

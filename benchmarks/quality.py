@@ -40,7 +40,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -595,7 +595,7 @@ class Comparison:
 
     def make(self, spec: Spec) -> str:
         """Make a run, write its file and return a line to print. The output of the library is dropped."""
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with silence():
             result = self.run(spec)
         write_json(self.file(spec), {"settings": self.stamp(spec), "result": asdict(result), **origin()})
         loss = "diverged" if result.loss is None else f"held-out loss {result.loss:.3f}"
@@ -620,6 +620,13 @@ def made(make: Callable[[Spec], str], specs: Sequence[Spec], jobs: int) -> Itera
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Drop what is printed in this block."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def pool_of(jobs: int) -> ProcessPoolExecutor:

@@ -33,13 +33,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +63,7 @@ from benchmarks.quality import (
     quiet,
     rates_of,
     read_runs,
+    silence,
     spread,
 )
 from benchmarks.quality import methods as all_methods
@@ -74,7 +73,6 @@ from llm_lowrank.files import write_json, write_text
 from llm_lowrank.methods.core import Core
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import DEMO, Source
-from llm_lowrank.run.build import codec
 from llm_lowrank.run.calibration import calibrate
 from llm_lowrank.run.held_out import evaluate, held_out_loss
 from llm_lowrank.run.metrics import Metrics
@@ -211,7 +209,6 @@ def run_task(setting: Setting, spec: Spec) -> Adapted:
     method = methods(blank, setting.rank, setting.length(spec.tuning))[spec.method]
     with tempfile.TemporaryDirectory() as output, Signals() as signals, Metrics(output, "none", True) as metrics:
         recipe = recipe_of(setting, method, spec, output)
-        assert codec(recipe).writable, "the comparison stores weights as they are"
         run = prepare(recipe, make_engine(recipe))
         model, _ = load(run, signals)
         result = Adapted(sum(p.numel() for p in model.parameters() if p.requires_grad), device=card_name())
@@ -238,7 +235,7 @@ def run_task(setting: Setting, spec: Spec) -> Adapted:
 
 def silently(setting: Setting, spec: Spec) -> Adapted:
     """Make a run without the library's output."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with silence():
         return run_task(setting, spec)
 
 

@@ -36,10 +36,10 @@ from llm_lowrank.engines.base import Engine, Slot
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.core import FLOOR
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.pissa import ROW_LENGTH
 from llm_lowrank.numerics.gram import Spectrum
 from llm_lowrank.numerics.pairs import Pairs
 
-LENGTH = 3**-0.5  # of a row of A that is uniform in +-1/sqrt(n)
 REMEDIES = {
     "lora": "LoRA, rank r",
     "exchange_zeroed": "two exchanges, fresh moments 0",
@@ -126,7 +126,7 @@ def energies(adapter: PairAdapter) -> Tensor:
 def fresh_rows(ahead: Tensor, kept: Tensor, count: int) -> Tensor:
     """The leading right singular directions of `ahead` (k, n) outside of the span of `kept` (l, n): (count, n)."""
     basis = torch.linalg.qr(kept.T)[0]
-    return LENGTH * torch.linalg.svd(ahead - ahead @ basis @ basis.T, full_matrices=False)[2][:count]
+    return ROW_LENGTH * torch.linalg.svd(ahead - ahead @ basis @ basis.T, full_matrices=False)[2][:count]
 
 
 def turn_(engine: Engine, adapter: PairAdapter) -> None:

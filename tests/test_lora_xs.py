@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from llm_lowrank.adapters.adapter import PairSettings
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.lora_xs import CoreAdapter, LoRAXS
-from llm_lowrank.models import checkpoint
 from llm_lowrank.models.export import save_adapter
 from tests import ranks
-from tests.tiny import Trainee, llama
+from tests.tiny import Trainee, llama, resumed_in_nf4
 
 MODULES = ["k_proj", "down_proj"]  # 14 x 42 and 42 x 43
 METHOD = LoRAXS(rank=4, alpha=6, target_modules=MODULES, svd_cache="", svd_exact=True)
@@ -77,20 +74,10 @@ def test_it_is_pefts_tinylora_with_unit_matrices():
     assert ours.A.grad is None and ours.B.grad is None
 
 
-def run(engine: str, folder: str, resume: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    t = Trainee(METHOD, engine, "nf4", resume_from=checkpoint.newest(Path(folder))[0] if resume else None)
-    before = t.values()
-    for step in range(2):
-        t.step(step + 2 * resume)
-    if not resume:
-        t.save(Path(folder), 2)
-    return before, t.values()
-
-
 @pytest.mark.parametrize("engine, world", ENGINES[1:])
 def test_frozen_factors_are_bitwise_what_they_were_after_a_resume_elsewhere(engine, world, tmp_path):
-    first = ranks.run(world, run, engine, str(tmp_path), False)[0]
-    second = ranks.run(1, run, "plain", str(tmp_path), True)[0]
+    first = ranks.run(world, resumed_in_nf4, METHOD, engine, str(tmp_path), False)[0]
+    second = ranks.run(1, resumed_in_nf4, METHOD, "plain", str(tmp_path), True)[0]
     for name, value in first[0].items():
         found = [first[1][name], second[0][name], second[1][name]]
         if name.endswith(".R"):

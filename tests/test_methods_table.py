@@ -15,7 +15,7 @@ def test_the_page_has_the_table_of_the_code():
 
 def test_every_method_is_in_the_table():
     known = Method.get_known_choices()
-    assert set(methods_table.NAMES) == {k for k in known if known[k].__module__.startswith("llm_lowrank.")}
+    assert set(methods_table.ORDER) == {k for k in known if known[k].__module__.startswith("llm_lowrank.")}
 
 
 def test_what_is_frozen_beside_w_is_counted_without_w():

@@ -12,7 +12,7 @@ from llm_lowrank.adapters.adapter import PairSettings
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.miss import MiSS, ShardAdapter
 from llm_lowrank.models.export import save_adapter
-from tests.tiny import Trainee, batch, llama
+from tests.tiny import Trainee, batch, llama, trains_as_peft
 
 MODULES = ["k_proj", "o_proj", "down_proj"]  # 14 x 42, 42 x 42 and 42 x 43
 RATE, STEPS = 1e-2, 4
@@ -55,15 +55,7 @@ def test_it_is_pefts_miss_in_value_and_gradients(rank):
 def test_it_trains_as_peft_does_and_is_exported_as_peft_converts_it(rank, tmp_path):
     method = MiSS(rank=rank, target_modules=MODULES)
     t, theirs = Trainee(method, "plain"), in_peft(rank)
-    adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    for step in range(STEPS):
-        tokens = batch(step)
-        logits = theirs(input_ids=tokens).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-        assert t.step(step, RATE) == pytest.approx(loss.item(), rel=1e-5)
+    trains_as_peft(t, theirs, STEPS, RATE)
     for adapter in t.adapters:  # from here on the same D, not one that is near
         shard = theirs.base_model.model.get_submodule(adapter.name).miss_block["default"]
         torch.testing.assert_close(adapter.B, shard.T, rtol=1e-3, atol=1e-4)

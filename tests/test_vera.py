@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods.vera import VeRA, VeRALayer
-from llm_lowrank.models import checkpoint
 from llm_lowrank.models.export import save_adapter
 from tests import ranks
-from tests.tiny import Trainee, batch, llama
+from tests.tiny import Trainee, batch, llama, resumed_in_nf4, trains_as_peft
 
 MODULES = ["k_proj", "o_proj", "down_proj"]  # 14 x 42, 42 x 42 and 42 x 43: the pair has 43 columns and 42 rows
 RANK, RATE, STEPS = 8, 3e-2, 4
@@ -45,15 +42,7 @@ def test_the_pair_is_bitwise_that_of_peft(seed):
 
 def test_it_trains_as_peft_does_step_for_step():
     t, theirs = Trainee(METHOD, "plain"), in_peft()
-    adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    for step in range(STEPS):
-        tokens = batch(step)
-        logits = theirs(input_ids=tokens).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-        assert t.step(step, RATE) == pytest.approx(loss.item(), rel=1e-5)
+    trains_as_peft(t, theirs, STEPS, RATE)
     for adapter in t.adapters:
         layer = layer_in_peft(theirs, adapter)
         torch.testing.assert_close(adapter.b, layer.vera_lambda_b["default"], rtol=1e-3, atol=1e-5)
@@ -106,20 +95,10 @@ def test_neither_the_input_nor_anything_of_its_size_is_kept():
     assert {tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own} == {(9, RANK)}
 
 
-def run(engine: str, folder: str, resume: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    t = Trainee(METHOD, engine, "nf4", resume_from=checkpoint.newest(Path(folder))[0] if resume else None)
-    before = t.values()
-    for step in range(2):
-        t.step(step + 2 * resume)
-    if not resume:
-        t.save(Path(folder), 2)
-    return before, t.values()
-
-
 @pytest.mark.parametrize("engine, world", ENGINES[1:])
 def test_the_pair_is_bitwise_what_it_was_after_a_resume_elsewhere(engine, world, tmp_path):
-    first = ranks.run(world, run, engine, str(tmp_path), False)[0]
-    second = ranks.run(1, run, "plain", str(tmp_path), True)[0]
+    first = ranks.run(world, resumed_in_nf4, METHOD, engine, str(tmp_path), False)[0]
+    second = ranks.run(1, resumed_in_nf4, METHOD, "plain", str(tmp_path), True)[0]
     assert {"vera_pair.A", "vera_pair.B"} <= first[0].keys()
     for name, value in first[0].items():
         found = [first[1][name], second[0][name], second[1][name]]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -268,3 +269,29 @@ class Trainee:
     def weights(self) -> dict[str, Tensor]:
         """Every frozen W as it is stored now, decoded."""
         return {a.name: self.engine.weight(a).matmul(torch.eye(a.shape[1])).cpu() for a in self.adapters}
+
+
+def resumed_in_nf4(
+    method: Method, engine: str, folder: str, resume: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Make two steps over nf4 from the start and save, or the next two from what is saved; values before and after."""
+    t = Trainee(method, engine, "nf4", resume_from=checkpoint.newest(Path(folder))[0] if resume else None)
+    before = t.values()
+    for step in range(2):
+        t.step(step + 2 * resume)
+    if not resume:
+        t.save(Path(folder), 2)
+    return before, t.values()
+
+
+def trains_as_peft(t: Trainee, theirs: nn.Module, steps: int, rate: float) -> None:
+    """Make the same steps with PEFT's model and AdamW, and compare the losses."""
+    adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        tokens = batch(step)
+        logits = theirs(input_ids=tokens).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        assert t.step(step, rate) == pytest.approx(loss.item(), rel=1e-5)

@@ -28,6 +28,12 @@ class Update:
     weight_decay: float  # decoupled: the optimizer takes rate * weight_decay of every value
 
 
+def wrong_decays(settings: object, section: str, *names: str) -> list[str]:
+    """A sentence for each of these settings of a section that is no weight of the past in a mean."""
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{section}.{k} must be in [0, 1), not {v}" for k, v in values.items() if not 0 <= v < 1]
+
+
 @dataclass(frozen=True)
 class Direction(draccus.ChoiceRegistry):
     """The rule that turns the two gradients of a layer into what the optimizer steps along.
@@ -53,8 +59,7 @@ class Direction(draccus.ChoiceRegistry):
 
     def wrong_decays(self, *names: str) -> list[str]:
         """A sentence for each of these settings that is no weight of the past in a mean."""
-        values = {name: getattr(self, name) for name in names}
-        return [f"method.direction.{k} must be in [0, 1), not {v:g}" for k, v in values.items() if not 0 <= v < 1]
+        return wrong_decays(self, "method.direction", *names)
 
     def wrong_warmup(self, warmup: int) -> list[str]:
         """A sentence if the rule cannot begin after so many steps."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_lowrank.adapters.adapter import Adapter, fill_
+from llm_lowrank.adapters.direction import wrong_decays
 from llm_lowrank.codecs import Codec, Dense
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.numerics.pairs import Pairs
@@ -55,6 +56,10 @@ class Method(draccus.ChoiceRegistry):
         if self.export_rank is not None and self.export_rank < 1:
             complaints.append(f"method.export_rank must be at least 1, not {self.export_rank}")
         return complaints
+
+    def wrong_decays(self, *names: str) -> list[str]:
+        """A sentence for each of these settings that is no weight of the past in a mean."""
+        return wrong_decays(self, "method", *names)
 
     @property
     def needs_start(self) -> bool:

@@ -115,9 +115,7 @@ class AdaLoRA(LoRA):
             )
         if self.interval < 1:
             complaints.append(f"method.interval must be at least 1, not {self.interval}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        complaints += self.wrong_decays("beta1", "beta2")
         if not (self.initial_share >= 0 and self.final_share > 0 and self.initial_share + self.final_share < 1):
             complaints.append(
                 f"method.initial_share ({self.initial_share:g}) must be at least 0, method.final_share "

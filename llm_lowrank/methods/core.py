@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from llm_lowrank.adapters.probes import probe_bytes, top_directions
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.numerics.functional import Product, adapter_linear
+from llm_lowrank.numerics.gram import eigh_on_host, in_one_copy
 from llm_lowrank.numerics.pairs import Pairs
 
 FLOOR = 1e-3  # of the mean second moment, added to each: a direction without a gradient is not divided by zero
@@ -77,11 +77,7 @@ class Core(Method):
             for name, least in (("p", 1), ("like_rank", 1), ("samples", 0), ("svd_niter", 0), ("interval", 1))
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
-        complaints += [
-            f"method.{name} must be in [0, 1), not {getattr(self, name):g}"
-            for name in ("beta1", "beta2")
-            if not 0 <= getattr(self, name) < 1
-        ]
+        complaints += self.wrong_decays("beta1", "beta2")
         return complaints + ([] if self.eps > 0 else [f"method.eps must be above 0, not {self.eps:g}"])
 
     @property
@@ -151,17 +147,17 @@ class Core(Method):
 
     def turn(self, memory: Memory) -> None:
         """Turn the bases to the eigenvectors of the last gradients, and carry the moments over."""
-        left, right = spectra(memory["core_left"]), spectra(memory["core_right"])
+        (a, R_L), (b, R_R) = (spectra(memory[f"core_{side}"]) for side in ("left", "right"))
         # K steps were taken since the last turn: fewer than `interval` if some gradients were not finite
         K, m, v, seen = (memory[f"core_{name}"] for name in ("taken", "m", "v", "seen"))
-        energy = left.values.sum(-1)[:, None, None]
+        energy = a.sum(-1)[:, None, None]
         turns = energy > 0  # otherwise every gradient of the module was zero
-        second = left.values[:, :, None] * right.values[:, None, :] / (K * energy)
+        second = a[:, :, None] * b[:, None, :] / (K * energy)
         second += FLOOR * second.mean((1, 2), keepdim=True)
-        carried = left.V.mT @ m @ right.V * ((1 - self.beta1**K) / (1 - self.beta1**seen))
+        carried = R_L.mT @ m @ R_R * ((1 - self.beta1**K) / (1 - self.beta1**seen))
         v.copy_(torch.where(turns, second * (1 - self.beta2**K), v))
         m.copy_(torch.where(turns, carried, m))
-        for name, turned in (("Q_L", left.V), ("Q_R", right.V)):
+        for name, turned in (("Q_L", R_L), ("Q_R", R_R)):
             basis = memory[f"core_{name}"]
             basis.copy_(torch.where(turns, basis @ turned, basis))
         seen.copy_(torch.where(turns, K, seen))
@@ -258,20 +254,10 @@ def memory_of(cores: Sequence[CoreLayer], like: Tensor) -> Memory:
     return first.stacked
 
 
-class Spectra(NamedTuple):
-    """V diag(values) V^T of k positive semidefinite matrices."""
-
-    values: Tensor  # (k, p), ascending
-    V: Tensor  # (k, p, p)
-
-
-def spectra(grams: Tensor) -> Spectra:
-    """Decompose (k, p, p) on the host, see numerics.gram; the host waits for the device once."""
-    values, V = torch.linalg.eigh(grams.cpu())
-    both = torch.cat([values.clamp_min(0)[:, None], V], 1)  # in one copy
-    if grams.device.type != "cpu":
-        both = both.pin_memory().to(grams.device, non_blocking=True)
-    return Spectra(both[:, 0], both[:, 1:])
+def spectra(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k, p), none below 0, and eigenvectors (k, p, p) of k positive semidefinite matrices."""
+    values, V = eigh_on_host(grams)
+    return in_one_copy(values.clamp_min(0), V, grams.device)
 
 
 def remembered(p: int) -> int:

@@ -290,9 +290,7 @@ class LoSiA(Method):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (value == 0 and name == "factor"):
                 complaints.append(f"method.{name} must be {low} and at most 1, not {value}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        complaints += self.wrong_decays("beta1", "beta2")
         for name, least in (("period", 1), ("rewarm_steps", -1), ("max_live_blocks", 1)):
             if getattr(self, name) < least:
                 complaints.append(f"method.{name} must be at least {least}, not {getattr(self, name)}")

@@ -61,9 +61,7 @@ class SRLoRA(PiSSA):
             complaints.append(f"method.target_rank ({self.target_rank}) must be at least method.rank ({self.rank})")
         if not 0 < self.gamma <= 1:
             complaints.append(f"method.gamma must be in (0, 1], not {self.gamma}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                complaints.append(f"method.{name} must be in [0, 1), not {getattr(self, name)}")
+        complaints += self.wrong_decays("beta1", "beta2")
         if self.subspace:
             complaints.append(
                 "method.subspace leaves nothing for srlora to exchange: its pairs come out of W; remove it, or take "

@@ -31,12 +31,9 @@ class Spectrum:
 
         The host waits for the device once.
         """
-        found, vectors = torch.linalg.eigh(gram.detach().to("cpu", torch.float64))
+        found, vectors = eigh_on_host(gram)
         kept = found > CUT * found[-1]
-        both = torch.cat([torch.where(kept, found, 0.0)[None], vectors])  # in one copy
-        if gram.device.type != "cpu":
-            both = both.pin_memory().to(gram.device, non_blocking=True)
-        return Spectrum(both[0], both[1:], int(kept.sum()))
+        return Spectrum(*in_one_copy(torch.where(kept, found, 0.0), vectors, gram.device), int(kept.sum()))
 
     @property
     def full_rank(self) -> bool:
@@ -51,6 +48,22 @@ class Spectrum:
     def damped_inverse(self, damping: float) -> Tensor:
         """(M + damping I)^-1, (r, r). damping > 0."""
         return (self.V / (self.values + damping)) @ self.V.T
+
+
+def eigh_on_host(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (..., r), ascending, and eigenvectors (..., r, r) of matrices (..., r, r), on the host and in
+    float64. The host waits for the device once.
+    """
+    values, V = torch.linalg.eigh(grams.detach().to("cpu", torch.float64))
+    return values, V
+
+
+def in_one_copy(values: Tensor, V: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what `eigh_on_host` found on the device, for which the host need not wait."""
+    both = torch.cat([values.unsqueeze(-2), V], -2)
+    if device.type != "cpu":
+        both = both.pin_memory().to(device, non_blocking=True)
+    return both[..., 0, :], both[..., 1:, :]
 
 
 def balancing(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor] | None:
