@@ -18,8 +18,9 @@ Tasks. Questions come from reasoning-gym, and their exact match is that of gener
 on each of CANDIDATES. Of each kind the task is taken whose exact match is nearest to 50 %, if it is from 20 to 80 %.
 `alpaca` and `code` are text, of which only the held-out loss is known.
 
-Rates. Every method has its own rate for each task. It is chosen by runs of half the steps with one seed that is not
-reported, among three rates, and as long as the best one is the first or the last, among the next one on that side too.
+Rates. Every method has its own rate for each task. It is chosen by the held-out loss of runs of half the steps, with
+one seed that is not reported, among three rates, and as long as the best one is the first or the last, among the next
+one on that side too.
 
 Forgetting. Before and after a run the loss is taken of text that it was not trained on: the held-out examples of
 `alpaca` and `code`.
@@ -31,15 +32,15 @@ clipping and modules for all methods, AdamW without weight decay, and about the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ from benchmarks.quality import (
 )
 from benchmarks.quality import methods as all_methods
 from llm_lowrank.adapters.method import Method
-from llm_lowrank.data import Data, load_corpus
+from llm_lowrank.data import Data, Example, load_corpus, tokenizer_of
 from llm_lowrank.files import write_json, write_text
 from llm_lowrank.methods.core import Core
 from llm_lowrank.models.architectures import skeleton
@@ -131,7 +132,7 @@ CANDIDATES: dict[str, Task] = {
     "families": gym("relations", "family_relationships", max_family_size=6),
 }
 TEXTS: dict[str, Task] = {
-    "code": Task("text", CODE),
+    "code": Task("text", CODE, share=0.5),
     "alpaca": Task("text", "recipes/data/alpaca-sample.json", share=0.25),
 }
 
@@ -170,6 +171,7 @@ class Adapted(Result):
     """The result of a run, with the losses of other text before and after it."""
 
     others: dict[str, tuple[float, float]] = field(default_factory=dict)
+    exact_match_before: float | None = None  # of the pilot's runs
     device: str = ""
 
 
@@ -212,9 +214,10 @@ def run_task(setting: Setting, spec: Spec) -> Adapted:
         run = prepare(recipe, make_engine(recipe))
         model, _ = load(run, signals)
         result = Adapted(sum(p.numel() for p in model.parameters() if p.requires_grad), device=card_name())
-        others = {} if spec.tuning else other_texts(run)
-        before = {name: text_loss(run, model, data) for name, data in others.items()}
-        evaluate(run, model, 0, metrics)
+        others = [] if spec.tuning or spec.seed == PILOT else other_texts(setting)
+        before = {name: text_loss(run, model, name) for name in others}
+        if spec.seed == PILOT:
+            result.exact_match_before = evaluate(run, model, 0, metrics).exact_match
         began = time.perf_counter()
         try:
             calibrate(run, model)
@@ -222,14 +225,15 @@ def run_task(setting: Setting, spec: Spec) -> Adapted:
         except FloatingPointError:  # diverged
             return result
         result.seconds = time.perf_counter() - began
-        evaluate(run, model, run.total_steps, metrics)
-        result.others = {name: (before[name], text_loss(run, model, data)) for name, data in others.items()}
+        if spec.tuning:
+            loss = own_loss(run, model)
+        else:
+            known = evaluate(run, model, run.total_steps, metrics)
+            loss, result.exact_match = known.loss, known.exact_match or 0.0
+        result.others = {name: (before[name], text_loss(run, model, name)) for name in others}
         records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     result.train_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
-    result.held_out_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and "loss" in r]
-    result.exact_match = ([0.0] + [r["exact_match"] for r in records if r["kind"] == "eval" and "exact_match" in r])[-1]
-    loss = result.held_out_curve[-1][1]
-    result.loss = loss if math.isfinite(loss) else None
+    result.loss = loss if loss is not None and math.isfinite(loss) else None
     return result
 
 
@@ -239,17 +243,30 @@ def silently(setting: Setting, spec: Spec) -> Adapted:
         return run_task(setting, spec)
 
 
-def other_texts(run: Run) -> dict[str, Data]:
-    """Return the texts that a run is not trained on."""
-    return {k: Setting(task).data() for k, task in TEXTS.items() if task.dataset != run.recipe.data.dataset}
+def own_loss(run: Run, model: nn.Module) -> float:
+    """Return the loss of the run's own held-out examples."""
+    size = run.recipe.per_device_eval_batch_size
+    return held_out_loss(run.engine, model, run.corpus.held_out, size, run.batches.pad_id, run.loss_layer)
 
 
-def text_loss(run: Run, model: nn.Module, data: Data) -> float:
-    """Return the loss of the held-out examples of other data; they are the same ones in every run."""
-    corpus = load_corpus(data, run.tokenizer, 0)
-    loss = held_out_loss(run.engine, model, corpus.held_out, 32, run.batches.pad_id, run.loss_layer)
+def other_texts(setting: Setting) -> list[str]:
+    """Return the names of the texts that a run is not trained on."""
+    return [name for name, text in TEXTS.items() if text != setting.task]
+
+
+def text_loss(run: Run, model: nn.Module, name: str) -> float:
+    """Return the loss of the held-out examples of a text; they are the same ones in every run."""
+    examples = text_examples(name, str(run.source.path))
+    loss = held_out_loss(run.engine, model, examples, 32, run.batches.pad_id, run.loss_layer)
     model.train()
     return loss
+
+
+@functools.cache
+def text_examples(name: str, folder: str) -> Sequence[Example]:
+    """Return the held-out examples of a text for the tokenizer of a model's folder, encoded once in each process."""
+    data = Setting(TEXTS[name]).data()
+    return load_corpus(data, tokenizer_of(folder, data.chat_template), 0).held_out
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -262,7 +279,7 @@ def comparison(folder: Path, setting: Setting) -> Comparison:
         {k: draccus.encode(m) for k, m in methods(model, setting.rank, setting.length(short)).items()}
         for short in (False, True)
     )
-    return Comparison(folder, setting, settings, tuning, partial(run_task, setting))  # type: ignore[arg-type]
+    return Comparison(folder, setting, settings, tuning, functools.partial(run_task, setting))  # type: ignore[arg-type]
 
 
 def wanted(compared: Comparison, method: str, seeds: Sequence[int]) -> list[Spec]:
@@ -309,21 +326,25 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
 # --- the pilot --------------------------------------------------------------------------------------------------------
 
 
-def pilot(folder: Path, setting: Setting, rate: float, jobs: int) -> None:
-    """Train LoRA once on every candidate, choose the tasks and write pilot.json."""
-    known: dict[str, float] = {}
+def pilot(folder: Path, setting: Setting, names: Sequence[str], rate: float, jobs: int) -> None:
+    """Train LoRA once on every candidate that is named, and write pilot.json with the tasks chosen, again after each."""
+    known: dict[str, Adapted] = {}
     with pool_of(jobs) as pool:
         runs = {
-            name: pool.submit(silently, replace(setting, task=task), Spec("lora", rate, PILOT))
-            for name, task in CANDIDATES.items()
+            pool.submit(silently, replace(setting, task=CANDIDATES[name]), Spec("lora", rate, PILOT)): name
+            for name in names
         }
-        for name, run in runs.items():
+        for run in as_completed(runs):
+            name = runs[run]
             if error := run.exception():
                 print(f"{name}: {type(error).__name__}: {error}", flush=True)
                 continue
-            known[name] = run.result().exact_match
-            print(f"{name}: {known[name]:.1%}", flush=True)
-    write_json(folder / "pilot.json", {"rate": rate, "exact_match": known, "chosen": chosen(known)})
+            known[name] = result = run.result()
+            print(f"{name}: {result.exact_match_before:.1%} -> {result.exact_match:.1%}, {result.seconds:.0f} s")
+            after = {name: result.exact_match for name, result in known.items()}
+            before = {name: result.exact_match_before for name, result in known.items()}
+            facts = {"rate": rate, "steps": setting.steps, "before": before, "exact_match": after}
+            write_json(folder / "pilot.json", facts | {"chosen": chosen(after)})
 
 
 def chosen(known: dict[str, float]) -> list[str]:
@@ -412,7 +433,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=["pilot", "run", "table"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "tasks")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tasks", nargs="+", choices=[*CANDIDATES, *TEXTS], help="by default those of the pilot")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=[*CANDIDATES, *TEXTS],
+        help="by default those that the pilot chose; of `pilot`: all",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds that are reported")
     parser.add_argument("--steps", type=int, default=Setting.steps)
     parser.add_argument("--model", default=Setting.model, help="a folder or a name, as model_name_or_path")
@@ -434,7 +460,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     Source.open(setting.model)  # converted once, before the processes ask for it
     if args.what == "pilot":
-        pilot(args.output, setting, args.pilot_rate, args.jobs)
+        names = [name for name in args.tasks or CANDIDATES if name in CANDIDATES]
+        pilot(args.output, setting, names, args.pilot_rate, args.jobs)
         return
     tasks = tasks_of(args.output) if not args.tasks else {n: (CANDIDATES | TEXTS)[n] for n in args.tasks}
     compared = [comparison(args.output / name, replace(setting, task=task)) for name, task in tasks.items()]
