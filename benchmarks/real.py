@@ -327,7 +327,7 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
 
 
 def pilot(folder: Path, setting: Setting, names: Sequence[str], rate: float, jobs: int) -> None:
-    """Train LoRA once on every candidate that is named, and write pilot.json with the tasks chosen, again after each."""
+    """Train LoRA once on every candidate named, and write pilot.json with the tasks chosen, again after each."""
     known: dict[str, Adapted] = {}
     with pool_of(jobs) as pool:
         runs = {
