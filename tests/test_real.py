@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import real
 from benchmarks.quality import ROOT, Comparison, Spec
@@ -18,10 +21,16 @@ SETTING = real.Setting(real.CANDIDATES["sums"])
 
 
 @pytest.mark.quick
-def test_of_each_kind_the_task_nearest_to_one_half_is_chosen():
+def test_the_tasks_nearest_to_one_half_are_chosen_those_of_another_kind_first():
     known = {"sums": 0.45, "products": 0.52, "divisors": 0.81, "letters": 0.2, "word_lists": 0.7, "filters": 0.79}
-    assert real.chosen(known) == ["products", "word_lists", "letters"]
-    assert len(real.chosen(dict.fromkeys(real.CANDIDATES, 0.5))) == real.KINDS
+    constant = dict.fromkeys(known, 0.05)
+    assert real.chosen(known, constant) == ["products", "word_lists", "letters", "sums"]
+    assert len(real.chosen(dict.fromkeys(real.CANDIDATES, 0.5), dict.fromkeys(real.CANDIDATES, 0.0))) == real.TAKEN
+
+
+@pytest.mark.quick
+def test_a_task_that_one_answer_for_all_questions_solves_as_well_is_not_chosen():
+    assert real.chosen({"letters": 0.47, "divisors": 0.58}, {"letters": 0.47, "divisors": 0.3}) == ["divisors"]
 
 
 @pytest.fixture
@@ -70,8 +79,51 @@ def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_
     text = page.read_text(encoding="utf-8")
     assert "| LoRA | 50.0 ± 10.0 |" in text
     assert "| CORE | 40.0 ± 36.1 (-10.0) |" in text  # a run that diverged has nothing right
-    assert "| CORE | 0.400 ± 0.141 (-0.150) |" in text and "| CORE | 0.002 |" in text
+    assert "| CORE | 0.400 ± 0.141, 2 of 3 (-0.150) |" in text and "| CORE | 0.002 |" in text
     assert "| CORE | code 0.25 ± 0.00 |" in text
+
+
+class Crowded:
+    """Stands in for the pool: only `room` runs at a time find memory, and those of the method `broken` fail."""
+
+    def __init__(self, room: int, broken: str = "") -> None:
+        self.room, self.broken, self.waiting = room, broken, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, make, spec):
+        future = Future()
+        self.waiting.append((future, make, spec))
+        return future
+
+    def wait(self, running, return_when):
+        for place, (future, make, spec) in enumerate(self.waiting):
+            if spec.method == self.broken:
+                future.set_exception(ValueError("broken"))
+            elif place >= self.room:
+                future.set_exception(torch.OutOfMemoryError("no memory"))
+            else:
+                make(spec)
+                future.set_result(spec.name)
+        self.waiting = []
+        return set(running), set()
+
+
+@pytest.mark.quick
+def test_a_run_without_memory_is_made_again_beside_fewer_and_another_error_ends_a_method(compared, monkeypatch, capsys):
+    pool = Crowded(room=2, broken="dora")
+    monkeypatch.setattr(real, "pool_of", lambda jobs: pool)
+    monkeypatch.setattr(real, "wait", pool.wait)
+    monkeypatch.setattr(Comparison, "make", lambda one, spec: put(one, spec, 0.5 - abs(spec.rate - 2e-3)))
+    real.fill([compared], ["lora", "dora", "core"], (0, 1), 4, math.inf)
+    assert real.wanted(compared, "lora", (0, 1)) == real.wanted(compared, "core", (0, 1)) == []
+    said = capsys.readouterr().out
+    assert said.count("found no memory") == 2 and "from now on 2 runs at a time" in said
+    assert "dora is left out: ValueError: broken" in said and len(real.wanted(compared, "dora", (0, 1))) == 3
 
 
 SLEEPERS = """
