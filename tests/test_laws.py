@@ -49,6 +49,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
     },
     "lora_fa": {f"lora_fa-{start}": dict(PAIRS, alpha=6, a_init=start) for start in ("orthonormal", "kaiming")},
     "lora_xs": {"lora_xs": dict(PAIRS, alpha=6, svd_cache="")},
+    "edora": {"edora": dict(PAIRS, alpha=6, svd_cache="")},
+    "osora": {"osora": dict(PAIRS, rank=13, svd_cache="")},
     "miss": {"miss": PAIRS},
     "sbora": {f"sbora-{variant}": dict(PAIRS, alpha=6, variant=variant) for variant in ("fa", "fb")},
     "vera": {"vera": dict(PAIRS, d_initial=4.0)},
@@ -91,15 +93,16 @@ METHODS: dict[str, Method] = {
     if kind.__module__.startswith("llm_lowrank.")
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
-# without a second moment a step is as long as the gradient is; a product of three small factors begins slowly
-RATES = {"lora-altlora": 0.3, "adalora": 5e-2}
+# without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
+# at one moves by the rate
+RATES = {"lora-altlora": 0.3, "adalora": 5e-2, "osora": 3e-2}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 # little that their neighbours do not show: two stored types
 THIN = [("zero1", 1), ("zero1", 3), ("zero2", 1), ("fsdp", 1)]
 EVERYWHERE = ("lora", "pissa", "srlora-weight", "srlora-bank")
-LOOKING = ("lora_xs",)  # at W's directions, which stay in W
+LOOKING = ("lora_xs", "edora")  # at W's directions, which stay in W
 QUANTIZED = tuple(name for name, codec in CODECS.items() if not codec.writable)  # their arithmetic is float32
 # the function of LoRA-One is another one at the start, on purpose: a step down the gradient of the samples
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibration)
@@ -118,6 +121,8 @@ THINNER = (
     "adalora",
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
+# made of layers that others vouch for: beside one rank the one engine of several that their own lines could break
+THINNEST = {"edora": ("zero3", 3), "osora": ("zero3", 3)}
 Cell = tuple[str, str, int, str]
 
 
@@ -152,7 +157,8 @@ def over(cells: list[Cell]) -> pytest.MarkDecorator:
     """
     wide = [
         ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
-        or (cell[0].removeprefix("lora-") in THINNER and cell[3] not in ("fp32", "nf4"))
+        or (cell[0].removeprefix("lora-") in (*THINNER, *THINNEST) and cell[3] not in ("fp32", "nf4"))
+        or (cell[0] in THINNEST and cell[1:3] not in (("plain", 1), THINNEST[cell[0]]))
         for cell in cells
     ]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
