@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.lora_xs import LoRAXS
     from llm_lowrank.methods.losia import LoSiA
     from llm_lowrank.methods.miss import MiSS
+    from llm_lowrank.methods.mora import MoRA
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
@@ -50,6 +51,7 @@ __all__ = [
     "LoRAXS",
     "LoSiA",
     "MiSS",
+    "MoRA",
     "PiSSA",
     "RaSA",
     "ReLoRA",

@@ -15,6 +15,7 @@ from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA, Subnet
+from llm_lowrank.methods.mora import MoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
@@ -53,6 +54,7 @@ METHODS: dict[str, tuple[Method, Codec]] = {
     "srlora-bank": (SRLoRA(rank=4, target_rank=8, into="bank", svd_cache=""), Dense(torch.float32)),
     "rasa": (RaSA(rank=4), Dense(torch.float32)),
     "vera": (VeRA(rank=4), Dense(torch.float32)),
+    "mora": (MoRA(rank=4), Dense(torch.float32)),
     "losia": (LoSiA(output_factor=0), Dense(torch.float32)),
     "losia-output": (LoSiA(output_factor=0.5), Dense(torch.float32)),
 }

@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "edora": {"edora": dict(PAIRS, alpha=6, svd_cache="")},
     "osora": {"osora": dict(PAIRS, rank=13, svd_cache="")},
     "miss": {"miss": PAIRS},
+    "mora": {"mora": PAIRS},
     "sbora": {f"sbora-{variant}": dict(PAIRS, alpha=6, variant=variant) for variant in ("fa", "fb")},
     "vera": {"vera": dict(PAIRS, d_initial=4.0)},
     "flat_lora": {"flat_lora": dict(PAIRS, alpha=6, sigma=0.2)},
@@ -122,7 +123,7 @@ THINNER = (
     *CALIBRATED,
 )  # their arithmetic is float32 whatever W is stored in
 # made of layers that others vouch for: beside one rank the one engine of several that their own lines could break
-THINNEST = {"edora": ("zero3", 3), "osora": ("zero3", 3)}
+THINNEST = {"mora": ("zero3", 3), "edora": ("zero3", 3), "osora": ("zero3", 3)}
 Cell = tuple[str, str, int, str]
 
 

@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "lora_fa": (PAIRS, 0),
     "lora_xs": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
     "miss": (PAIRS, 0),
+    "mora": (PAIRS, 0),
     "sbora": ({**PAIRS, "method.variant": "fb"}, 0),
     "vera": ({"method.rank": 16, "method.d_initial": 1.0, "learning_rate": 5e-2, "gradient_checkpointing": True}, 0),
     "lora_ga": ({**PAIRS, "method.samples": 12, "method.svd_niter": 1}, 0),

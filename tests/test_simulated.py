@@ -24,6 +24,7 @@ from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.methods.lora_xs import LoRAXS
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.miss import MiSS
+from llm_lowrank.methods.mora import MoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
@@ -56,6 +57,7 @@ METHODS: dict[str, Method] = {
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
     "vera": VeRA(rank=4),
     "miss": MiSS(rank=4),
+    "mora": MoRA(rank=4),
     "sbora": SBoRA(rank=4),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
     "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),
