@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.miss import MiSS
     from llm_lowrank.methods.mora import MoRA
     from llm_lowrank.methods.pissa import PiSSA
+    from llm_lowrank.methods.plora import PLoRA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
     from llm_lowrank.methods.sbora import SBoRA
@@ -52,6 +53,7 @@ __all__ = [
     "LoSiA",
     "MiSS",
     "MoRA",
+    "PLoRA",
     "PiSSA",
     "RaSA",
     "ReLoRA",

@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "squeeze": ({**PAIRS, "method.target_rank": 2}, 2),
     "adalora": ({**PAIRS, "method.target_rank": 2, "method.interval": 2, "learning_rate": 5e-2}, 2),
     "cola": ({**PAIRS, "method.links": 3}, 2),
+    "plora": ({**PAIRS, "method.interval": 2}, 2),
     "flat_lora": (PAIRS, 0),
     "lora_fa": (PAIRS, 0),
     "lora_xs": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),

@@ -26,6 +26,7 @@ from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.miss import MiSS
 from llm_lowrank.methods.mora import MoRA
 from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.plora import PLoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.sbora import SBoRA
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
     "cola": COLA(rank=4),
+    "plora": PLoRA(rank=4, interval=2),
     "flat_lora": FlatLoRA(rank=4),
     "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),

@@ -26,7 +26,7 @@ from llm_lowrank.adapters.adapter import (
     generator,
     uniform_rows,
 )
-from llm_lowrank.adapters.exchange import Exchanged, Into, compress_bank_, exchange_, needs_bank
+from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
@@ -36,7 +36,10 @@ from llm_lowrank.numerics.pairs import Pairs
 
 @dataclass(frozen=True)
 class Restarting(LoRA):
-    """Freeze all pairs and start new random ones. ReLoRA and COLA say when, and at which rate they are trained."""
+    """Freeze all pairs and start new random ones. ReLoRA, COLA and PLoRA say when, and at which rate they are trained.
+
+    PLoRA also freezes a share of the pairs.
+    """
 
     into: Into = "auto"
     """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
@@ -44,9 +47,8 @@ class Restarting(LoRA):
     bank_pairs: int | None = None
     """Pairs that the bank has room for, more than rank; in proportion for a module with another rank; by default 2
     rank."""
-    moments: Literal["seeded", "zeroed", "pruned"] = "pruned"
-    """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
-    zeroed."""
+    moments: Moments = "pruned"
+    """Optimizer state at an exchange; each method says which of the choices it has."""
     prune_ratio: float = 0.99
     """Share of each moment that `moments: pruned` sets to zero, smallest first."""
 
@@ -109,6 +111,9 @@ class Restarting(LoRA):
 class ReLoRA(Restarting):
     """Freeze all pairs and start new random ones, every `interval` steps."""
 
+    moments: Literal["seeded", "zeroed", "pruned"] = "pruned"
+    """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
+    zeroed."""
     interval: int = 1000
     """Steps between exchanges (the paper's pre-training: 5000)."""
     restart_warmup: int = 50
