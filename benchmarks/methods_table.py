@@ -37,11 +37,13 @@ ORDER = [
     "srlora",
     "relora",
     "cola",
+    "plora",
     "squeeze",
     "adalora",
     "losia",
     "lora_fa",
     "miss",
+    "mora",
     "sbora",
     "vera",
     "lora_xs",
@@ -49,10 +51,12 @@ ORDER = [
 ]
 NAMES = TITLES | {
     "cola": "COLA",
+    "plora": "PeriodicLoRA",
     "squeeze": "LoRA-Squeeze",
     "adalora": "AdaLoRA",
     "lora_fa": "LoRA-FA",
     "miss": "MiSS",
+    "mora": "MoRA",
     "sbora": "SBoRA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
@@ -64,7 +68,7 @@ def method_of(name: str) -> Method:
     kind = Method.get_known_choices()[name]
     if name == "srlora":
         return SRLoRA(rank=RANK, target_rank=2 * RANK)
-    keeps = ("adalora", "squeeze", "miss", "vera", "lora_xs", "core", "losia")
+    keeps = ("adalora", "squeeze", "miss", "mora", "vera", "lora_xs", "core", "losia")
     return kind() if name in keeps else kind(rank=RANK)
 
 
