@@ -230,6 +230,8 @@ def trained(settings: Method, config: dict) -> int:
         return settings.rank**2 * len(wanted) * layers
     if kind == "vera":
         return sum(settings.rank + m for m, _ in wanted) * layers
+    if kind == "mora":
+        return sum(round(math.sqrt((m + n) * settings.rank)) ** 2 for m, n in wanted) * layers
     if kind in ("lora_fa", "miss", "sbora"):  # sbora: of its variant fa
         return settings.rank * sum(m for m, _ in wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
