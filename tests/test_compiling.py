@@ -71,7 +71,10 @@ def test_a_layer_is_one_graph_over_every_codec(codec):
     compare("lora", "plain", codec, "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs"])
+@pytest.mark.parametrize(
+    "name",
+    ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs", pytest.param("mora", marks=pytest.mark.wide)],
+)
 def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)
 
