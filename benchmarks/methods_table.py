@@ -47,6 +47,8 @@ ORDER = [
     "sbora",
     "vera",
     "lora_xs",
+    "edora",
+    "osora",
     "core",
 ]
 NAMES = TITLES | {
@@ -60,6 +62,8 @@ NAMES = TITLES | {
     "sbora": "SBoRA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
+    "edora": "EDoRA",
+    "osora": "OSoRA",
 }
 
 
@@ -68,7 +72,7 @@ def method_of(name: str) -> Method:
     kind = Method.get_known_choices()[name]
     if name == "srlora":
         return SRLoRA(rank=RANK, target_rank=2 * RANK)
-    keeps = ("adalora", "squeeze", "miss", "mora", "vera", "lora_xs", "core", "losia")
+    keeps = ("adalora", "squeeze", "miss", "mora", "vera", "lora_xs", "edora", "osora", "core", "losia")
     return kind() if name in keeps else kind(rank=RANK)
 
 

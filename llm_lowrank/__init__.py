@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
+    from llm_lowrank.methods.edora import EDoRA
     from llm_lowrank.methods.flat_lora import FlatLoRA
     from llm_lowrank.methods.lora import LoRA
     from llm_lowrank.methods.lora_fa import LoRAFA
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.losia import LoSiA
     from llm_lowrank.methods.miss import MiSS
     from llm_lowrank.methods.mora import MoRA
+    from llm_lowrank.methods.osora import OSoRA
     from llm_lowrank.methods.pissa import PiSSA
     from llm_lowrank.methods.plora import PLoRA
     from llm_lowrank.methods.rasa import RaSA
@@ -44,6 +46,7 @@ __all__ = [
     "Core",
     "DoRA",
     "DropLoRA",
+    "EDoRA",
     "FlatLoRA",
     "LoRA",
     "LoRAFA",
@@ -53,6 +56,7 @@ __all__ = [
     "LoSiA",
     "MiSS",
     "MoRA",
+    "OSoRA",
     "PLoRA",
     "PiSSA",
     "RaSA",

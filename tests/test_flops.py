@@ -16,6 +16,7 @@ from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA, Subnet
 from llm_lowrank.methods.mora import MoRA, SquareAdapter
+from llm_lowrank.methods.osora import OSoRA, SpectrumAdapter
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
@@ -54,6 +55,7 @@ METHODS: dict[str, tuple[Method, Codec]] = {
     "srlora-bank": (SRLoRA(rank=4, target_rank=8, into="bank", svd_cache=""), Dense(torch.float32)),
     "rasa": (RaSA(rank=4), Dense(torch.float32)),
     "vera": (VeRA(rank=4), Dense(torch.float32)),
+    "osora": (OSoRA(rank=4, svd_cache=""), Dense(torch.float32)),
     "mora": (MoRA(rank=4), Dense(torch.float32)),
     "losia": (LoSiA(output_factor=0), Dense(torch.float32)),
     "losia-output": (LoSiA(output_factor=0.5), Dense(torch.float32)),
@@ -76,6 +78,7 @@ def spared(adapters: list[Adapter]) -> float:
         )
         if a is not adapters[0]:
             bank = [p for name, p in a.named_parameters() if name.startswith("bank_")]
+            bank += [a.A] if isinstance(a, SpectrumAdapter) else []
             found += 2 * (a.shape[0] * a.shape[1] + a.lent()[0]) + sum(2 * p.numel() for p in bank)
     return found
 

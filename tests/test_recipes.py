@@ -228,7 +228,9 @@ def trained(settings: Method, config: dict) -> int:
         return settings.p**2 * len(wanted) * layers
     if kind == "lora_xs":
         return settings.rank**2 * len(wanted) * layers
-    if kind == "vera":
+    if kind == "edora":
+        return sum(settings.rank**2 + m for m, _ in wanted) * layers
+    if kind in ("vera", "osora"):
         return sum(settings.rank + m for m, _ in wanted) * layers
     if kind == "mora":
         return sum(round(math.sqrt((m + n) * settings.rank)) ** 2 for m, n in wanted) * layers

@@ -29,6 +29,8 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "flat_lora": (PAIRS, 0),
     "lora_fa": (PAIRS, 0),
     "lora_xs": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
+    "edora": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
+    "osora": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
     "miss": (PAIRS, 0),
     "mora": (PAIRS, 0),
     "sbora": ({**PAIRS, "method.variant": "fb"}, 0),

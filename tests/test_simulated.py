@@ -16,6 +16,7 @@ from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
+from llm_lowrank.methods.edora import EDoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.lora_fa import LoRAFA
@@ -25,6 +26,7 @@ from llm_lowrank.methods.lora_xs import LoRAXS
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.miss import MiSS
 from llm_lowrank.methods.mora import MoRA
+from llm_lowrank.methods.osora import OSoRA
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.plora import PLoRA
 from llm_lowrank.methods.rasa import RaSA
@@ -57,6 +59,8 @@ METHODS: dict[str, Method] = {
     "flat_lora": FlatLoRA(rank=4),
     "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
+    "edora": EDoRA(rank=4, svd_cache=""),
+    "osora": OSoRA(rank=4, svd_cache=""),
     "vera": VeRA(rank=4),
     "miss": MiSS(rank=4),
     "mora": MoRA(rank=4),

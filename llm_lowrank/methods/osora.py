@@ -31,6 +31,7 @@ class SpectrumAdapter(PairAdapter):
     """A PairAdapter with frozen A and B; `S` (r,) between them and `O` (m,) behind B are trained."""
 
     trains = ""
+    like_trained = ("B",)  # the gradient of O takes the product that B's would take
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
         super().__init__(name, linear, codec, settings)
