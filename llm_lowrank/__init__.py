@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.plora import PLoRA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
+    from llm_lowrank.methods.reslora import ResLoRA
     from llm_lowrank.methods.sbora import SBoRA
     from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
@@ -62,6 +63,7 @@ __all__ = [
     "RaSA",
     "ReLoRA",
     "Recipe",
+    "ResLoRA",
     "SBoRA",
     "SRLoRA",
     "Squeeze",

@@ -18,6 +18,7 @@ from llm_lowrank.methods.losia import LoSiA, Subnet
 from llm_lowrank.methods.mora import MoRA, SquareAdapter
 from llm_lowrank.methods.osora import OSoRA, SpectrumAdapter
 from llm_lowrank.methods.rasa import RaSA
+from llm_lowrank.methods.reslora import ResLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models.loss import sum_loss
@@ -54,6 +55,7 @@ METHODS: dict[str, tuple[Method, Codec]] = {
     "lora-nf4": (LoRA(rank=4), Nf4(torch.float32)),
     "srlora-bank": (SRLoRA(rank=4, target_rank=8, into="bank", svd_cache=""), Dense(torch.float32)),
     "rasa": (RaSA(rank=4), Dense(torch.float32)),
+    "reslora": (ResLoRA(rank=4), Dense(torch.float32)),
     "vera": (VeRA(rank=4), Dense(torch.float32)),
     "osora": (OSoRA(rank=4, svd_cache=""), Dense(torch.float32)),
     "mora": (MoRA(rank=4), Dense(torch.float32)),

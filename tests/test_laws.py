@@ -87,6 +87,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
         for into in ("weight", "bank")
     },
     "rasa": {"rasa": dict(PAIRS, alpha=6, k=1)},
+    "reslora": {"reslora": dict(PAIRS, alpha=6)},
     "droplora": {
         "droplora-step": dict(PAIRS, alpha=6, p=0.5, mask="step"),
         "droplora-token-dora": dict(PAIRS, alpha=6, p=0.5, mask="token", use_dora=True),
@@ -131,6 +132,7 @@ THINNEST = {
     "plora-weight": ("zero2", 2),
     "plora-banked": ("fsdp", 2),
     "mora": ("zero3", 3),
+    "reslora": ("zero3", 3),
     "edora": ("zero3", 3),
     "osora": ("zero3", 3),
 }

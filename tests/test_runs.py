@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "lora_one": ({**PAIRS, "gradient_checkpointing": True}, 0),
     "core": ({"method.p": 8, "method.samples": 12, "method.interval": 2, "optim": "sgd", "learning_rate": 2e-2}, 0),
     "rasa": ({**PAIRS, "optim": "lion", "learning_rate": 5e-3, "gradient_checkpointing": True}, 0),
+    "reslora": ({**PAIRS, "gradient_checkpointing": True}, 0),
     "droplora": ({**PAIRS, "method.mask": "sample", "method.use_dora": True, "gradient_accumulation_steps": 2}, 0),
     "losia": ({"method.factor": 0.5, "method.output_factor": 0, "method.period": 2}, 2),
 }

@@ -31,6 +31,7 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.plora import PLoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
+from llm_lowrank.methods.reslora import ResLoRA
 from llm_lowrank.methods.sbora import SBoRA
 from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
     "relora-weight": ReLoRA(rank=4, interval=2, restart_warmup=0, into="weight"),
     "relora-bank": ReLoRA(rank=4, interval=2, restart_warmup=0, into="bank"),
     "rasa": RaSA(rank=4),
+    "reslora": ResLoRA(rank=4),
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
     "cola": COLA(rank=4),

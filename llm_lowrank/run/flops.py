@@ -157,7 +157,9 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
             layers += count
         read, decoded = _moved(module)
         weights, decoding = weights + read, decoding + decoded
-        if any(p.requires_grad for p in module.parameters(recurse=False)):  # vectors too, which count as no product
+        owners = (module, *(module.borrows if isinstance(module, FrozenLinear) else ()))
+        # vectors too, which count as no product
+        if any(p.requires_grad for owner in owners for p in owner.parameters(recurse=False)):
             behind = True
             started.append(name)
     return Work(layers, last, _attention_of(config, started), recomputed, weights, decoding)
