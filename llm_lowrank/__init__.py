@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.relora import ReLoRA
     from llm_lowrank.methods.reslora import ResLoRA
     from llm_lowrank.methods.sbora import SBoRA
+    from llm_lowrank.methods.sora import SoRA
     from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
     from llm_lowrank.methods.vera import VeRA
@@ -66,6 +67,7 @@ __all__ = [
     "ResLoRA",
     "SBoRA",
     "SRLoRA",
+    "SoRA",
     "Squeeze",
     "VeRA",
     "train",

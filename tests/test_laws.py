@@ -76,6 +76,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
         f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
     },
     "cola": {f"cola-{into}": dict(PAIRS, alpha=6, links=2, into=into) for into in ("weight", "bank")},
+    "sora": {"sora": dict(PAIRS, alpha=6, penalty=4.0)},  # a step shrinks each gate by 0.12
     "plora": {
         f"plora-{into}": dict(PAIRS, alpha=6, interval=2, share=0.6, into=where)
         for into, where in (("weight", "weight"), ("banked", "bank"))  # shares move into it, and no pairs bitwise
@@ -100,8 +101,8 @@ METHODS: dict[str, Method] = {
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
 }
 # without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
-# at one moves by the rate
-RATES = {"lora-altlora": 0.3, "adalora": 5e-2, "osora": 3e-2}
+# at one, and a gate of about one, move by the rate
+RATES = {"lora-altlora": 0.3, "sora": 3e-2, "adalora": 5e-2, "osora": 3e-2}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
@@ -129,6 +130,7 @@ THINNER = (
 )  # their arithmetic is float32 whatever W is stored in
 # made of layers that others vouch for: beside one rank the one engine of several that their own lines could break
 THINNEST = {
+    "sora": ("zero2", 2),
     "plora-weight": ("zero2", 2),
     "plora-banked": ("fsdp", 2),
     "mora": ("zero3", 3),

@@ -33,6 +33,7 @@ from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.reslora import ResLoRA
 from llm_lowrank.methods.sbora import SBoRA
+from llm_lowrank.methods.sora import SoRA
 from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
@@ -56,6 +57,7 @@ METHODS: dict[str, Method] = {
     "reslora": ResLoRA(rank=4),
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
+    "sora": SoRA(rank=4),
     "cola": COLA(rank=4),
     "plora": PLoRA(rank=4, interval=2),
     "flat_lora": FlatLoRA(rank=4),

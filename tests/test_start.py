@@ -16,7 +16,7 @@ BY_ATTACH_ALONE = [
     label
     for label in METHODS
     if type(METHODS[label]).__name__
-    in ("LoRA", "LoRAFA", "RaSA", "ResLoRA", "FlatLoRA", "VeRA", "MoRA", "MiSS", "SBoRA")
+    in ("LoRA", "LoRAFA", "RaSA", "ResLoRA", "FlatLoRA", "VeRA", "MoRA", "MiSS", "SBoRA", "SoRA")
 ]
 
 
