@@ -34,12 +34,14 @@ ORDER = [
     "flat_lora",
     "droplora",
     "rasa",
+    "reslora",
     "srlora",
     "relora",
     "cola",
     "plora",
     "squeeze",
     "adalora",
+    "sora",
     "losia",
     "lora_fa",
     "miss",
@@ -56,9 +58,11 @@ NAMES = TITLES | {
     "plora": "PeriodicLoRA",
     "squeeze": "LoRA-Squeeze",
     "adalora": "AdaLoRA",
+    "sora": "SoRA",
     "lora_fa": "LoRA-FA",
     "miss": "MiSS",
     "mora": "MoRA",
+    "reslora": "ResLoRA",
     "sbora": "SBoRA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
@@ -72,7 +76,7 @@ def method_of(name: str) -> Method:
     kind = Method.get_known_choices()[name]
     if name == "srlora":
         return SRLoRA(rank=RANK, target_rank=2 * RANK)
-    keeps = ("adalora", "squeeze", "miss", "mora", "vera", "lora_xs", "edora", "osora", "core", "losia")
+    keeps = ("adalora", "sora", "squeeze", "miss", "mora", "vera", "lora_xs", "edora", "osora", "core", "losia")
     return kind() if name in keeps else kind(rank=RANK)
 
 
