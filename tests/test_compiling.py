@@ -79,7 +79,18 @@ def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token", "flat_lora", "vera"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rasa",
+        "losia",
+        "droplora-step",
+        "droplora-token",
+        "flat_lora",
+        "vera",
+        pytest.param("reslora", marks=pytest.mark.wide),
+    ],
+)
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=True)
 
