@@ -73,7 +73,13 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "dora": {"dora": dict(PAIRS, alpha=6)},
     "squeeze": {"squeeze": dict(PAIRS, alpha=6, target_rank=2)},  # to 3 and 2 pairs after steps 1 and 3
     "relora": {
-        f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into) for into in ("weight", "bank")
+        **{
+            f"relora-{into}": dict(PAIRS, alpha=6, interval=2, restart_warmup=1, into=into)
+            for into in ("weight", "bank")
+        },
+        "relora-flora-bank": dict(
+            PAIRS, alpha=6, interval=2, restart_warmup=1, trains="B", moments="carried", into="bank"
+        ),
     },
     "cola": {f"cola-{into}": dict(PAIRS, alpha=6, links=2, into=into) for into in ("weight", "bank")},
     "sora": {"sora": dict(PAIRS, alpha=6, penalty=4.0)},  # a step shrinks each gate by 0.12
@@ -130,6 +136,7 @@ THINNER = (
 )  # their arithmetic is float32 whatever W is stored in
 # made of layers that others vouch for: beside one rank the one engine of several that their own lines could break
 THINNEST = {
+    "relora-flora-bank": ("zero3", 3),
     "sora": ("zero2", 2),
     "plora-weight": ("zero2", 2),
     "plora-banked": ("fsdp", 2),

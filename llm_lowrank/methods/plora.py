@@ -13,13 +13,11 @@ leaves open when the last unload comes: here every multiple of `interval` before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
-from llm_lowrank.adapters.exchange import Exchanged, exchange_
+from llm_lowrank.adapters.adapter import Adapter, as_pair_adapters
+from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.relora import Restarting
@@ -64,12 +62,5 @@ class PLoRA(Restarting):
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         if self.share == 1:
             return super().exchange(adapters, engine, step)
-        return Exchanged.total([self._unload(adapter, engine) for adapter in as_pair_adapters(adapters)])
-
-    def _unload(self, adapter: PairAdapter, engine: Engine) -> Exchanged:
-        slots, lost = self._take_slots(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
-        index = torch.arange(adapter.rank)  # all pairs
-        event = exchange_(
-            engine, adapter, index, slots=slots, share=self.share, moments=self.moments, prune=self.prune_ratio
-        )
-        return replace(event, lost=event.lost + lost)  # one of the two is 0
+        layers, moments = as_pair_adapters(adapters), self.moments
+        return Exchanged.total([self.freeze(adapter, engine, share=self.share, moments=moments) for adapter in layers])
