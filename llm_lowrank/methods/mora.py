@@ -28,7 +28,7 @@ from llm_lowrank.adapters.adapter import Adapter, Whole
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.numerics.functional import flat_rows, frozen_linear, product_as, without_autocast
+from llm_lowrank.numerics.functional import flat_rows, frozen_linear, product_as, unflattened, without_autocast
 from llm_lowrank.numerics.pairs import Pairs
 
 
@@ -45,7 +45,8 @@ def sums(x: Tensor, q: int) -> Tensor:
 def copies(u: Tensor, m: int) -> Tensor:
     """Return y (..., m) with y[i] = u[i mod q] of u (..., q)."""
     q = u.shape[-1]
-    return torch.cat([u] * (m // q) + [u[..., : m % q]], -1)
+    # one kernel each way for any m / q; joining u with itself would take m / q of them in the backward
+    return u.unsqueeze(-2).expand(*u.shape[:-1], -(-m // q), q).flatten(-2)[..., :m]
 
 
 def sums_matrix(n: int, q: int) -> Tensor:
@@ -59,7 +60,7 @@ def sums_matrix(n: int, q: int) -> Tensor:
 
 
 class _Square(torch.autograd.Function):
-    """h M^T in the dtype of h. The backward keeps M itself, as numerics/functional.py says, and no cast copy of it."""
+    """h M^T, (t, q), in the dtype of h. For the backward M itself is kept, and no cast copy: see numerics/functional.py."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, M: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class _Square(torch.autograd.Function):
         need_h, need_M = ctx.needs_input_grad
         with without_autocast(g.device):
             dh = g @ M.to(g.dtype) if need_h else None
-            dM = product_as(flat_rows(g).T, flat_rows(h), M.dtype) if need_M else None
+            dM = product_as(g.T, h, M.dtype) if need_M else None
         return dh, dM
 
 
@@ -91,10 +92,12 @@ class SquareAdapter(Adapter):
         return {"M": torch.zeros(self.side, self.side, device="cpu")}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = frozen_linear(x, self.parts(), self.decode, self.bias, self.multiply(x))
-        read = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        rows = flat_rows(x)
+        y = frozen_linear(rows, self.parts(), self.decode, self.bias, self.multiply(rows))  # (t, m)
+        read = F.dropout(rows, self.dropout) if self.dropout and self.training else rows
         with without_autocast(x.device):
-            return y + copies(_Square.apply(sums(read.to(y.dtype), self.side), self.M), self.shape[0])
+            u = _Square.apply(sums(read.to(y.dtype), self.side), self.M)  # (t, q)
+            return unflattened(y.add_(copies(u, self.shape[0])), x)
 
     def change(self, whole: Whole) -> Pairs:
         """C M and S. Collective."""
