@@ -60,7 +60,7 @@ def sums_matrix(n: int, q: int) -> Tensor:
 
 
 class _Square(torch.autograd.Function):
-    """h M^T, (t, q), in the dtype of h. For the backward M itself is kept, and no cast copy: see numerics/functional.py."""
+    """h M^T, (t, q), in the dtype of h. The backward keeps M and no cast copy of it, see numerics/functional.py."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, M: Tensor) -> Tensor:
