@@ -1,11 +1,12 @@
 """What the methods learn in the same steps.
 
-    python benchmarks/quality.py small | controls | remedies | real | table [--output benchmarks/results/quality]
+    python benchmarks/quality.py small | controls | remedies | scores | real | table [--output FOLDER]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     controls  CORE in the same setting, on ten other seeds, beside runs that take one of its parts away or spend what it
               spends in another way
     remedies  LoRA with exchanges by gradient energy, and with turns of its pairs, on the seeds of `controls`
+    scores  SRLoRA with each of its scores, and how many fresh pairs every exchange replaces again
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
     table   writes the tables and the curves of docs/quality.md from the results of the runs
 
@@ -54,7 +55,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
-from benchmarks.remedies import REMEDIES, Remedy, remedies
+from benchmarks.remedies import REMEDIES, SCORES, Remedy, remedies, scores
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
@@ -141,6 +142,7 @@ LATER: dict[str, Any] = {
     "subspace": False,
     "b_rate": 1.0,
     "direction": {"type": "none"},
+    "score": "paper",
 }
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
@@ -401,6 +403,7 @@ class Result:
     loss: float | None = None  # held-out; None: the run diverged
     train_curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean since the last point)
     held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+    exchanges: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, Method.metrics after it)
     seconds: float = 0.0
 
 
@@ -475,6 +478,7 @@ def adapt(
                 ahead = range(step, step + method.looks)
                 look(engine, model, method, adapters, [micro for t in ahead for micro in batches.step(t)])
             method.exchange(adapters, engine, step)
+            result.exchanges.append((step, method.metrics(adapters, engine)))
         since.append(loss.detach())
         if step % math.ceil(total / WINDOWS) == 0 or step == total:
             result.train_curve.append((step, float(torch.stack(since).mean())))
@@ -836,6 +840,7 @@ CONTROL_GRID = {
     "seeds": list(range(5, 15)),
 }
 REMEDY_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 15))}
+SCORE_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 10))}
 FAMILY_GRID = {"rates": [1e-3, 2.5e-3, 6e-3, 1.6e-2], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 
@@ -854,6 +859,7 @@ SMALL: dict[str, SmallRuns] = {
     "small": SmallRuns("digits", 900, methods, TITLES, SMALL_GRID),
     "controls": SmallRuns("digits", 900, controls, CONTROLS, CONTROL_GRID),
     "remedies": SmallRuns("digits", 900, remedies, REMEDIES, REMEDY_GRID),
+    "scores": SmallRuns("digits", 900, scores, SCORES, SCORE_GRID),
     "tables": SmallRuns("tables", 2400, in_families, CONTROLS, FAMILY_GRID),
     "places": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID),
 }
@@ -868,7 +874,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=list(TITLES | CONTROLS | REMEDIES),
+        choices=list(TITLES | CONTROLS | REMEDIES | SCORES),
         help="by default all; of `real` all but full",
     )
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
