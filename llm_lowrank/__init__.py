@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lowrank.methods.adalora import AdaLoRA
+    from llm_lowrank.methods.beamlora import BeamLoRA
     from llm_lowrank.methods.cola import COLA
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
@@ -45,6 +46,7 @@ __version__ = "0.2.0"
 __all__ = [
     "COLA",
     "AdaLoRA",
+    "BeamLoRA",
     "Core",
     "DoRA",
     "DropLoRA",

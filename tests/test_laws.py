@@ -82,6 +82,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
         ),
     },
     "cola": {f"cola-{into}": dict(PAIRS, alpha=6, links=2, into=into) for into in ("weight", "bank")},
+    # copies after step 1, an expansion after step 2
+    "beamlora": {"beamlora": dict(PAIRS, alpha=6, interval=2, kept=0.7)},
     "sora": {"sora": dict(PAIRS, alpha=6, penalty=4.0)},  # a step shrinks each gate by 0.12
     "plora": {
         f"plora-{into}": dict(PAIRS, alpha=6, interval=2, share=0.6, into=where)
@@ -138,6 +140,7 @@ THINNER = (
 THINNEST = {
     "relora-flora-bank": ("zero3", 3),
     "sora": ("zero2", 2),
+    "beamlora": ("zero3", 3),
     "plora-weight": ("zero2", 2),
     "plora-banked": ("fsdp", 2),
     "mora": ("zero3", 3),

@@ -23,6 +23,7 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "srlora": ({**PAIRS, "method.target_rank": 6, "method.svd_cache": ""}, 1),
     "relora": ({**PAIRS, "method.interval": 2, "method.restart_warmup": 1}, 2),
     "squeeze": ({**PAIRS, "method.target_rank": 2}, 2),
+    "beamlora": ({**PAIRS, "method.interval": 2, "method.kept": 0.7}, 1),
     "sora": ({**PAIRS, "method.penalty": 2.0, "learning_rate": 2e-2}, 0),
     "adalora": ({**PAIRS, "method.target_rank": 2, "method.interval": 2, "learning_rate": 5e-2}, 2),
     "cola": ({**PAIRS, "method.links": 3}, 2),

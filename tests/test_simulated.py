@@ -12,6 +12,7 @@ from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, nf4
 from llm_lowrank.engines import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.methods.adalora import AdaLoRA
+from llm_lowrank.methods.beamlora import BeamLoRA
 from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
     "reslora": ResLoRA(rank=4),
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
+    "beamlora": BeamLoRA(rank=4, interval=4, kept=0.7),
     "sora": SoRA(rank=4),
     "cola": COLA(rank=4),
     "plora": PLoRA(rank=4, interval=2),
