@@ -184,5 +184,7 @@ def test_settings():
     ):
         with pytest.raises(ValueError, match=message):
             BeamLoRA(**wrong)
-    with pytest.raises(ValueError, match=r"method\.interval \(3000\) leaves no expansion in a run of 12 steps"):
-        BeamLoRA().schedule(12)
+    assert BeamLoRA().schedule(12) == (1, 2, 3, 4, 5, 6) and BeamLoRA().expansions(3000) == list(range(250, 2000, 250))
+    for method, total in ((BeamLoRA(interval=3000), 12), (BeamLoRA(), 3)):
+        with pytest.raises(ValueError, match=r"method\.interval \(\d+\) leaves no expansion in a run of \d+ steps"):
+            method.schedule(total)

@@ -237,7 +237,7 @@ def trained(settings: Method, config: dict) -> int:
     if kind in ("lora_fa", "miss", "sbora"):  # sbora: of its variant fa
         return settings.rank * sum(m for m, _ in wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
-    if kind in ("adalora", "sora"):
+    if kind in ("adalora", "sora", "beamlora"):
         return pairs + settings.rank * len(wanted) * layers
     if kind == "rasa":
         k = max(1, settings.rank // 8)

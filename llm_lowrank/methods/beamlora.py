@@ -66,8 +66,9 @@ class BeamAdapter(PairAdapter):
 class BeamLoRA(LoRA):
     """Train pairs with weights, and overwrite the weakest ones by older copies of the strongest ones."""
 
-    interval: int = 3000
-    """Steps between expansions; the copies are taken half an interval before (the paper: 3000 of 37,000)."""
+    interval: int | None = None
+    """Steps between expansions; the copies are taken half an interval before. By default a twelfth of the run (the
+    paper: 3000 of 37,000)."""
     temperature: float = 0.05
     """tau of the softmax (the paper: 0.05, and 0.03 for learning rates below 1e-4)."""
     kept: float = 0.95
@@ -77,7 +78,7 @@ class BeamLoRA(LoRA):
 
     def complaints(self) -> list[str]:
         complaints = super().complaints()
-        if self.interval < 2:
+        if self.interval is not None and self.interval < 2:
             complaints.append(f"method.interval must be at least 2, not {self.interval}")
         if not 0 < self.temperature < math.inf:
             complaints.append(f"method.temperature must be above 0, not {self.temperature}")
@@ -105,20 +106,25 @@ class BeamLoRA(LoRA):
 
     # ---- when, and how many
 
+    def period(self, total_steps: int) -> int:
+        """The steps between expansions."""
+        return self.interval or max(2, round(total_steps / 12))
+
     def expansions(self, total_steps: int) -> list[int]:
-        """The multiples of interval before t_end that leave a whole interval behind them."""
-        last = min(total_steps - self.interval, math.ceil(self.end_share * total_steps) - 1)
-        return list(range(self.interval, last + 1, self.interval))
+        """The multiples of the interval before t_end that leave a whole interval behind them."""
+        period = self.period(total_steps)
+        last = min(total_steps - period, math.ceil(self.end_share * total_steps) - 1)
+        return list(range(period, last + 1, period))
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
-        steps = self.expansions(total_steps)
+        steps, period = self.expansions(total_steps), self.period(total_steps)
         if not steps:
             raise ValueError(
-                f"method.interval ({self.interval}) leaves no expansion in a run of {total_steps} steps: one must come "
+                f"method.interval ({period}) leaves no expansion in a run of {total_steps} steps: one must come "
                 f"before {self.end_share:.3g} of the run and leave an interval behind it; lower it, train longer or "
                 "set method.type: lora"
             )
-        return tuple(sorted([*steps, *(step - self.interval // 2 for step in steps)]))
+        return tuple(sorted([*steps, *(step - period // 2 for step in steps)]))
 
     def threshold(self, step: int, total_steps: int) -> float:
         """c(step)."""
@@ -143,13 +149,13 @@ class BeamLoRA(LoRA):
         return super().rates(adapters, step, total_steps, rate)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        layers = _beams(adapters)
-        if step % self.interval:
+        layers, total = _beams(adapters), int(adapters[0].memory["total_steps"])
+        if step % self.period(total):
             for adapter in layers:
                 remember_(adapter, engine)
             return None
-        threshold, events = self.threshold(step, int(adapters[0].memory["total_steps"])), []
-        for adapter, sources in zip(layers, choose(layers, engine, threshold, step), strict=True):
+        events = []
+        for adapter, sources in zip(layers, choose(layers, engine, self.threshold(step, total), step), strict=True):
             pruned = (sources >= 0).nonzero()[:, 0]
             if len(pruned):
                 edit = partial(expand_, pruned, sources[pruned], past(adapter, engine))
