@@ -34,28 +34,42 @@ ORDER = [
     "flat_lora",
     "droplora",
     "rasa",
+    "reslora",
     "srlora",
     "relora",
     "cola",
+    "plora",
     "squeeze",
     "adalora",
+    "sora",
+    "beamlora",
     "losia",
     "lora_fa",
     "miss",
+    "mora",
     "sbora",
     "vera",
     "lora_xs",
+    "edora",
+    "osora",
     "core",
 ]
 NAMES = TITLES | {
     "cola": "COLA",
+    "plora": "PeriodicLoRA",
     "squeeze": "LoRA-Squeeze",
     "adalora": "AdaLoRA",
+    "sora": "SoRA",
+    "beamlora": "BeamLoRA",
     "lora_fa": "LoRA-FA",
     "miss": "MiSS",
+    "mora": "MoRA",
+    "reslora": "ResLoRA",
     "sbora": "SBoRA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
+    "edora": "EDoRA",
+    "osora": "OSoRA",
 }
 
 
@@ -64,7 +78,7 @@ def method_of(name: str) -> Method:
     kind = Method.get_known_choices()[name]
     if name == "srlora":
         return SRLoRA(rank=RANK, target_rank=2 * RANK)
-    keeps = ("adalora", "squeeze", "miss", "vera", "lora_xs", "core", "losia")
+    keeps = ("adalora", "sora", "squeeze", "miss", "mora", "vera", "lora_xs", "edora", "osora", "core", "losia")
     return kind() if name in keeps else kind(rank=RANK)
 
 

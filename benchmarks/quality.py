@@ -1,12 +1,14 @@
 """What the methods learn in the same steps.
 
-    python benchmarks/quality.py small | controls | remedies | real | table [--output benchmarks/results/quality]
+    python benchmarks/quality.py small | controls | remedies | scores | real | real_scores | table [--output FOLDER]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     controls  CORE in the same setting, on ten other seeds, beside runs that take one of its parts away or spend what it
               spends in another way
     remedies  LoRA with exchanges by gradient energy, and with turns of its pairs, on the seeds of `controls`
+    scores  SRLoRA with each of its scores, and how many fresh pairs every exchange replaces again
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
+    real_scores  SRLoRA with each of its scores on that model, in runs of a third of the steps
     table   writes the tables and the curves of docs/quality.md from the results of the runs
 
 All methods have the same data, batches, steps, tokens, warm-up and cosine, clipping, AdamW without weight decay (RaSA
@@ -54,7 +56,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
-from benchmarks.remedies import REMEDIES, Remedy, remedies
+from benchmarks.remedies import REMEDIES, SCORES, Remedy, remedies, scores
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
@@ -141,6 +143,7 @@ LATER: dict[str, Any] = {
     "subspace": False,
     "b_rate": 1.0,
     "direction": {"type": "none"},
+    "score": "paper",
 }
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
@@ -401,6 +404,7 @@ class Result:
     loss: float | None = None  # held-out; None: the run diverged
     train_curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean since the last point)
     held_out_curve: list[tuple[int, float]] = field(default_factory=list)
+    exchanges: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, Method.metrics after it)
     seconds: float = 0.0
 
 
@@ -475,6 +479,7 @@ def adapt(
                 ahead = range(step, step + method.looks)
                 look(engine, model, method, adapters, [micro for t in ahead for micro in batches.step(t)])
             method.exchange(adapters, engine, step)
+            result.exchanges.append((step, method.metrics(adapters, engine)))
         since.append(loss.detach())
         if step % math.ceil(total / WINDOWS) == 0 or step == total:
             result.train_curve.append((step, float(torch.stack(since).mean())))
@@ -517,10 +522,10 @@ class Real:
         return math.ceil((self.examples(tuning) - self.held_out) / self.batch)
 
 
-def run_real(real: Real, spec: Spec) -> Result:
-    """Run the library's own loop once."""
+def run_real(real: Real, spec: Spec, among: Methods = methods) -> Result:
+    """Run the library's own loop once. among: the function that knows the method."""
     folder = Source.open(real.model).path
-    method = methods(skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[spec.method]
+    method = among(skeleton(folder, torch.float32, "sdpa"), real.rank, real.steps(spec.tuning), "auto")[spec.method]
     demo = Recipe()
     with tempfile.TemporaryDirectory() as output:
         recipe = replace(
@@ -547,6 +552,8 @@ def run_real(real: Real, spec: Spec) -> Result:
         records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     result.train_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
     result.held_out_curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and "loss" in r]
+    of_method = [(r["step"], r) for r in records if r["kind"] == "method"]  # every logging_steps
+    result.exchanges = [(step, {k: r[k] for k in r if k not in ("kind", "step")}) for step, r in of_method]
     result.exact_match = [r["exact_match"] for r in records if r["kind"] == "eval" and "exact_match" in r][-1]
     result.loss, result.seconds = result.held_out_curve[-1][1], time.perf_counter() - began
     return result
@@ -820,13 +827,13 @@ def small_comparison(folder: Path, small: Small, among: Methods = methods) -> Co
     return Comparison(folder, small, settings, settings, partial(run_small, checkpoint, small, among=among))
 
 
-def real_comparison(folder: Path, real: Real) -> Comparison:
+def real_comparison(folder: Path, real: Real, among: Methods = methods) -> Comparison:
     model = skeleton(Source.open(real.model).path, torch.float32, "sdpa")
     settings, tuning = (
-        {k: draccus.encode(m) for k, m in methods(model, real.rank, real.steps(short), "auto").items() if k != "full"}
+        {k: draccus.encode(m) for k, m in among(model, real.rank, real.steps(short), "auto").items() if k != "full"}
         for short in (False, True)
     )
-    return Comparison(folder, real, settings, tuning, partial(run_real, real))
+    return Comparison(folder, real, settings, tuning, partial(run_real, real, among=among))
 
 
 SMALL_GRID = {"rates": [1e-3, 2.5e-3, 4e-3, 6e-3, 1e-2], "tuning_seeds": [100, 101], "seeds": [0, 1, 2, 3, 4]}
@@ -836,8 +843,10 @@ CONTROL_GRID = {
     "seeds": list(range(5, 15)),
 }
 REMEDY_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 15))}
+SCORE_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 10))}
 FAMILY_GRID = {"rates": [1e-3, 2.5e-3, 6e-3, 1.6e-2], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
+REAL_SCORE_GRID: dict[str, list[Any]] = {"rates": [1.5e-4], "tuning_seeds": [100], "seeds": []}
 
 
 class SmallRuns(NamedTuple):
@@ -854,6 +863,7 @@ SMALL: dict[str, SmallRuns] = {
     "small": SmallRuns("digits", 900, methods, TITLES, SMALL_GRID),
     "controls": SmallRuns("digits", 900, controls, CONTROLS, CONTROL_GRID),
     "remedies": SmallRuns("digits", 900, remedies, REMEDIES, REMEDY_GRID),
+    "scores": SmallRuns("digits", 900, scores, SCORES, SCORE_GRID),
     "tables": SmallRuns("tables", 2400, in_families, CONTROLS, FAMILY_GRID),
     "places": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID),
 }
@@ -861,14 +871,14 @@ SMALL: dict[str, SmallRuns] = {
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn in the same steps.")
-    parser.add_argument("what", choices=[*SMALL, "real", "table"])
+    parser.add_argument("what", choices=[*SMALL, "real", "real_scores", "table"])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="where the runs lie"
     )
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=list(TITLES | CONTROLS | REMEDIES),
+        choices=list(TITLES | CONTROLS | REMEDIES | SCORES),
         help="by default all; of `real` all but full",
     )
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
@@ -891,6 +901,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.output / args.what
     if args.what == "real":
         comparison, default = real_comparison(folder, Real()), REAL_GRID
+    elif args.what == "real_scores":
+        comparison, default = real_comparison(folder, Real(), scores), REAL_SCORE_GRID
     else:
         runs = SMALL[args.what]
         base = Base(steps=args.pretrain_steps or runs.pretrain_steps, family=runs.family)

@@ -1,4 +1,4 @@
-"""SRLoRA repaired in its own terms, for the comparison `remedies` of benchmarks/quality.py.
+"""SRLoRA repaired in its own terms, for the comparisons `remedies` and `scores` of benchmarks/quality.py.
 
 SRLoRA (https://arxiv.org/abs/2505.12433) exchanges the pairs that matter least. Two remedies, one by one and together,
 for a LoRA whose A is random and whose B is 0 at the start. They need the statistics of r x r, n and m numbers:
@@ -17,18 +17,22 @@ for a LoRA whose A is random and whose B is 0 at the start. They need the statis
                Adam's bias is corrected as after K steps
 
 No methods of the library: they run on one process, with AdamW and float32 weights.
+
+`scores` compares what SRLoRA itself may rank pairs by (`method.score`), through 3 r directions in four exchanges,
+beside a choice by chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters, generator
 from llm_lowrank.adapters.exchange import Exchanged, Moments, exchange_
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.probes import top_directions
@@ -37,6 +41,7 @@ from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.core import FLOOR
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.pissa import ROW_LENGTH
+from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.numerics.gram import Spectrum
 from llm_lowrank.numerics.pairs import Pairs
 
@@ -48,6 +53,14 @@ REMEDIES = {
     "exchange_soap": "two exchanges, with SOAP on both sides carried through",
     "turn": "a turn every 15 steps, no exchange",
     "turn_exchange": "a turn every 15 steps and two exchanges, seeded",
+}
+
+SCORES = {
+    "lora": "LoRA, rank r",
+    "paper": "SRLoRA, score: paper",
+    "unit": "SRLoRA, score: unit",
+    "change": "SRLoRA, score: change",
+    "chance": "SRLoRA, pairs chosen by chance",
 }
 
 
@@ -171,4 +184,25 @@ def remedies(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "exchange_soap": Remedy(rank=rank, exchanges=thirds, direction=Soap()),
         "turn": Remedy(rank=rank, interval=15),
         "turn_exchange": Remedy(rank=rank, interval=15, exchanges=turned),
+    }
+
+
+@dataclass(frozen=True)
+class Chance(SRLoRA):
+    """SRLoRA that replaces pairs by chance."""
+
+    def scores(self, adapters: list[PairAdapter], engine: Engine) -> Tensor:
+        random = (generator(a.seed, a.name, int(a.memory["visited"])) for a in adapters)
+        return torch.stack([torch.rand(self.rank, generator=one, dtype=torch.float64) for one in random])
+
+
+def scores(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
+    """Return the settings of every score, as `methods` of benchmarks/quality.py does."""
+    common: dict[str, Any] = dict(rank=rank, target_rank=3 * rank, svd_cache=svd_cache)
+    return {
+        "lora": LoRA(rank=rank),
+        "paper": SRLoRA(**common),
+        "unit": SRLoRA(**common, score="unit"),
+        "change": SRLoRA(**common, score="change"),
+        "chance": Chance(**common),
     }

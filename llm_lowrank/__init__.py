@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lowrank.methods.adalora import AdaLoRA
+    from llm_lowrank.methods.beamlora import BeamLoRA
     from llm_lowrank.methods.cola import COLA
     from llm_lowrank.methods.core import Core
     from llm_lowrank.methods.dora import DoRA
     from llm_lowrank.methods.droplora import DropLoRA
+    from llm_lowrank.methods.edora import EDoRA
     from llm_lowrank.methods.flat_lora import FlatLoRA
     from llm_lowrank.methods.lora import LoRA
     from llm_lowrank.methods.lora_fa import LoRAFA
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.lora_xs import LoRAXS
     from llm_lowrank.methods.losia import LoSiA
     from llm_lowrank.methods.miss import MiSS
+    from llm_lowrank.methods.mora import MoRA
+    from llm_lowrank.methods.osora import OSoRA
     from llm_lowrank.methods.pissa import PiSSA
+    from llm_lowrank.methods.plora import PLoRA
     from llm_lowrank.methods.rasa import RaSA
     from llm_lowrank.methods.relora import ReLoRA
+    from llm_lowrank.methods.reslora import ResLoRA
     from llm_lowrank.methods.sbora import SBoRA
+    from llm_lowrank.methods.sora import SoRA
     from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
     from llm_lowrank.methods.vera import VeRA
@@ -39,9 +46,11 @@ __version__ = "0.2.0"
 __all__ = [
     "COLA",
     "AdaLoRA",
+    "BeamLoRA",
     "Core",
     "DoRA",
     "DropLoRA",
+    "EDoRA",
     "FlatLoRA",
     "LoRA",
     "LoRAFA",
@@ -50,12 +59,17 @@ __all__ = [
     "LoRAXS",
     "LoSiA",
     "MiSS",
+    "MoRA",
+    "OSoRA",
+    "PLoRA",
     "PiSSA",
     "RaSA",
     "ReLoRA",
     "Recipe",
+    "ResLoRA",
     "SBoRA",
     "SRLoRA",
+    "SoRA",
     "Squeeze",
     "VeRA",
     "train",

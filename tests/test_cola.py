@@ -103,8 +103,72 @@ def test_a_resume_goes_on_bitwise(at, tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
+# --- XGBLoRA: links of a few layers -----------------------------------------------------------------------------------
+
+BOOSTED = COLA(links=6, layers_per_link=1, **{**SETTINGS, "rank": 1})
+
+
+def boosted(engine: str, folder: str = "", first: int = 0, last: int = STEPS, save: bool = False) -> tuple:
+    """One step for each link, over nf4: the values after each step, the modules that each link trains, the bank."""
+    resumed = checkpoint.newest(Path(folder))[0] if first else None
+    t = Trainee(BOOSTED, engine, "nf4", total=STEPS, resume_from=resumed, optimization={"weight_decay": 0.1})
+    seen = []
+    for step in range(first, last):
+        t.step(step)
+        seen.append(t.values())
+        if step + 1 in BOOSTED.schedule(STEPS):
+            before = t.logits()
+            event = BOOSTED.exchange(t.adapters, t.engine, step + 1)
+            assert float((t.logits() - before).norm() / before.norm()) <= 1e-6 and (event.modules, event.pairs) == (
+                2,
+                2,
+            )
+    if save:
+        t.save(Path(folder), last)
+    return seen, [BOOSTED.awake(t.adapters, link) for link in range(6)], [a.name for a in t.adapters]
+
+
+def test_layers_that_rest_stay_bitwise_still():
+    seen, awake, names = boosted("plain")
+    assert all(sum(link) == 2 and link[0] == link[1] and link[2] == link[3] for link in awake), "one layer of two"
+    assert len(set(map(tuple, awake))) == 2, "both have their turn"
+    used = dict.fromkeys(names, 0)
+    for step, (values, link) in enumerate(zip(seen, awake, strict=True)):
+        for name, now in zip(names, link, strict=True):
+            a, b = values[f"{name}.A"], values[f"{name}.B"]
+            assert bool(a.any()) == bool(b.any()) == now, (step, name)
+            if step and not awake[step - 1][names.index(name)]:
+                was = seen[step - 1]
+                assert all(torch.equal(values[f"{name}.bank_{x}"], was[f"{name}.bank_{x}"]) for x in "AB")
+            assert int(values[f"{name}.bank_B"].any(0).sum()) == used[name], "a slot for each link that trained it"
+            used[name] += now
+
+
+def test_links_of_all_layers_are_cola_bitwise():
+    found, wanted = (lived(replace(METHOD, layers_per_link=layers), "plain", "weight") for layers in (2, None))
+    assert found[0] == wanted[0] and all(torch.equal(v, wanted[1][k]) for k, v in found[1].items())
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 3), ("fsdp", 2)])
+def test_every_engine_trains_the_same_layers_and_is_resumed(engine, world, tmp_path):
+    whole, awake, _ = boosted("plain")
+    for seen, chosen, _ in ranks.run(world, boosted, engine, str(tmp_path), 0, 3, True):
+        assert chosen == awake
+        for values, wanted in zip(seen, whole, strict=False):
+            assert all(torch.equal(value != 0, wanted[name] != 0) for name, value in values.items())
+    resumed, *_ = boosted("plain", str(tmp_path), 3)
+    for name, value in whole[-1].items():
+        if world == 1:
+            assert torch.equal(resumed[-1][name], value), name
+        torch.testing.assert_close(resumed[-1][name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.quick
 def test_settings():
+    with pytest.raises(ValueError, match=r"method\.layers_per_link must be at least 1, not 0"):
+        COLA(layers_per_link=0)
+    with pytest.raises(ValueError, match=r"method\.layers_per_link is 3, and 2 layers have adapted modules; lower it"):
+        Trainee(replace(METHOD, layers_per_link=3), "plain")
     with pytest.raises(ValueError, match=r"method\.links must be at least 1, not 0"):
         COLA(links=0)
     with pytest.raises(ValueError, match="3 links do not fit into 2 steps"):

@@ -71,12 +71,27 @@ def test_a_layer_is_one_graph_over_every_codec(codec):
     compare("lora", "plain", codec, "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs"])
+@pytest.mark.parametrize(
+    "name",
+    ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs"]
+    + [pytest.param(name, marks=pytest.mark.wide) for name in ("mora", "edora", "osora")],
+)
 def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)
 
 
-@pytest.mark.parametrize("name", ["rasa", "losia", "droplora-step", "droplora-token", "flat_lora", "vera"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rasa",
+        "losia",
+        "droplora-step",
+        "droplora-token",
+        "flat_lora",
+        "vera",
+        pytest.param("reslora", marks=pytest.mark.wide),
+    ],
+)
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=True)
 

@@ -15,7 +15,10 @@ from llm_lowrank.codecs import Codec, Dense, Nf4
 from llm_lowrank.data import IGNORE, Batches, Example
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA, Subnet
+from llm_lowrank.methods.mora import MoRA, SquareAdapter
+from llm_lowrank.methods.osora import OSoRA, SpectrumAdapter
 from llm_lowrank.methods.rasa import RaSA
+from llm_lowrank.methods.reslora import ResLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models.loss import sum_loss
@@ -52,7 +55,10 @@ METHODS: dict[str, tuple[Method, Codec]] = {
     "lora-nf4": (LoRA(rank=4), Nf4(torch.float32)),
     "srlora-bank": (SRLoRA(rank=4, target_rank=8, into="bank", svd_cache=""), Dense(torch.float32)),
     "rasa": (RaSA(rank=4), Dense(torch.float32)),
+    "reslora": (ResLoRA(rank=4), Dense(torch.float32)),
     "vera": (VeRA(rank=4), Dense(torch.float32)),
+    "osora": (OSoRA(rank=4, svd_cache=""), Dense(torch.float32)),
+    "mora": (MoRA(rank=4), Dense(torch.float32)),
     "losia": (LoSiA(output_factor=0), Dense(torch.float32)),
     "losia-output": (LoSiA(output_factor=0.5), Dense(torch.float32)),
 }
@@ -68,10 +74,13 @@ def spared(adapters: list[Adapter]) -> float:
         if a.name not in (f"{first}.q_proj", f"{first}.k_proj", f"{first}.v_proj"):
             continue
         trained = [p for owner in (a, *a.borrows) for p in owner.parameters() if p.requires_grad and p.ndim > 1]
-        # dx takes all of LoSiA's block, and of pairs the half that is next to the input
-        found += sum(2 * p.numel() for p in trained if isinstance(a, Subnet) or p.shape[1] == a.shape[1])
+        # dx takes all of LoSiA's block and of MoRA's square, and of pairs the half that is next to the input
+        found += sum(
+            2 * p.numel() for p in trained if isinstance(a, Subnet | SquareAdapter) or p.shape[1] == a.shape[1]
+        )
         if a is not adapters[0]:
             bank = [p for name, p in a.named_parameters() if name.startswith("bank_")]
+            bank += [a.A] if isinstance(a, SpectrumAdapter) else []
             found += 2 * (a.shape[0] * a.shape[1] + a.lent()[0]) + sum(2 * p.numel() for p in bank)
     return found
 

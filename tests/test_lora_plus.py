@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from llm_lowrank.adapters.adapter import PairAdapter, PairSettings
 from llm_lowrank.adapters.method import Method
+from llm_lowrank.codecs import Codec
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.models import checkpoint
+from llm_lowrank.numerics.functional import Product
+from llm_lowrank.numerics.pairs import Pairs
 from tests import ranks
 from tests.tiny import Trainee, batch, llama
 
 MODULES = ["k_proj", "up_proj"]
 RATIO, RATE = 8.0, 1e-3
+BLOCKS = 2  # of Block-LoRA: the sum of two equal numbers is exact
 PAIRS = dict(rank=3, alpha=6, target_modules=MODULES)
 ENGINES = pytest.mark.parametrize(
     "engine, world", [("plain", 1), ("plain", 2), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("fsdp", 2)]
@@ -57,6 +63,42 @@ def test_a_ratio_of_one_is_lora_bitwise():
             t.step(step)
         found.append(t.values())
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+class BlockAdapter(PairAdapter):
+    """Block-LoRA (https://arxiv.org/abs/2501.16720): all blocks of rows of A are one, and each has its own B."""
+
+    trains = "A"
+
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> None:
+        super().__init__(name, linear, codec, settings)
+        self.blocks = self.factor(BLOCKS, self.shape[0], self.rank)
+
+    def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        return super().initial(pairs) | {"blocks": torch.zeros(self.blocks.shape, device="cpu")}
+
+    def products(self, x: Tensor) -> list[Product]:
+        return [Product(self.A, self.blocks.sum(0))]
+
+
+@dataclass(frozen=True)
+class BlockLoRA(LoRA):
+    def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:
+        return BlockAdapter(name, linear, codec, settings)
+
+
+def test_block_lora_is_lora_of_fewer_pairs_with_a_ratio_bitwise():
+    """k blocks start equal and get equal gradients, so that they stay equal, and their sum moves k times as far."""
+    # 14 x 8 and 42 x 8 elements fill vectors of 16: AdamW's kernel rounds what is left over in another way
+    pairs = dict(rank=8, target_modules=["k_proj", "o_proj"])
+    block, plus = (Trainee(method, "plain") for method in (BlockLoRA(**pairs), LoRA(**pairs, b_rate=float(BLOCKS))))
+    for step in range(20):
+        assert block.step(step, RATE) == plus.step(step, RATE)
+    wanted = plus.values()
+    for adapter in block.adapters:
+        assert all(torch.equal(b, adapter.blocks[0]) for b in adapter.blocks) and adapter.blocks.any()
+        assert torch.equal(adapter.A, wanted[f"{adapter.name}.A"])
+        assert torch.equal(adapter.blocks.sum(0), wanted[f"{adapter.name}.B"])
 
 
 def test_a_few_steps_are_those_of_peft():

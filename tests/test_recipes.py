@@ -228,12 +228,16 @@ def trained(settings: Method, config: dict) -> int:
         return settings.p**2 * len(wanted) * layers
     if kind == "lora_xs":
         return settings.rank**2 * len(wanted) * layers
-    if kind == "vera":
+    if kind == "edora":
+        return sum(settings.rank**2 + m for m, _ in wanted) * layers
+    if kind in ("vera", "osora"):
         return sum(settings.rank + m for m, _ in wanted) * layers
+    if kind == "mora":
+        return sum(round(math.sqrt((m + n) * settings.rank)) ** 2 for m, n in wanted) * layers
     if kind in ("lora_fa", "miss", "sbora"):  # sbora: of its variant fa
         return settings.rank * sum(m for m, _ in wanted) * layers
     pairs = settings.rank * sum(m + n for m, n in wanted) * layers
-    if kind == "adalora":
+    if kind in ("adalora", "sora", "beamlora"):
         return pairs + settings.rank * len(wanted) * layers
     if kind == "rasa":
         k = max(1, settings.rank // 8)

@@ -12,10 +12,12 @@ from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, nf4
 from llm_lowrank.engines import Engine
 from llm_lowrank.engines.fsdp import FSDP
 from llm_lowrank.methods.adalora import AdaLoRA
+from llm_lowrank.methods.beamlora import BeamLoRA
 from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
+from llm_lowrank.methods.edora import EDoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.lora_fa import LoRAFA
@@ -24,10 +26,15 @@ from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.methods.lora_xs import LoRAXS
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.methods.miss import MiSS
+from llm_lowrank.methods.mora import MoRA
+from llm_lowrank.methods.osora import OSoRA
 from llm_lowrank.methods.pissa import PiSSA
+from llm_lowrank.methods.plora import PLoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
+from llm_lowrank.methods.reslora import ResLoRA
 from llm_lowrank.methods.sbora import SBoRA
+from llm_lowrank.methods.sora import SoRA
 from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
@@ -48,14 +55,21 @@ METHODS: dict[str, Method] = {
     "relora-weight": ReLoRA(rank=4, interval=2, restart_warmup=0, into="weight"),
     "relora-bank": ReLoRA(rank=4, interval=2, restart_warmup=0, into="bank"),
     "rasa": RaSA(rank=4),
+    "reslora": ResLoRA(rank=4),
     "squeeze": Squeeze(rank=4, target_rank=2),
     "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
+    "beamlora": BeamLoRA(rank=4, interval=4, kept=0.7),
+    "sora": SoRA(rank=4),
     "cola": COLA(rank=4),
+    "plora": PLoRA(rank=4, interval=2),
     "flat_lora": FlatLoRA(rank=4),
     "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
+    "edora": EDoRA(rank=4, svd_cache=""),
+    "osora": OSoRA(rank=4, svd_cache=""),
     "vera": VeRA(rank=4),
     "miss": MiSS(rank=4),
+    "mora": MoRA(rank=4),
     "sbora": SBoRA(rank=4),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
     "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),

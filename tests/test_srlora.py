@@ -14,16 +14,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from llm_lowrank.adapters.adapter import as_pair_adapters
 from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
-from llm_lowrank.codecs import Int8, Nf4
-from llm_lowrank.engines.base import Engine
+from llm_lowrank.adapters.method import attach
+from llm_lowrank.codecs import Dense, Int8, Nf4
+from llm_lowrank.engines.base import Engine, Optimization
+from llm_lowrank.engines.plain import Plain
 from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.loading import Loaded
+from llm_lowrank.numerics.pairs import Pairs
+from llm_lowrank.run.dry_run import describe
+from llm_lowrank.run.recipe import parse
 from tests import ranks
+from tests.test_runs import place, settings  # noqa: F401 - place is a fixture
 from tests.tiny import Trainee
 
 MODULES = ["k_proj", "up_proj"]  # 14 x 42 and 43 x 42, twice each
@@ -488,12 +495,179 @@ def test_metrics_tell_how_scores_differ_and_how_many_fresh_pairs_were_replaced_a
         # S = 1, 2, 3, 6: mean 3, squares of the differences 4 + 1 + 0 + 9, over 4. One of four: sqrt(3). All alike: 0.
         # A module without scores does not count.
         assert before["score_variation"] == pytest.approx((np.sqrt(14 / 4) / 3 + np.sqrt(3) + 0) / 3, rel=1e-6)
-        assert (before["replaced_fresh"], before["replaced_fresh_share"]) == (0, 0)
-        assert after == {"replaced_fresh": 0, "replaced_fresh_share": 0}  # the first exchange; no scores yet
+        assert (before["replaced_fresh"], before["replaced_fresh_share"], before["never_replaced_share"]) == (0, 0, 1)
+        # the first exchange; no scores yet
+        assert after == {"replaced_fresh": 0, "replaced_fresh_share": 0, "never_replaced_share": 0.5}
         # 9, 1, 2, 8 in any order and 1, 2, 8, 9: mean 5, squares 16 + 16 + 9 + 9, over 4
         assert second["score_variation"] == pytest.approx(np.sqrt(50 / 4) / 5, rel=1e-6)
         assert (second["replaced_fresh"], second["replaced_fresh_share"]) == (0, 0)
-        assert last == {"replaced_fresh": 4, "replaced_fresh_share": 4 / 8}
+        # of the pairs of the start, 2 a module, those that were not replaced before: 2 - 2 + 1
+        assert last == {"replaced_fresh": 4, "replaced_fresh_share": 4 / 8, "never_replaced_share": 4 / 16}
+
+
+# --- churn, and scores without the size of a pair ---------------------------------------------------------------------
+
+
+class Linears(nn.Module):
+    """`count` linear modules (20 x 24), whose singular values fall by a third from one to the next."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 20, bias=False) for _ in range(count))
+
+
+def isotropic(method: SRLoRA, count: int, exchanges: int, window: int = 40) -> list[dict[str, float]]:
+    """The metrics after every exchange of a method, if all directions matter alike.
+
+    dL/dW is normal noise in every step: no direction of it is larger than another, and nothing is learned.
+    """
+    torch.manual_seed(0)
+    model, engine = Linears(count), Plain()
+    weights = {}
+    for number, linear in enumerate(model.layers):
+        u, s, vt = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        weights[f"layers.{number}"] = u * (2 / 3) ** torch.arange(len(s)) @ vt
+    adapters = as_pair_adapters(attach(model, method, Dense(torch.float32)))
+    for a in adapters:
+        a.source = functools.partial(weights.__getitem__, a.name)
+        a.weight.data.copy_(weights[a.name])
+    for a, pairs in zip(adapters, method.starting_pairs(adapters, engine), strict=True):
+        a.weight.data.sub_(pairs.product())
+        for name, value in a.initial(pairs).items():
+            getattr(a, name).data.copy_(value)
+    engine.settings = Optimization(1e-3, optim="sgd")
+    engine._optimize(model, engine.settings)
+    method.start(adapters, engine)
+    seen = []
+    for step in range(exchanges * window):
+        for a in adapters:
+            a.started()
+            g = torch.randn(a.shape)
+            a.A.grad, a.B.grad = (a.B.T @ g).detach(), (g @ a.A.T).detach()  # of A and B, if dL/dW = g
+        method.observe(adapters, engine)
+        engine.optimizer.step()
+        if (step + 1) % window == 0:
+            method.exchange(adapters, engine, step + 1)
+            seen.append(method.metrics(adapters, engine))
+    return seen
+
+
+CHURNING = dict(rank=8, target_rank=20, gamma=0.5, target_modules=["all-linear"], svd_cache="", svd_exact=True)
+
+
+def test_the_published_score_replaces_what_came_last_even_if_all_directions_matter_alike():
+    _, *later = isotropic(SRLoRA(**CHURNING), count=24, exchanges=3)
+    assert [m["replaced_fresh_share"] > 0.95 for m in later] == [True, True]
+    assert later[-1]["never_replaced_share"] > 0.45  # half of the pairs of the start stay for good
+
+
+@pytest.mark.parametrize("score", ["unit", "change"])
+def test_without_the_size_of_a_pair_the_choice_is_chance_if_all_directions_matter_alike(score):
+    _, *later = isotropic(SRLoRA(**CHURNING, score=score), count=24, exchanges=3)
+    # 96 pairs of 24 modules: 48 by chance, with a standard deviation of 24^.5 x (4 / 8 x 4 / 8 x 4 x 4 / 7)^.5 = 3.7
+    for m in later:
+        assert abs(m["replaced_fresh"] - 48) < 4 * 3.7, m
+    assert abs(later[-1]["never_replaced_share"] - 1 / 8) < 0.08  # (1 - r' / r)^3
+
+
+def rescaled(engine: str, score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of two steps on the same gradients of W: as they are, and with pairs c times as long on both sides.
+
+    W takes what the longer pairs have more, so that the model, and dL/dW, stay what they were.
+    """
+    found = []
+    c = torch.tensor([1.0, 3.0, 0.25, 10.0])
+    for factor in (torch.ones(4), c):
+        t = started(replace(METHOD, into="weight", score=score, svd_exact=True), engine)
+        for a in t.adapters:
+            whole_A, whole_B = t.engine.whole(a.A), t.engine.whole(a.B)
+            more = Pairs(torch.cat([whole_B * factor, -whole_B], 1), torch.cat([whole_A * factor[:, None], whole_A]))
+            t.engine.weight(a).add_(more.scaled(-a.scale))
+            with t.engine.edit(a.A, a.B) as (sa, sb):
+                sa.value.mul_(factor[:, None])
+                sb.value.mul_(factor)
+        t.method.start(t.adapters, t.engine)
+        for step in range(2):  # the values stay: dL/dW of both models is the same
+            t.forward_backward(step)
+            t.method.observe(t.adapters, t.engine)
+            t.engine.forget()
+        found.append(t.method.scores(t.adapters, t.engine))
+    return (*found, c)
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero3", 2)])
+def test_the_published_score_grows_with_the_fourth_power_of_a_pairs_length_and_unit_does_not(engine, world):
+    for plain, longer, c in ranks.run(world, rescaled, engine, "paper"):
+        torch.testing.assert_close(longer, plain * c.double() ** 4, rtol=1e-2, atol=0)
+    for plain, longer, _ in ranks.run(world, rescaled, engine, "unit"):
+        torch.testing.assert_close(longer, plain, rtol=1e-2, atol=0)
+        assert plain.min() > 0
+
+
+def changes(engine: str) -> tuple[Tensor, Tensor, Tensor, dict[str, float], bool]:
+    """The scores of `change` after two steps, those of the dense equation, those after an exchange, and one step on."""
+    t = started(replace(METHOD, score="change", into="weight"), engine)
+    past = [Pairs(t.engine.whole(a.B).double(), t.engine.whole(a.A).double()) for a in t.adapters]
+    for step in range(2):
+        t.step(step)
+    dense = torch.zeros(len(t.adapters), 4, dtype=torch.float64)
+    for row, (a, old) in enumerate(zip(t.adapters, past, strict=True)):
+        B, A = t.engine.whole(a.B).double(), t.engine.whole(a.A).double()
+        for k in range(4):
+            was = torch.outer(old.B[:, k], old.A[k])
+            dense[row, k] = (torch.outer(B[:, k], A[k]) - was).norm() / was.norm()
+    found = t.method.scores(t.adapters, t.engine)
+    t.method.exchange(t.adapters, t.engine, 2)
+    anew = t.method.scores(t.adapters, t.engine)
+    numbers = t.method.metrics(t.adapters, t.engine)
+    t.step(2)
+    return found, dense, anew, numbers, bool((t.method.scores(t.adapters, t.engine) > 0).all())
+
+
+@pytest.mark.parametrize("engine, world", [("plain", 1), ("plain", 2), ("zero2", 3), ("zero3", 2), ("fsdp", 3)])
+def test_change_is_the_share_of_itself_by_which_a_pair_changed_since_the_last_exchange(engine, world):
+    for found, dense, anew, numbers, moves in ranks.run(world, changes, engine):
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=0)
+        assert not anew.any() and moves and "score_variation" not in numbers
+
+
+def test_change_does_not_depend_on_the_lengths_of_pairs():
+    t = started(replace(METHOD, score="change"), "plain")
+    t.step(0)
+    before = t.method.scores(t.adapters, t.engine)
+    for a in t.adapters:  # then and now, each side by another factor
+        for name, factor in (("A", 5.0), ("B", 0.3)):
+            getattr(a, name).data.mul_(factor)
+            a.memory[f"past_{name}"].mul_(factor)
+    torch.testing.assert_close(t.method.scores(t.adapters, t.engine), before, rtol=1e-4, atol=0)
+
+
+def test_short_intervals_are_said_before_the_first_step(place, tmp_path):  # noqa: F811
+    method = replace(METHOD, rank=4, target_rank=8)
+    assert method.advice(()) == method.advice((10, 20, 45)) == replace(method, score="change").advice((3,)) == []
+    (line,) = method.advice((10, 19, 45))
+    assert line.startswith("the shortest interval between exchanges has 9 steps: scores of fewer than 10 rank pairs")
+    words = settings(place, "srlora", tmp_path, max_steps=6)  # one exchange, after step 3
+    assert "the shortest interval between exchanges has 3 steps" in describe(parse(words), 1)
+
+
+@pytest.mark.parametrize("score", ["unit", "change"])
+def test_a_pair_of_length_zero_scores_zero(score):
+    t = started(replace(METHOD, score=score), "plain")
+    for a in t.adapters:
+        a.A.data[1], a.B.data[:, 1] = 0, 0
+    t.method.start(t.adapters, t.engine)
+    t.step(0)
+    found = t.method.scores(t.adapters, t.engine)
+    assert not found[:, 1].any() and found[:, [0, 2, 3]].min() > 0
+
+
+@pytest.mark.parametrize("score, spread", [("paper", 4), ("unit", 4), ("change", 2)])
+def test_statistics_are_what_is_remembered(score, spread):
+    t = started(replace(METHOD, score=score), "plain")
+    entries = sum(a.A.numel() + a.B.numel() for a in t.adapters)
+    remembered = sum(v.nbytes for a in t.adapters for k, v in a.memory.items() if k in a.spans)
+    assert t.method.statistics(t.adapters) == (remembered, 0) and remembered == spread * 2 * entries
 
 
 # --- 8: PiSSA ---------------------------------------------------------------------------------------------------------
@@ -592,7 +766,8 @@ def test_gradient_accumulation_4_makes_the_same_choices_as_a_batch_4_times_as_la
 
 
 @pytest.mark.parametrize(
-    "rank, target, gamma, swap", [(4, 8, 0.5, 2), (4, 9, 0.5, 2), (2, 5, 1.0, 2), (4, 7, 0.1, 1), (3, 3, 0.5, 2)]
+    "rank, target, gamma, swap",
+    [(5, 9, 0.5, 3), (7, 9, 0.5, 4), (4, 8, 0.5, 2), (4, 9, 0.5, 2), (2, 5, 1.0, 2), (4, 7, 0.1, 1), (3, 3, 0.5, 2)],
 )
 def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target, gamma, swap):
     method = replace(METHOD, rank=rank, target_rank=target, gamma=gamma)

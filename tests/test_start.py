@@ -15,7 +15,8 @@ from tests.tiny import Trainee, batch, llama
 BY_ATTACH_ALONE = [
     label
     for label in METHODS
-    if type(METHODS[label]).__name__ in ("LoRA", "LoRAFA", "RaSA", "FlatLoRA", "VeRA", "MiSS", "SBoRA")
+    if type(METHODS[label]).__name__
+    in ("LoRA", "LoRAFA", "RaSA", "ResLoRA", "FlatLoRA", "VeRA", "MoRA", "MiSS", "SBoRA", "SoRA")
 ]
 
 

@@ -116,6 +116,7 @@ class Adapter(FrozenLinear):
     looks_at: tuple[str, ...] = ()  # those whose values it looks at for that
     takes = True  # whether the starting pairs leave W; otherwise they are only looked at, and W stays as it is
     penalties: Mapping[str, float] = {}  # of parameters, by their names: see optimizers.shrink_
+    like_trained: tuple[str, ...] = ()  # frozen matrices whose gradient is made on the way to another, to count FLOPs
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
         super().__init__(linear, codec)

@@ -120,6 +120,10 @@ class Method(draccus.ChoiceRegistry):
         """
         return ()
 
+    def advice(self, exchange_steps: Sequence[int]) -> list[str]:
+        """What a user should know about a run with these exchange steps, a sentence each. Nothing is refused for it."""
+        return []
+
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         """Yield for each adapter in turn the pairs that it starts from, or None if it starts without.
 

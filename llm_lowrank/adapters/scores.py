@@ -63,17 +63,14 @@ def statistics_bytes(adapters: Sequence[Adapter], names: Sequence[str]) -> int:
     return sum(len(STATISTICS) * getattr(adapter, name).nbytes for adapter in adapters for name in names)
 
 
+def pair_totals(adapter: PairAdapter, engine: Engine, name: str, along: Tensor) -> Tensor:
+    """Sum numbers per pair that lie along this rank's span of a parameter: (r,) float64. Local."""
+    row_length = {"A": adapter.shape[1], "B": adapter.rank}.get(name, 1)
+    start = engine.span(getattr(adapter, name)).start
+    return importance.pair_sums(along, start, rank=adapter.rank, row_length=row_length, rows_are_pairs=name != "B")
+
+
 def _spans(adapter: PairAdapter, engine: Engine, name: str) -> Tensor:
     """This rank's part of a parameter's scores, summed per pair and divided by the entries of a pair: (r,)."""
-    (m, n), memory = adapter.shape, adapter.memory
-    rank, entries, row_length = (adapter.rank, m, adapter.rank) if name == "B" else (adapter.rank, n, n)
-    if name not in ("A", "B"):
-        entries = row_length = 1
-    sums = importance.pair_sums(
-        memory[f"mean_{name}"] * memory[f"spread_{name}"],
-        engine.span(getattr(adapter, name)).start,
-        rank=rank,
-        row_length=row_length,
-        rows_are_pairs=name != "B",
-    )
-    return sums / entries
+    memory, entries = adapter.memory, {"A": adapter.shape[1], "B": adapter.shape[0]}.get(name, 1)
+    return pair_totals(adapter, engine, name, memory[f"mean_{name}"] * memory[f"spread_{name}"]) / entries

@@ -57,7 +57,8 @@ class LoRAXS(PiSSA):
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.subspace:
-            complaints.append("method.subspace is a start of pissa's B and A, which lora_xs does not train; remove it")
+            name = Method.get_choice_name(type(self))
+            complaints.append(f"method.subspace is a start of pissa's B and A, which {name} does not train; remove it")
         return complaints
 
     def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:

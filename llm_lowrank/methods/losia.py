@@ -332,7 +332,7 @@ class LoSiA(Method):
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         m, n = linear.weight.shape
         # the only module outside of the decoder layers is the output layer
-        output = self.output_factor > 0 and _layer(name) < 0
+        output = self.output_factor > 0 and layer_number(name) < 0
         size = (int(self.output_factor * m), n) if output else (int(self.factor * m), int(self.factor * n))
         if 0 in size:
             setting = "output_factor" if output else "factor"
@@ -350,9 +350,9 @@ class LoSiA(Method):
 
         Each of the N groups owns every N-th slot.
         """
-        order = sorted({_layer(adapter.name) for adapter in adapters})
+        order = sorted({layer_number(adapter.name) for adapter in adapters})
         for adapter in adapters:
-            adapter.group = order.index(_layer(adapter.name))
+            adapter.group = order.index(layer_number(adapter.name))
 
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         """The ends of all slots before the end of the run: after an exchange there nothing could be learned any more.
@@ -512,6 +512,6 @@ def _groups(adapters: Sequence[Adapter]) -> int:
     return 1 + max((adapter.group for adapter in adapters), default=0)
 
 
-def _layer(name: str) -> int:
+def layer_number(name: str) -> int:
     """The number of the decoder layer in a module's name; -1 outside of the layers."""
     return next((int(word) for word in name.split(".") if word.isdigit()), -1)

@@ -8,6 +8,12 @@ https://arxiv.org/abs/2307.05695
 The paper calls an exchange a restart. If W cannot hold a small update, the old pairs are kept in a bank of fixed
 capacity. A full bank is compressed to make room for the next exchange, and the error of the compression is printed. The
 paper leaves open when the last exchange comes: here every exchange leaves at least one step at the full rate.
+
+Flora (https://arxiv.org/abs/2402.03293) is `trains: B` with `moments: carried`. A random A that stays compresses the
+gradient of W, g_B = s G A^T, and B collects it:
+
+    P = sqrt(3 n / r) A        E[P^T P] = I, as the entries of A have the variance 1 / (3 n)
+    m_B <- m_B P_old P_new^T   at an exchange: the old moment, decompressed by P_old and compressed by P_new
 """
 
 from __future__ import annotations
@@ -17,26 +23,31 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import (
     Adapter,
     PairAdapter,
+    PairSettings,
     as_pair_adapters,
     generator,
     uniform_rows,
 )
-from llm_lowrank.adapters.exchange import Exchanged, Into, compress_bank_, exchange_, needs_bank
+from llm_lowrank.adapters.exchange import Exchanged, Into, Moments, compress_bank_, exchange_, needs_bank
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.methods.lora_fa import FrozenA
 from llm_lowrank.numerics.pairs import Pairs
 
 
 @dataclass(frozen=True)
 class Restarting(LoRA):
-    """Freeze all pairs and start new random ones. ReLoRA and COLA say when, and at which rate they are trained."""
+    """Freeze all pairs and start new random ones. ReLoRA, COLA and PLoRA say when, and at which rate they are trained.
+
+    PLoRA also freezes a share of the pairs.
+    """
 
     into: Into = "auto"
     """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
@@ -44,9 +55,8 @@ class Restarting(LoRA):
     bank_pairs: int | None = None
     """Pairs that the bank has room for, more than rank; in proportion for a module with another rank; by default 2
     rank."""
-    moments: Literal["seeded", "zeroed", "pruned"] = "pruned"
-    """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
-    zeroed."""
+    moments: Literal["seeded", "zeroed", "pruned", "kept", "carried"] = "pruned"
+    """Optimizer state at an exchange; each method says which of the choices it has."""
     prune_ratio: float = 0.99
     """Share of each moment that `moments: pruned` sets to zero, smallest first."""
 
@@ -80,14 +90,29 @@ class Restarting(LoRA):
         layers = as_pair_adapters(adapters)
         fresh = [fresh_pairs(adapter, step) for adapter in layers]
         engine.same("the fresh pairs", *(pairs.A for pairs in fresh))
-        events = [self._exchange_layer(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)]
-        return Exchanged.total(events)
+        return Exchanged.total(
+            [self.restart(adapter, engine, pairs) for adapter, pairs in zip(layers, fresh, strict=True)]
+        )
 
-    def _exchange_layer(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
+    def restart(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
+        """Exchange all pairs of a module for fresh ones. Collective."""
+        assert self.moments != "carried", "by ReLoRA alone"
+        return self.freeze(adapter, engine, fresh=fresh, moments=self.moments)
+
+    def freeze(
+        self, adapter: PairAdapter, engine: Engine, *, fresh: Pairs | None = None, share: float = 1.0, moments: Moments
+    ) -> Exchanged:
+        """Freeze all pairs of a module, or a share of each, see exchange_. Collective."""
         slots, lost = self._take_slots(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
-        index = torch.arange(adapter.rank)  # all pairs
         event = exchange_(
-            engine, adapter, index, fresh=fresh, slots=slots, moments=self.moments, prune=self.prune_ratio
+            engine,
+            adapter,
+            torch.arange(adapter.rank),  # all pairs
+            fresh=fresh,
+            slots=slots,
+            share=share,
+            moments=moments,
+            prune=self.prune_ratio,
         )
         return replace(event, lost=event.lost + lost)  # one of the two is 0
 
@@ -109,10 +134,15 @@ class Restarting(LoRA):
 class ReLoRA(Restarting):
     """Freeze all pairs and start new random ones, every `interval` steps."""
 
+    moments: Literal["seeded", "zeroed", "pruned", "carried"] = "pruned"
+    """Optimizer state at an exchange: the largest entries stay, or second moments become their mean (seeded), or all is
+    zeroed, or B's are carried over to the new A, as in Flora (carried, with trains B)."""
     interval: int = 1000
     """Steps between exchanges (the paper's pre-training: 5000)."""
     restart_warmup: int = 50
     """Steps of linear warm-up after an exchange, towards the rate of the recipe (the paper: 50 to 100)."""
+    trains: Literal["AB", "B"] = "AB"
+    """What is trained: both factors, or B alone beside a random A, as in Flora (arXiv 2402.03293)."""
 
     def complaints(self) -> list[str]:
         complaints = super().complaints()
@@ -122,7 +152,36 @@ class ReLoRA(Restarting):
             complaints.append(
                 f"method.interval ({self.interval}) must be more than method.restart_warmup ({self.restart_warmup})"
             )
+        if self.moments == "carried" and self.trains != "B":
+            complaints.append(
+                "method.moments: carried needs method.trains: B, since the gradient of B alone is a projection of W's "
+                "by an A that stays; set it, or method.moments: pruned"
+            )
         return complaints
+
+    def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:
+        if self.trains == "B":
+            return FrozenA(name, linear, codec, settings, a_init="kaiming")
+        return super().layer(name, linear, codec, settings)
+
+    def restart(self, adapter: PairAdapter, engine: Engine, fresh: Pairs) -> Exchanged:
+        if self.moments != "carried":
+            return super().restart(adapter, engine, fresh)
+        old, moments = engine.whole(adapter.A), engine.slot(adapter.B).moments
+        event = self.freeze(adapter, engine, fresh=fresh, moments="seeded")
+        starts = engine.settings.kind.moments
+
+        def carry() -> list[Tensor]:
+            return [
+                carry_first(m, old, fresh.A.to(m.device)) if starts[name] == "zero" else carry_second(m)
+                for name, m in moments.items()
+            ]
+
+        carried = engine.broadcast(carry)
+        with engine.edit(adapter.B) as (b,):
+            for name, moment in zip(moments, carried, strict=True):
+                b.moments[name].copy_(moment)
+        return event
 
     def exchange_steps(self, total_steps: int) -> range:
         """Every multiple of interval that leaves at least one step at the full rate behind its warm-up."""
@@ -143,6 +202,20 @@ class ReLoRA(Restarting):
         done = [exchanged for exchanged in self.exchange_steps(total_steps) if exchanged <= step]
         warm = min(1.0, (step - done[-1] + 1) / max(1, self.restart_warmup)) if done else 1.0
         return [each * warm for each in super().rates(adapters, step, total_steps, rate)]
+
+
+def carry_first(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Return m P_old P_new^T with P = sqrt(3 n / r) A, the first moment (m, r) of B beside a new A (r, n).
+
+    Over random A this is the expected moment that B would have if the new A had been there from the start.
+    """
+    r, n = old.shape
+    return (moment.double() @ (old.double() @ new.double().T) * (3 * n / r)).to(moment.dtype)
+
+
+def carry_second(moment: Tensor) -> Tensor:
+    """Return the mean of each row of a second moment (m, r) of B: the rows of a random A are alike to row i of B."""
+    return moment.mean(1, keepdim=True).expand_as(moment)
 
 
 def fresh_pairs(adapter: PairAdapter, step: int) -> Pairs:

@@ -9,6 +9,14 @@ https://arxiv.org/abs/2505.12433
 There is no published code: this is SRLoRA as we read the paper, which calls an exchange a switch. We decided three
 things that the paper leaves open: exchange k of N follows step round(k total / (N + 1)); scores are ranked within a
 module; the second moments of fresh pairs are the mean over the pairs that stay.
+
+The published score grows with the size of a pair: if G = dL/dW stays and both a_k and b_k are c times as long, it is
+c^4 times as large. Fresh pairs have the smallest singular values, so it takes them first. Two other scores, ours, do
+not depend on the size (`score`; a' and b' are those after the last exchange, or at the start):
+
+    paper      S_k
+    unit       S_k / (|a_k|^2 |b_k|^2)                    what S_k would be if a_k and b_k were of length 1
+    change     |b_k a_k - b'_k a'_k| / |b'_k a'_k|        Frobenius norms
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -32,6 +41,8 @@ from llm_lowrank.methods.pissa import PiSSA
 from llm_lowrank.numerics.pairs import Pairs
 
 SCORED = ("A", "B")  # the parameters whose entries make a pair's score
+PAST = "past_{}"  # in an adapter's memory: this rank's span of A or B after the last exchange
+SHORT = 10  # steps; the last 7 gradients have 1 - 0.85^7 = 68 % of the weight in the mean importance
 
 
 @Method.register_subclass("srlora")
@@ -50,6 +61,10 @@ class SRLoRA(PiSSA):
     into: Into = "auto"
     """Where frozen pairs go: into the weight, or unrounded into a bank beside it; auto: weight if it is float32, else
     bank."""
+    score: Literal["paper", "unit", "change"] = "paper"
+    """What an exchange ranks pairs by. paper: the published score, which replaces the pairs that came last. unit: that
+    score as if all pairs had the length 1. change: the share of itself by which a pair changed since the last
+    exchange."""
     moments: Literal["seeded", "zeroed"] = "seeded"
     """Second moment of fresh pairs: mean of those that stay, or zero (first updates up to 6.5 times too large)."""
     paper_schedule: bool = False
@@ -76,11 +91,14 @@ class SRLoRA(PiSSA):
 
     @property
     def swap(self) -> int:
-        """r' = gamma r, at least 1."""
-        return max(1, round(self.gamma * self.rank))
+        """r' = gamma r rounded, halves upwards, at least 1."""
+        return max(1, math.floor(self.gamma * self.rank + 0.5))
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        return scores.statistics_bytes(as_pair_adapters(adapters), SCORED), super().statistics(adapters)[1]
+        layers = as_pair_adapters(adapters)
+        if self.score == "change":  # A and B as they were
+            return sum(a.A.nbytes + a.B.nbytes for a in layers), super().statistics(adapters)[1]
+        return scores.statistics_bytes(layers, SCORED), super().statistics(adapters)[1]
 
     def bank(self, codec: Codec) -> int:
         return self.target_rank - self.rank if needs_bank(self.into, codec) else 0
@@ -101,6 +119,15 @@ class SRLoRA(PiSSA):
         )
         return tuple(step for step, _ in exchanges)
 
+    def advice(self, exchange_steps: Sequence[int]) -> list[str]:
+        shortest = min((b - a for a, b in pairwise((0, *exchange_steps))), default=SHORT)
+        if shortest >= SHORT or self.score == "change":
+            return []
+        return [
+            f"the shortest interval between exchanges has {shortest} steps: scores of fewer than {SHORT} rank pairs by "
+            "little more than one gradient; lower method.target_rank, raise method.gamma or train longer"
+        ]
+
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = as_pair_adapters(adapters)
         principal = self.principal_pairs(layers, engine, [self.target_rank] * len(layers))
@@ -118,12 +145,18 @@ class SRLoRA(PiSSA):
             adapter.memory["visited"] = torch.tensor(self.rank)
             # 1 for the pairs that came at the last exchange
             adapter.memory["fresh"] = torch.zeros(self.rank, dtype=torch.int64, device=engine.device)
+            # 1 for the pairs of the start
+            adapter.memory["first"] = torch.ones(self.rank, dtype=torch.int64, device=engine.device)
             # how many pairs the last exchange replaced: (all, those that had come at the exchange before it)
             adapter.memory["replaced"] = torch.zeros(2, dtype=torch.int64)
-        scores.remember(adapters, engine, SCORED)
+            if self.score == "change":
+                remember_past(adapter, engine)
+        if self.score != "change":
+            scores.remember(adapters, engine, SCORED)
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
-        scores.observe(adapters, engine, SCORED, beta1=self.beta1, beta2=self.beta2)
+        if self.score != "change":
+            scores.observe(adapters, engine, SCORED, beta1=self.beta1, beta2=self.beta2)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
@@ -146,7 +179,11 @@ class SRLoRA(PiSSA):
             adapter.memory["replaced"].copy_(torch.tensor([count, int(fresh[index].sum())]))
             fresh.zero_()
             fresh[index] = 1
-            scores.begin_anew(adapter, SCORED)
+            adapter.memory["first"][index] = 0
+            if self.score == "change":
+                remember_past(adapter, engine)
+            else:
+                scores.begin_anew(adapter, SCORED)
         engine.same("the exchanged pairs", *decisions)
         return Exchanged.total(events)
 
@@ -155,7 +192,9 @@ class SRLoRA(PiSSA):
 
             replaced_fresh         of the pairs that the last exchange replaced in all modules, those that had come at
                                    the exchange before it; 0 before the second exchange
-            replaced_fresh_share   the same, divided by all pairs that the last exchange replaced; 0 before the second
+            replaced_fresh_share   the same, divided by all pairs that the last exchange replaced; 0 before the second.
+                                   A choice by chance would have r' / r
+            never_replaced_share   of all trained pairs, those of the start; by chance (1 - r' / r)^exchanges
             score_variation        std_k(S_k) / mean_k(S_k) over the r pairs of a module, mean over the modules; 0 where
                                    all pairs matter alike, sqrt(r - 1) where only one does. Missing directly after an
                                    exchange, where there are no scores yet
@@ -164,7 +203,11 @@ class SRLoRA(PiSSA):
         """
         layers = as_pair_adapters(adapters)
         replaced, fresh = torch.stack([a.memory["replaced"] for a in layers]).sum(0).tolist()
-        numbers = {"replaced_fresh": fresh, "replaced_fresh_share": fresh / replaced if replaced else 0.0}
+        numbers = {
+            "replaced_fresh": fresh,
+            "replaced_fresh_share": fresh / replaced if replaced else 0.0,
+            "never_replaced_share": float(torch.stack([a.memory["first"] for a in layers]).double().mean()),
+        }
         found = self.scores(layers, engine)
         found = found[found.sum(1) > 0]
         if len(found):
@@ -186,14 +229,58 @@ class SRLoRA(PiSSA):
         return choice
 
     def scores(self, adapters: list[PairAdapter], engine: Engine) -> Tensor:
-        """Return S_k of every pair: (modules, r) float64. Collective."""
-        return torch.stack(scores.scores(adapters, engine, SCORED))
+        """Return what `score` names, of every pair: (modules, r) float64. Collective."""
+        tiny = torch.finfo(torch.float64).tiny  # a pair of length 0, which has no gradient, scores 0
+        if self.score == "change":
+            return relative_changes(adapters, engine, tiny)
+        found = torch.stack(scores.scores(adapters, engine, SCORED))
+        if self.score == "unit":
+            found = found / squared_lengths(adapters, engine).prod(1).clamp_min(tiny)
+        return found
 
 
 def _waiting(adapter: PairAdapter, where: slice) -> list[Tensor]:
     assert adapter.reserve is not None
     fresh = adapter.reserve.take(where)
     return [fresh.B, fresh.A]
+
+
+def remember_past(adapter: Adapter, engine: Engine) -> None:
+    """Remember A and B as they are now, each rank its spans. Local."""
+    for name in SCORED:
+        adapter.memory[PAST.format(name)] = engine.span(getattr(adapter, name)).value.clone()
+        adapter.spans[PAST.format(name)] = name
+
+
+def squared_lengths(adapters: Sequence[PairAdapter], engine: Engine) -> Tensor:
+    """Return |a_k|^2 and |b_k|^2 of every pair: (modules, 2, r) float64. Collective."""
+    mine = []
+    for adapter in adapters:
+        values = {name: engine.span(getattr(adapter, name)).value.double() for name in SCORED}
+        mine.append(torch.stack([scores.pair_totals(adapter, engine, name, v * v) for name, v in values.items()]))
+    return engine.sum(torch.stack(mine))
+
+
+def relative_changes(adapters: Sequence[PairAdapter], engine: Engine, tiny: float) -> Tensor:
+    """Return |b_k a_k - b'_k a'_k| / |b'_k a'_k| of every pair: (modules, r) float64. Collective.
+
+    a' and b' are what `remember_past` remembered. With da = a - a' and db = b - b' the change is db a + b' da, whose
+    square is |db|^2 |a|^2 + |b'|^2 |da|^2 + 2 (b' . db) (a . da): exactly 0 if nothing moved.
+    """
+    mine = []
+    for adapter in adapters:
+        sums = []
+        for name in SCORED:
+            now = engine.span(getattr(adapter, name)).value.double()
+            past = adapter.memory[PAST.format(name)].double()
+            one, moved = now if name == "A" else past, now - past
+            products = (one * one, moved * moved, one * moved, past * past)
+            sums.append(torch.stack([scores.pair_totals(adapter, engine, name, product) for product in products]))
+        mine.append(torch.stack(sums))
+    of_A, of_B = engine.sum(torch.stack(mine)).unbind(1)  # (modules, 4, r) each
+    (a, da, a_da, past_a), (b, db, b_db, past_b) = of_A.unbind(1), of_B.unbind(1)
+    squares = db * a + b * da + 2 * b_db * a_da
+    return (squares.clamp_min(0) / (past_a * past_b).clamp_min(tiny)).sqrt()
 
 
 def exchange_schedule(

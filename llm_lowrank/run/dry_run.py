@@ -123,7 +123,12 @@ def schedule(recipe: Recipe, folder: Path, world: int, adapters: list[Adapter]) 
     steps = recipe.method.schedule(total, adapters)
     when = f"after step {', '.join(map(str, steps))}" if steps else "none"
     rates = schedule_of(recipe, total)
-    return f"schedule, {batch}\n{total} optimizer steps, {len(steps)} exchanges: {when}\nlearning rate: {rates}"
+    lines = [
+        f"schedule, {batch}",
+        f"{total} optimizer steps, {len(steps)} exchanges: {when}",
+        f"learning rate: {rates}",
+    ]
+    return "\n".join([*lines, *recipe.method.advice(steps)])
 
 
 def total_steps(recipe: Recipe, folder: Path, world: int) -> int:

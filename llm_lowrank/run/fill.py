@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        recipe = parse(_as_settings(argv))
+        recipe = parse(as_settings(argv))
         print(fill(recipe))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _as_settings(argv: list[str]) -> list[str]:
+def as_settings(argv: list[str]) -> list[str]:
     """Return the arguments as those of launch/train.py; the recipe may stand first, without a name."""
     if not argv or argv[0].startswith("--"):
         return argv

@@ -157,7 +157,9 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
             layers += count
         read, decoded = _moved(module)
         weights, decoding = weights + read, decoding + decoded
-        if any(p.requires_grad for p in module.parameters(recurse=False)):  # vectors too, which count as no product
+        owners = (module, *(module.borrows if isinstance(module, FrozenLinear) else ()))
+        # vectors too, which count as no product
+        if any(p.requires_grad for owner in owners for p in owner.parameters(recurse=False)):
             behind = True
             started.append(name)
     return Work(layers, last, _attention_of(config, started), recomputed, weights, decoding)
@@ -169,10 +171,11 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
         frozen, trained = float(module.shape[0] * module.shape[1]), 0.0
         if isinstance(module, Adapter):
             own = dict(module.named_parameters(recurse=False))
-            beside = [p for key, p in own.items() if key not in module.part_names and p.ndim > 1]
+            beside = {key: p for key, p in own.items() if key not in module.part_names and p.ndim > 1}
             lent_frozen, lent_trained = module.lent()
-            trained = float(lent_trained + sum(p.numel() for p in beside if p.requires_grad))
-            frozen += lent_frozen + sum(p.numel() for p in beside if not p.requires_grad)
+            computed = sum(p.numel() for key, p in beside.items() if p.requires_grad or key in module.like_trained)
+            trained = float(lent_trained + computed)
+            frozen += lent_frozen + sum(p.numel() for p in beside.values()) - computed
         return Matrices(frozen, frozen * behind, trained)
     frozen = 0.0
     for key, p in module.named_parameters(recurse=False):

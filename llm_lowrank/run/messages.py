@@ -58,6 +58,7 @@ def opening(run: Run) -> str:
         lines.append(f"the chat template writes the date: {run.corpus.date}, also when the run resumes")
     if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
         lines.append(_exchanges(run, run.adapters[0]))
+    lines += recipe.method.advice(run.exchange_steps)
     return "\n".join(lines)
 
 

@@ -56,6 +56,7 @@ OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
     "srlora": (PAIRS, INTO),
     "relora": ({**PAIRS, "interval": 100}, INTO),
     "cola": (PAIRS, INTO),
+    "plora": ({**PAIRS, "interval": 100}, INTO),
     "droplora": (
         PAIRS,
         {
