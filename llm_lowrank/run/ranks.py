@@ -54,6 +54,8 @@ from llm_lowrank.run.recipe import Recipe, parse
 
 LARGEST = {"eva": 2}  # the largest rank as a multiple of the budget: EVA's rho
 LARGEST_ELSE = 4
+SAMPLES = {"gelora": 256}  # a point is a sample
+SAMPLES_ELSE = 64
 ROOM = (
     2**31
 )  # bytes of dense gradients, or of second moments of inputs, at a time; more passes over the samples if more
@@ -95,7 +97,8 @@ def main(argv: list[str]) -> int:
         recipe = parse(as_settings(rest))
         budget = getattr(recipe.method, "rank", 1) if options.budget is None else options.budget
         most = LARGEST.get(options.rule, LARGEST_ELSE) * budget if options.max is None else options.max
-        wanted = Wanted(options.rule, budget, options.min, most, options.samples)
+        samples = SAMPLES.get(options.rule, SAMPLES_ELSE) if options.samples is None else options.samples
+        wanted = Wanted(options.rule, budget, options.min, most, samples)
         output = Path(options.output).expanduser()
         if output.exists():
             raise RecipeError(f"--output: {output} exists; remove it, or name another file")
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--min", type=int, default=1, help="the lowest rank of a module, by default 1")
     parser.add_argument("--max", type=int, help="the highest, by default 4 x the budget, for eva 2 x")
-    parser.add_argument("--samples", type=int, default=256, help="of the training data; not for stable-rank")
+    parser.add_argument("--samples", type=int, help="of the training data, by default 64, for gelora 256")
     parser.add_argument("--output", default="ranks.yaml", help="the file to write, by default ranks.yaml")
     return parser
 
