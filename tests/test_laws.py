@@ -66,6 +66,9 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "srlora": {  # s = 1.5; switches of 2 and 1 pairs after steps 1 and 3
         f"srlora-{into}": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into=into)
         for into in ("weight", "bank")
+    }
+    | {  # what it remembers are values, not statistics
+        "srlora-change": dict(PAIRS, alpha=6, target_rank=7, gamma=0.5, svd_cache="", into="weight", score="change")
     },
     "adalora": {  # from 64 to 56 pairs of 8 modules, after steps 2 and 3; a module without a pair is in its own test
         "adalora": dict(PAIRS, rank=8, alpha=12, target_rank=7, interval=1, initial_share=0.25, final_share=0.25)
@@ -138,6 +141,7 @@ THINNER = (
 )  # their arithmetic is float32 whatever W is stored in
 # made of layers that others vouch for: beside one rank the one engine of several that their own lines could break
 THINNEST = {
+    "srlora-change": ("zero3", 3),
     "relora-flora-bank": ("zero3", 3),
     "sora": ("zero2", 2),
     "beamlora": ("zero3", 3),
