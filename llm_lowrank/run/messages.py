@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unused
 from llm_lowrank.models.architectures import names_of_experts
@@ -56,7 +56,7 @@ def opening(run: Run) -> str:
         lines.append(describe_unused(run.corpus.unused))
     if run.corpus.date:
         lines.append(f"the chat template writes the date: {run.corpus.date}, also when the run resumes")
-    if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
+    if run.exchange_steps and hasattr(run.adapters[0], "bank_A"):
         lines.append(_exchanges(run, run.adapters[0]))
     lines += recipe.method.advice(run.exchange_steps)
     return "\n".join(lines)
@@ -93,7 +93,7 @@ def _beyond_positions(run: Run) -> list[str]:
     ]
 
 
-def _exchanges(run: Run, adapter: PairAdapter) -> str:
+def _exchanges(run: Run, adapter: Adapter) -> str:
     """When pairs are exchanged, where the frozen ones go, and why."""
     where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
     lossy = "would round away part of" if adapter.codec.writable else "would round away"

@@ -18,7 +18,7 @@ from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
-from llm_lowrank.run.calibration import calibrate
+from llm_lowrank.run.calibration import calibrate, exchange
 from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.memory import compare, predict
@@ -132,7 +132,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                 run.say(describe_skipped_step(run, step, norm, in_a_row=skipped_in_a_row))
             if step in run.exchange_steps:
                 engine.at(f"the exchange after step {step}")
-                hook = partial(recipe.method.exchange, run.adapters, engine, step)
+                hook = partial(exchange, run, model, step)
                 if (event := measure_exchange(engine, hook, recipe.method.changes_function)) is not None:
                     run.say(log_exchange(metrics, step, event))
             bar.update()
