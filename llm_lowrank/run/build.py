@@ -19,10 +19,10 @@ from llm_lowrank.models.architectures import limits_of, skeleton, tied_modules
 from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
+from llm_lowrank.run import SHIPPED
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import Recipe
 
-ROOT = Path(__file__).parents[2]  # holds ds_configs/ in a checkout
 WARMUP = 5  # steps, where the recipe names none and the run is long enough
 
 
@@ -182,13 +182,13 @@ def read_data(
 
 
 def deepspeed_config(recipe: Recipe) -> Path:
-    """The JSON that `deepspeed:` names: relative to the working directory, else to the repository."""
+    """The JSON that `deepspeed:` names: relative to the working directory, else to SHIPPED."""
     given = Path(recipe.deepspeed).expanduser()
-    for path in (given, ROOT / given):
+    for path in (given, SHIPPED / given):
         if path.is_file():
             return path
-    there = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ds_configs/*.json"))) or "none"
-    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
+    there = ", ".join(sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob("ds_configs/*.json"))) or "none"
+    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {SHIPPED}; there are {there}")
 
 
 def engine_settings(recipe: Recipe) -> Any:
