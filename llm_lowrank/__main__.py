@@ -31,7 +31,10 @@ HOMES = {  # command -> the module whose `main` takes the arguments; it is impor
 
 def main(argv: list[str] | None = None) -> int:
     """Do what a command line says, by default the one of this process; return the exit code."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0].startswith("--local_rank="):  # deepspeed's launcher puts it first; the environment says it too
+        words = words[1:]
+    command, *rest = words or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())
         return 0
