@@ -21,7 +21,9 @@ from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines import Engine, make
 from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import checkpoint
+from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run.calibration import calibrate_on
@@ -156,6 +158,8 @@ class Trainee:
         self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
+        if isinstance(method, LoRA) and method.adapter:
+            inherit(open_adapter(method.adapter), self.model, self.adapters, role=method.adapter_role)
         self.checkpoint = Checkpoint(self.original)
         bind(self.model, self.adapters, self.checkpoint)
         self.max_grad_norm = max_grad_norm

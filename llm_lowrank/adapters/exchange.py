@@ -265,9 +265,11 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
     Return the number of filled slots and |dropped| / |bank|. Rank 0 decomposes. Collective.
     """
+    The slots of an inherited adapter stay as they are.
     assert adapter.bank_A is not None and adapter.bank_B is not None
     with engine.edit(adapter.bank_A, adapter.bank_B) as (a, b):
-        bank = Pairs(b.value, a.value)
+        room = adapter.bank_room
+        bank = Pairs(b.value, a.value).take(slice(room))
 
         def compress() -> list[Tensor]:
             small, dropped = bank.compress(most=most)
@@ -278,8 +280,8 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
         small_B, small_A, lost = engine.broadcast(compress)
         used = len(small_A)
-        a.value[:used], a.value[used:] = small_A, 0.0
-        b.value[:, :used], b.value[:, used:] = small_B, 0.0
+        a.value[:used], a.value[used:room] = small_A, 0.0
+        b.value[:, :used], b.value[:, used:room] = small_B, 0.0
     engine.same("the compressed bank", small_B, small_A)
     for p, slot in ((adapter.bank_A, a), (adapter.bank_B, b)):
         assert torch.equal(engine.whole(p), slot.value), f"{adapter.name}: a compressed bank did not reach the forward"

@@ -86,6 +86,11 @@ class Method(draccus.ChoiceRegistry):
         return ""
 
     @property
+    def inherits(self) -> str:
+        """The adapter that the run starts from, as the setting names it, or an empty string."""
+        return ""
+
+    @property
     def calibration(self) -> int:
         """The number of samples for `calibrate`; 0: it is not called."""
         return 0

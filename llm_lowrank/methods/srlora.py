@@ -70,6 +70,8 @@ class SRLoRA(PiSSA):
     paper_schedule: bool = False
     """Use the published interval, with the last exchange at the last step."""
 
+    adapter_roles = ("frozen",)
+
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.target_rank < self.rank:
@@ -133,7 +135,7 @@ class SRLoRA(PiSSA):
         principal = self.principal_pairs(layers, engine, [self.target_rank] * len(layers))
         for adapter, pairs in zip(layers, principal, strict=True):
             # all directions leave W and wait in the bank, or they stay in W and wait in the reserve of rank 0
-            if adapter.bank_A is not None:
+            if adapter.bank_room:
                 yield pairs
             else:
                 adapter.reserve = pairs.take(slice(self.rank, None)) if engine.main else None
@@ -168,7 +170,7 @@ class SRLoRA(PiSSA):
             visited = int(adapter.memory["visited"])
             waiting = slice(visited - self.rank, visited - self.rank + count)
             # the next directions come out of the bank, or rank 0 sends them from its reserve
-            if adapter.bank_A is not None:
+            if adapter.bank_room:
                 events.append(exchange_(engine, adapter, index, slots=waiting, moments=self.moments))
             else:
                 b, a = engine.broadcast(partial(_waiting, adapter, waiting))
