@@ -164,7 +164,8 @@ class SRLoRA(PiSSA):
         layers = as_pair_adapters(adapters)
         # the last exchange has the directions that are left
         count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))
-        choice = self.choose(layers, engine, count)
+        found = self.scores(layers, engine)
+        choice = self.choose(layers, found, engine, count)
         events, decisions = [], [choice]  # every rank must have decided alike
         for adapter, index in zip(layers, choice, strict=True):
             visited = int(adapter.memory["visited"])
@@ -187,7 +188,9 @@ class SRLoRA(PiSSA):
             else:
                 scores.begin_anew(adapter, SCORED)
         engine.same("the exchanged pairs", *decisions)
-        return Exchanged.total(events)
+        replaced = 1 - torch.stack([adapter.memory["first"] for adapter in layers]).double().mean(1)
+        by_module = {"importance": found.mean(1).tolist(), "replaced_share": replaced.tolist()}
+        return Exchanged.total(events, by_module)
 
     def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
         """Return how the pairs' scores differ, and how many fresh pairs the last exchange replaced again. Collective.
@@ -216,12 +219,11 @@ class SRLoRA(PiSSA):
             numbers["score_variation"] = float((found.std(1, correction=0) / found.mean(1)).mean())
         return numbers
 
-    def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
-        """Return the indices of the `count` least important pairs of every module: (modules, count).
+    def choose(self, adapters: list[PairAdapter], found: Tensor, engine: Engine, count: int) -> Tensor:
+        """Return the indices of the `count` pairs of every module that have the smallest `scores`: (modules, count).
 
         Rank 0 decides. Collective.
         """
-        found = self.scores(adapters, engine)
         if not torch.isfinite(found).all():
             bad = adapters[int((~torch.isfinite(found)).any(1).nonzero()[0])].name
             raise RuntimeError(

@@ -145,6 +145,7 @@ def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
         meant=event.meant,
         milliseconds=milliseconds,
         bytes=event.traffic,
+        **({"by_module": dict(event.by_module)} if event.by_module else {}),
     )
     cost = f"{milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
     if event.meant:
