@@ -126,7 +126,7 @@ def test_the_page_has_every_figure_and_loads_nothing(folder):
         *("finished, 6 steps", "2.5 \u2192 1.25", "0.0% \u2192 75.0%", "1,234", "exchange after step 3"),
         *("1 + 1?", "three", "answer before training", "answer after step 6"),
         *("learning_rate", "0.001", "method.type", "lora", "max_steps"),  # differ from the defaults
-        *("--max-lora-rank 8", "PeftModel", "some/model", "launch/merge.py", "torch", "2.0"),
+        *("--max-lora-rank 8", "PeftModel", "some/model", "llm-lowrank merge", "torch", "2.0"),
         "logarithmic colours",
     ):
         assert said in page.text, said
@@ -226,7 +226,7 @@ def test_a_run_writes_its_report_and_a_fault_in_it_is_a_warning(place, tmp_path,
     page = harmless((tmp_path / "out/report.html").read_text(encoding="utf-8"))
     assert "report:" in (said := capsys.readouterr().out) and str(tmp_path / "out/report.html") in said
     assert "finished, 6 steps" in page.text
-    for title in ("Importance at the exchange", "Churn at the exchange", "Effective rank", "Loss per trained token"):
+    for title in ("Importance at step", "Churn at step", "Effective rank", "Loss per trained token"):
         assert title in page.text
     results = read_results(tmp_path / "out")
     assert set(results.learned) == set(results.facts["modules"]) and results.facts["trainable"] > 0

@@ -37,7 +37,7 @@ h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
 p { margin: 6px 0 12px; max-width: 78ch; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); } .warn { color: var(--warn); }
 .tiles, .grid { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 18px 0; }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin: 18px 0; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px; margin: 12px 0; }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 12px; margin: 0; }
@@ -56,8 +56,9 @@ svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-num
 table { border-collapse: collapse; font-size: 14px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); }
 th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; min-width: 64px; } td.n { white-space: nowrap; }
-td.text { min-width: 190px; white-space: pre-wrap; unicode-bidi: isolate; font-size: 13px; }
+td { overflow-wrap: break-word; min-width: 64px; } td.n { white-space: nowrap; }
+dl { margin: 0; font-size: 13px; } dt { color: var(--soft); margin-top: 6px; }
+dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 12px;
   overflow-x: auto; }
@@ -116,17 +117,22 @@ def page(title: str, *content: Content) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', content), lang='en')}\n"
 
 
-def table(heads: Sequence[Content], rows: Iterable[Sequence[Content]], text: Sequence[int] = ()) -> Html:
-    """Return a table that scrolls on its own. Numbers stand on the right; `text`: columns of long texts."""
+def table(heads: Sequence[Content], rows: Iterable[Sequence[Content]]) -> Html:
+    """Return a table that scrolls on its own. Columns of numbers stand on the right."""
     body = list(rows)
     right = [bool(body) and all(_is_number(row[at]) for row in body) for at in range(len(heads))]
-    kinds = ["text" if at in text else "n" if right[at] else None for at in range(len(heads))]
-    head = tag("tr", [tag("th", name, class_=kind and kind[0]) for name, kind in zip(heads, kinds, strict=True)])
+    kinds = ["n" if at_right else None for at_right in right]
+    head = tag("tr", [tag("th", name, class_=kind) for name, kind in zip(heads, kinds, strict=True)])
     lines = [
         tag("tr", [tag("td", _cell(value), class_=kind) for value, kind in zip(row, kinds, strict=True)])
         for row in body
     ]
     return tag("div", tag("table", tag("thead", head), tag("tbody", lines)), class_="scroll")
+
+
+def card(rows: Iterable[tuple[str, Content]]) -> Html:
+    """Return texts with their names above them."""
+    return tag("figure", tag("dl", [(tag("dt", name), tag("dd", text)) for name, text in rows]))
 
 
 def _is_number(value: Content) -> bool:
@@ -147,7 +153,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return "-" if value is None else str(value)
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -267,7 +273,7 @@ def nice_ticks(low: float, high: float, count: int = 5, whole: bool = False) -> 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """The ticks as short texts, no two of which are the same."""
     for digits in range(3, 16):
-        labels = [f"{tick:.{digits}g}" for tick in ticks]
+        labels = [f"{tick:,.0f}" if 1000 <= abs(tick) < 10**6 else f"{tick:.{digits}g}" for tick in ticks]
         if len(set(labels)) == len(labels):
             break
     return [label.replace("e-0", "e-").replace("e+0", "e+") for label in labels]

@@ -1,8 +1,8 @@
 """The report of a run, output_dir/report.html: one page, made of the files in output_dir alone.
 
-`python -m llm_lowrank.run.report report RUN ...` writes the reports of these output folders again, for example after a
-run was stopped. `python -m llm_lowrank.run.report compare RUN RUN ... [--output compare.html]` puts several runs on one
-page. Exit codes: 0 done; 2 a folder is no run's, or a file cannot be read or written.
+`llm-lowrank report RUN ...` writes the reports of these output folders again, for example after a run was stopped.
+`llm-lowrank compare RUN RUN ... [--output compare.html]` puts several runs on one page. Exit codes: 0 done; 2 a folder
+is no run's, or a file cannot be read or written.
 
 A run writes its report at the end. `log_start` records at the start what no other record of metrics.jsonl has.
 results.py reads the files, report_page.py makes the page of them, drawing.py has its charts and tables.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import llm_lowrank
 from llm_lowrank.files import write_text
 from llm_lowrank.models.checkpoint import whole_shape
 from llm_lowrank.models.loading import Loaded
@@ -35,7 +37,7 @@ from llm_lowrank.run.results import read_results
 
 REPORT = "report.html"
 PACKAGES = (
-    *("llm-lowrank", "torch", "deepspeed", "transformers", "tokenizers", "datasets"),
+    *("torch", "deepspeed", "transformers", "tokenizers", "datasets"),
     *("bitsandbytes", "flash-attn", "liger-kernel", "numpy"),
 )
 
@@ -63,7 +65,7 @@ def log_start(metrics: Metrics, run: Run, loaded: Loaded) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a training depends on; those that are not there are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "llm_lowrank": llm_lowrank.__version__}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
@@ -86,7 +88,7 @@ def try_report(folder: Path) -> str:
     except Exception as error:
         return (
             f"warning: the run is done and saved, but its report was not written: {type(error).__name__}: {error}; "
-            f"python -m llm_lowrank.run.report report {folder} tries again"
+            f"llm-lowrank report {shlex.quote(str(folder))} tries again"
         )
 
 
@@ -110,7 +112,7 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Do what the command line says: `report RUN ...` or `compare RUN RUN ...`. Return the exit code."""
-    parser = argparse.ArgumentParser("python -m llm_lowrank.run.report", description="Reports of runs as HTML pages.")
+    parser = argparse.ArgumentParser("llm-lowrank", description="Reports of runs as HTML pages.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("report", help="write RUN/report.html again")
     one.add_argument("runs", nargs="+", metavar="RUN", help="the output folder of a run")
@@ -130,7 +132,3 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

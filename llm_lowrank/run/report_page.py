@@ -14,6 +14,7 @@ from llm_lowrank.models.export import VLLM_RANKS
 from llm_lowrank.run.drawing import (
     Content,
     Html,
+    card,
     chart,
     layer_map,
     number,
@@ -176,7 +177,7 @@ def module_maps(results: Results, events: Sequence[dict[str, Any]]) -> Iterable[
             values = dict(zip(modules, having[at]["by_module"][name], strict=True))
             label, meaning = FIGURES.get(name, (name.replace("_", " ").capitalize(), ""))
             step = having[at]["step"]
-            yield layer_map(f"{label} at the exchange after step {step}", values, meaning)
+            yield layer_map(f"{label} at step {step}", values, meaning)
 
 
 def learned(results: Results) -> Content:
@@ -235,16 +236,15 @@ def samples(results: Results) -> Content:
     if not found:
         return tag("p", "There are no sample answers: only data with questions that are scored have some.")
     before, after = answers(found[0]), answers(found[-1])
-    if len(found) == 1:
-        rows = [[question, expected, text, score] for question, (text, expected, score) in after.items()]
-        heads = ["question", "expected", _when(found[0]), "score"]
-        return table(heads, rows, text=(0, 1, 2))
-    rows = [
-        [question, expected, before.get(question, ("-",))[0], text, score]
-        for question, (text, expected, score) in after.items()
-    ]
-    heads = ["question", "expected", _when(found[0]), _when(found[-1]), "score"]
-    return table(heads, rows, text=(0, 1, 2, 3))
+    cards = []
+    for question, (text, expected, score) in after.items():
+        rows: list[tuple[str, Content]] = [("question", question), ("expected", expected)]
+        if len(found) > 1 and question in before:
+            rows.append((_when(found[0]), before[question][0]))
+        said = "" if score is None else f", score {number(score)}"
+        cards.append(card([*rows, (_when(found[-1]) + said, text)]))
+    said = "An answer is cut a few tokens behind the length of the longest answer in the data."
+    return [tag("p", said, class_="soft"), _grid(cards)]
 
 
 def _when(record: dict[str, Any]) -> str:
@@ -341,7 +341,7 @@ def serving(results: Results) -> Content:
     if results.has_merged:
         content += [tag("p", "The merged model, a whole checkpoint:"), tag("pre", f"vllm serve {merged}")]
     else:
-        command = f"python launch/merge.py --checkpoint {shlex.quote(str(folder))} --output {merged}"
+        command = f"llm-lowrank merge --checkpoint {shlex.quote(str(folder))} --output {merged}"
         content += [tag("p", "There is no merged model yet. This command writes it:"), tag("pre", command)]
     return content
 
@@ -352,7 +352,8 @@ def versions_table(runs: Sequence[Results]) -> Content:
     names = dict.fromkeys(name for versions in found for name in versions)
     if not names:
         return tag("p", "The run recorded no versions.")
-    return table(["package", *_names(runs)], [[name, *(versions.get(name) for versions in found)] for name in names])
+    heads = _names(runs) if len(runs) > 1 else ["version"]
+    return table(["package", *heads], [[name, *(versions.get(name) for versions in found)] for name in names])
 
 
 # --- the page about several runs --------------------------------------------------------------------------------------
@@ -457,8 +458,12 @@ def common_samples(runs: Sequence[Results]) -> Content:
     common = [question for question in found[0] if all(question in answered for answered in found)]
     if not common:
         return tag("p", "No question was put to all of these runs.")
-    rows = [[question, found[0][question][1], *(answered[question][0] for answered in found)] for question in common]
-    return table(["question", "expected", *_names(runs)], rows, text=range(2 + len(runs)))
+    names = _names(runs)
+    cards = []
+    for question in common:
+        said = [(name, answered[question][0]) for name, answered in zip(names, found, strict=True)]
+        cards.append(card([("question", question), ("expected", found[0][question][1]), *said]))
+    return _grid(cards)
 
 
 def differing(runs: Sequence[Results]) -> Content:

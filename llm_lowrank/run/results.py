@@ -93,7 +93,9 @@ def read_results(folder: str | Path) -> Results:
         try:
             lora = Lora.open(folder / "adapter")
             adapter = lora.config
-            learned = {module: Learned.of(lora, module) for module in tqdm(lora.modules, "report", leave=False)}
+            order = _modules(records)
+            modules = sorted(lora.modules, key=lambda module: order.get(module, len(order)))
+            learned = {module: Learned.of(lora, module) for module in tqdm(modules, "report", leave=False)}
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             notes.append(f"the adapter is not shown: {error}")
     else:
@@ -113,6 +115,12 @@ def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if bad:
         notes.append(f"{bad} line(s) of {path.name} cannot be read and are left out")
     return records
+
+
+def _modules(records: list[dict[str, Any]]) -> dict[str, int]:
+    """The places of modules in the model, as far as they are recorded: the adapter has them by the alphabet."""
+    found = [record["facts"].get("modules", []) for record in records if isinstance(record.get("facts"), dict)]
+    return {module: at for at, module in enumerate(found[-1])} if found else {}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
