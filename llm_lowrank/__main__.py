@@ -5,6 +5,8 @@
     merge      write a trained adapter and its base model as one model
     inspect    look at the data before training
     ranks      plan how many pairs each module gets
+    report     write the report of a run, again
+    compare    put several runs on one page
     support    print which methods, engines and codecs do not go together
     recipes    print the folder of the recipes that come with the library
 
@@ -25,6 +27,8 @@ HOMES = {  # command -> the module whose `main` takes the arguments; it is impor
     "merge": "llm_lowrank.run.merge",
     "inspect": "llm_lowrank.run.inspect_data",
     "ranks": "llm_lowrank.run.ranks",
+    "report": "llm_lowrank.run.report",
+    "compare": "llm_lowrank.run.report",
     "support": "llm_lowrank.run.support",
 }
 
@@ -32,7 +36,7 @@ HOMES = {  # command -> the module whose `main` takes the arguments; it is impor
 def main(argv: list[str] | None = None) -> int:
     """Do what a command line says, by default the one of this process; return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0].startswith("--local_rank="):  # deepspeed's launcher puts it first; the environment says it too
+    if words and words[0].startswith("--local_rank="):  # of deepspeed's launcher; the environment says the same
         words = words[1:]
     command, *rest = words or ["--help"]
     if command in ("-h", "--help"):
@@ -51,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: str, argv: list[str]) -> int:
     """Run one of the commands; return its exit code."""
-    return import_module(HOMES[command]).main(argv)
+    words = [command, *argv] if command in ("report", "compare") else argv  # two of one module
+    return import_module(HOMES[command]).main(words)
 
 
 if __name__ == "__main__":

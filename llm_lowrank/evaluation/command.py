@@ -13,6 +13,16 @@ from llm_lowrank.evaluation.run import Settings, evaluate
 
 def main(argv: list[str]) -> int:
     """Evaluate as a command line says; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        evaluate(Settings(**vars(args)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "llm-lowrank evaluate",
         description=__doc__.partition("\n")[0],
@@ -89,13 +99,7 @@ def main(argv: list[str]) -> int:
     harness.add_argument("--num_fewshot", type=int, help="Examples in the prompt. By default as the task says.")
     harness.add_argument("--apply_chat_template", action="store_true", help="Ask in a chat.")
     harness.add_argument("--include_path", metavar="FOLDER", help="A folder with task files of your own (.yaml).")
-    args = parser.parse_args(argv)
-    try:
-        evaluate(Settings(**vars(args)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 def names(text: str) -> tuple[str, ...]:

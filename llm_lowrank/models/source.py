@@ -341,7 +341,7 @@ def _tensor_files(path: Path) -> dict[str, str]:
         indexed = dict.fromkeys(stored_names(path / SINGLE), SINGLE)
     elif (path / "adapter_config.json").is_file():
         raise ValueError(
-            f"{path} is an adapter, not a model; merge it first: launch/merge.py --checkpoint {path} --output "
+            f"{path} is an adapter, not a model; merge it first: llm-lowrank merge --checkpoint {path} --output "
             "NEW_FOLDER"
         )
     elif [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
