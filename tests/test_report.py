@@ -5,7 +5,9 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from llm_lowrank.files import write_json, write_safetensors
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.numerics.pairs import Pairs
 from llm_lowrank.numerics.spectrum import effective_rank
-from llm_lowrank.run import drawing, report
+from llm_lowrank.run import drawing, dry_run, memory, report
+from llm_lowrank.run.flops import work_of
+from llm_lowrank.run.hardware import GPUS
 from llm_lowrank.run.messages import log_exchange
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.recipe import Recipe, parse, save
@@ -238,3 +242,30 @@ def test_a_run_writes_its_report_and_a_fault_in_it_is_a_warning(place, tmp_path,
 
     monkeypatch.setattr(report, "write_report", broken)
     assert "its report was not written: KeyError: 'a fault'" in report.try_report(tmp_path / "out")
+
+
+def test_the_predicted_step_is_that_of_a_dry_run_and_stands_beside_the_measured_one(place, folder):  # noqa: F811
+    arguments = [a for a in recipe(place, engine="plain", dtype="bfloat16") if "svd_cache" not in a]
+    settings = replace(parse(arguments), method=LoRA(rank=4))
+    text = dry_run.describe(replace(settings, gpu="h100", dry_run=True), world=2)
+    (line,) = [line for line in text.splitlines() if line.startswith("step, links hidden, s")]
+    titles = next(line for line in text.splitlines() if line.startswith("predicted step on h100, 2"))[36:].split()
+    dry = float(line[36:].split()[titles.index("*plain")])
+
+    model, _ = dry_run.build_model(settings, place / "model")
+    sizes = memory.sizes_of(model, settings.method)
+    (held,) = [way.held for way in memory.columns(settings, sizes, 2) if way.chosen]
+    run = SimpleNamespace(recipe=settings, engine=SimpleNamespace(world=2), work=work_of(model, False))
+    found = report.predicted_step(run, memory.Predicted(1.0, held, sizes, 0), GPUS["h100"])
+    least, most = found["seconds_per_step"]
+    assert least == pytest.approx(dry, rel=0.01) and least < most
+    assert found["tokens_per_second"][1] == pytest.approx(2 * 2 * 64 / least)  # 2 ranks, 2 rows of 64 tokens
+
+    with (folder / "metrics.jsonl").open("a") as file:
+        facts = {**read_results(folder).facts, "predicted": found}
+        file.write(json.dumps({"kind": "run", "step": 0, "facts": facts}) + "\n")
+    assert report.main(["report", str(folder)]) == 0
+    page = harmless((folder / "report.html").read_text(encoding="utf-8"))
+    assert (
+        f"{drawing.number(found['tokens_per_second'][0], 3)} to " in page.text and "data sheet of NVIDIA" in page.text
+    )

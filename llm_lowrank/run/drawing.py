@@ -36,14 +36,14 @@ h2 { font-size: 18px; margin: 36px 0 10px; padding-top: 14px; border-top: 1px so
 h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
 p { margin: 6px 0 12px; max-width: 78ch; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); } .warn { color: var(--warn); }
-.tiles, .grid { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin: 18px 0; }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px; margin: 12px 0; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; } .tile { flex: 1 1 auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px;
+  margin: 12px 0; }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 12px; margin: 0; }
 .tile b { display: block; font-size: 18px; line-height: 1.3; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
-.tile span { color: var(--soft); font-size: 13px; display: block; }
+.tile span { color: var(--soft); font-size: 13px; display: block; max-width: 18ch; }
 figure { min-width: 0; } figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: 13px; margin-top: 6px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }

@@ -18,16 +18,18 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import llm_lowrank
 from llm_lowrank.files import write_text
 from llm_lowrank.models.checkpoint import whole_shape
 from llm_lowrank.models.loading import Loaded
 from llm_lowrank.models.source import Source
-from llm_lowrank.run import report_page
+from llm_lowrank.run import forecast, report_page
+from llm_lowrank.run.hardware import Gpu, find
+from llm_lowrank.run.memory import Predicted
 from llm_lowrank.run.merging import merge_adapter
 from llm_lowrank.run.messages import describe_batch
 from llm_lowrank.run.metrics import Metrics
@@ -37,7 +39,7 @@ from llm_lowrank.run.results import read_results
 
 REPORT = "report.html"
 PACKAGES = (
-    *("torch", "deepspeed", "transformers", "tokenizers", "datasets"),
+    *("llm-lowrank", "torch", "deepspeed", "transformers", "tokenizers", "datasets"),
     *("bitsandbytes", "flash-attn", "liger-kernel", "numpy"),
 )
 
@@ -45,11 +47,11 @@ PACKAGES = (
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
-def log_start(metrics: Metrics, run: Run, loaded: Loaded) -> None:
+def log_start(metrics: Metrics, run: Run, loaded: Loaded, predicted: Predicted) -> None:
     """Record what loading did, and what this start trains, on what, with which versions."""
     step, engine, device = run.resume_step or 0, run.engine, run.engine.device
     metrics.write("load", step, **loaded.figures())
-    facts = {
+    facts: dict[str, Any] = {
         "model": run.source.name,
         "engine": f"{type(engine).__name__}, {engine.world} rank(s) on {device.type}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -60,12 +62,26 @@ def log_start(metrics: Metrics, run: Run, loaded: Loaded) -> None:
         "modules": [adapter.name for adapter in run.adapters],
         "versions": versions(),
     }
+    if device.type == "cuda" and (gpu := find(facts["device"])) is not None:
+        facts["predicted"] = predicted_step(run, predicted, gpu)
     metrics.write("run", step, facts=facts)
+
+
+def predicted_step(run: Run, predicted: Predicted, gpu: Gpu) -> dict[str, Any]:
+    """What the data sheet of a GPU says of a step: from all traffic hidden behind the products to none of it."""
+    ranks, nodes = forecast.ranks(run.recipe, run.engine.world)
+    step = forecast.predict_step(run.recipe, run.work, predicted.held, predicted.sizes, gpu, ranks, nodes)
+    tokens = step.tokens * ranks
+    return {
+        "gpu": gpu.names[0],
+        "seconds_per_step": [step.least, step.most],
+        "tokens_per_second": [tokens / step.most, tokens / step.least],
+    }
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a training depends on; those that are not there are left out."""
-    found = {"python": platform.python_version(), "llm_lowrank": llm_lowrank.__version__}
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -273,7 +273,9 @@ def memory_and_speed(results: Results) -> Content:
     ):
         found = [record[key] for record in train if isinstance(record.get(key), int | float)]
         if found:
-            rows.append([label, (facts.get("predicted") or {}).get(key), statistics.median(found)])
+            least_and_most = (facts.get("predicted") or {}).get(key)
+            expected = " to ".join(number(value, 3) for value in least_and_most) if least_and_most else None
+            rows.append([label, expected, statistics.median(found)])
     load = results.of("load", "seconds")
     if load:
         rows.append(["seconds to load the model", None, load[-1]["seconds"]])

@@ -67,7 +67,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         predicted = predict(run)
     model, loaded = load(run, signals)
     with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
-        log_start(metrics, run, loaded)
+        log_start(metrics, run, loaded, predicted)
         before = None
         if run.resume_from is None:
             engine.at("the evaluation before training")
