@@ -66,8 +66,9 @@ def test_the_wheel_holds_the_package_and_what_the_checkout_keeps_beside_it(wheel
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
-    tracked = subprocess.run(["git", "ls-files", *SOURCES[:3]], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert held == {name if name.startswith("llm_lowrank/") else f"llm_lowrank/run/{name}" for name in tracked}
+    files = [path for folder in SOURCES[:3] for path in (ROOT / folder).rglob("*") if path.is_file()]
+    names = [str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts]
+    assert held == {name if name.startswith("llm_lowrank/") else f"llm_lowrank/run/{name}" for name in names}
     assert "llm-lowrank = llm_lowrank.__main__:main" in entry
 
 
