@@ -16,6 +16,8 @@ from llm_lowrank.models.loss import sum_loss
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 
+LOGGED = 8  # answers that metrics.jsonl gets from each evaluation
+
 
 def batch_loss(
     model: nn.Module, batch: MicroBatch, device: torch.device, layer: nn.Module | None = None, flat: bool = False
@@ -91,6 +93,7 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
         )
         evaluation = Evaluation(loss, report.exact_match, report.count, tuple(report.samples))
         metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
+        metrics.write("samples", step, answers=report.samples[:LOGGED])
     model.train()
     metrics.write("eval", step, loss=loss)
     return evaluation

@@ -26,6 +26,9 @@ from llm_lowrank.run.command_line import help_text, read
 from llm_lowrank.run.hardware import GpuName
 from llm_lowrank.run.synonyms import REFUSALS
 
+USAGE = """\
+usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] [--method.rank 32] ...
+Without a checkout it is llm-lowrank train; llm-lowrank --help says how a launcher starts it."""
 HEADINGS = {  # above the field in --help
     "model_name_or_path": "model and output",
     "engine": "engine and backbone",
@@ -70,8 +73,8 @@ class Recipe:
     """How the model is spread over ranks. deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process,
     or one per device with PyTorch's DDP."""
     deepspeed: str = "ds_configs/zero3.json"
-    """The DeepSpeed configuration, looked up in the working directory, then beside the package. Its "auto" values come
-    from this recipe."""
+    """The DeepSpeed configuration, looked up in the working directory, then where the library lies. Its "auto" values
+    come from this recipe."""
     codec: CodecName = "dense"
     """How the frozen linear weights are stored. dense: in `dtype`. nf4, int8: in 4 or 8 bits, decoded to `dtype` at
     each use."""
@@ -177,9 +180,7 @@ class Recipe:
 def parse(argv: Sequence[str]) -> Recipe:
     """Return the recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
     if {"-h", "--help"} & set(argv):
-        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] "
-        usage += "[--method.rank 32] ..."
-        print(help_text(Recipe, Recipe(), usage, HEADINGS))
+        print(help_text(Recipe, Recipe(), USAGE, HEADINGS))
         sys.exit(0)
     return read(Recipe, list(argv), Recipe(), IDENTITY, REFUSALS, output="output_dir")
 

@@ -47,6 +47,10 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "method.target_modules": "lora_target_modules lora_target lora_modules",
         "method.target_modules all-linear": "lora_target_linear lora_target_modules_all target_linear all_linear",
         "method.use_rslora": "peft_use_rslora",
+        "method.adapter": "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter adapter_name "
+        "adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter "
+        "checkpoint_dir",
+        "method.adapter_role frozen": "create_new_adapter",
         "method.b_rate": "loraplus_lr_ratio loraplus_ratio",
         "method.type lora": "use_lora lora",
         "method.type lora with codec nf4": "qlora use_qlora",
@@ -151,11 +155,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
         "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
-        "a run cannot start from an adapter; merge it with launch/merge.py and train from the merged checkpoint": ""
-        "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter adapter_name adapter_path "
-        "adapters "
-        "lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter create_new_adapter "
-        "checkpoint_dir",
         "only adapters of linear modules are trained; embeddings, norms and biases stay frozen": "modules_to_save "
         "lora_modules_to_save additional_target bias train_others unfrozen_parameters lora_bias train_bias "
         "train_embeddings "

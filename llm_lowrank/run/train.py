@@ -7,7 +7,6 @@ from functools import partial
 import draccus
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.redirect import make_step
@@ -18,11 +17,11 @@ from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
-from llm_lowrank.run.calibration import calibrate
+from llm_lowrank.run.calibration import calibrate, exchange
 from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
 from llm_lowrank.run.memory import compare, predict
-from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
+from llm_lowrank.run.merging import export_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
 from llm_lowrank.run.meter import Meter, log_step, meter_of, progress_bar
 from llm_lowrank.run.metrics import Metrics
@@ -30,6 +29,7 @@ from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_en
 from llm_lowrank.run.profiling import profiled
 from llm_lowrank.run.proofs import look_at
 from llm_lowrank.run.recipe import Recipe
+from llm_lowrank.run.report import log_start, merge_and_report
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
 
@@ -50,8 +50,8 @@ def train(recipe: Recipe) -> None:
             engine.close()
             raise
         engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
-    if recipe.save_merged and engine.main:
-        tqdm.write(f"merged:  {merge_adapter(recipe, source)}")
+    if engine.main:
+        merge_and_report(recipe, source)
 
 
 def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
@@ -67,7 +67,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         predicted = predict(run)
     model, loaded = load(run, signals)
     with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
-        metrics.write("load", run.resume_step or 0, **loaded.figures())
+        log_start(metrics, run, loaded, predicted)
         before = None
         if run.resume_from is None:
             engine.at("the evaluation before training")
@@ -132,7 +132,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                 run.say(describe_skipped_step(run, step, norm, in_a_row=skipped_in_a_row))
             if step in run.exchange_steps:
                 engine.at(f"the exchange after step {step}")
-                hook = partial(recipe.method.exchange, run.adapters, engine, step)
+                hook = partial(exchange, run, model, step)
                 if (event := measure_exchange(engine, hook, recipe.method.changes_function)) is not None:
                     run.say(log_exchange(metrics, step, event))
             bar.update()
