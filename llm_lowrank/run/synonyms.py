@@ -35,6 +35,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "use_flash_attn attn_backend attention attn",
         "attn_implementation sdpa": "sdpa sdp_attention",
         "attn_implementation eager": "eager_attention",
+        "new_tokens": "add_tokens add_special_tokens new_special_tokens special_tokens resize_vocab",
+        "trained_tokens (their texts, not numbers)": "trainable_token_indices peft_trainable_token_indices",
         # output
         "output_dir": "out output out_dir save_dir",
         "overwrite_output_dir": "overwrite overwrite_output",
@@ -161,9 +163,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "train_embeddings "
         "train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
         "num_layers_unfrozen",
-        "the vocabulary stays as it is; train new tokens elsewhere, and start from that checkpoint": "add_tokens "
-        "add_special_tokens new_special_tokens special_tokens resize_vocab trainable_token_indices "
-        "peft_trainable_token_indices",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
         "embeddings are not trained": "loraplus_lr_embedding",
