@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import soak
 from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import checkpoint, loss
@@ -19,7 +20,13 @@ from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.vocabulary import token_rows
+from llm_lowrank.run.build import build_model
+from llm_lowrank.run.checks import validate
+from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.recipe import parse
+from llm_lowrank.run.train import train
 from tests import ranks
+from tests.test_data import write_jsonl
 from tests.test_laws import METHODS
 from tests.tiny import VOCABULARY, Trainee, batch, llama
 
@@ -233,3 +240,98 @@ def test_every_method_trains_rows_beside_its_adapters(method):
     for step in range(2):
         t.step(step)
     assert not torch.equal(t.values()["token_rows.embedding"], before)
+
+
+# --- from a recipe to an answer ---------------------------------------------------------------------------------------
+
+PLAN = {
+    "method.type": "lora",
+    "max_steps": 30,
+    "learning_rate": 5e-2,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 6,
+    "new_tokens": "[<yes>, <no>]",
+    "trained_tokens": "[k]",
+    "report_to": "none",
+    "save_merged": True,
+}
+
+
+def argv(folder: Path, output: Path, engine: str, **changes: object) -> list[str]:
+    rows = [{"prompt": f"{i} ok?", "completion": f"{'<yes>' if i % 2 else '<no>'}{i}"} for i in range(60)]
+    write_jsonl(folder / "tokens.jsonl", rows)
+    chosen = {**PLAN, "data.dataset": folder / "tokens.jsonl", **changes}
+    kept = soak.arguments_of(folder, output, engine, **chosen)
+    return [a for a in kept if not a.startswith(("--method.target_rank", "--method.svd_cache"))]
+
+
+def answer(folder: Path, prompt: str) -> str:
+    """What plain transformers answers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=1, do_sample=False)
+    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :])
+
+
+def test_a_run_teaches_a_new_token_and_the_merged_model_answers_with_it(place, tmp_path, capsys):
+    train(parse(argv(place, tmp_path / "out", "plain", save_steps=20)))
+    said = capsys.readouterr().out
+    size = len(AutoTokenizer.from_pretrained(place / "model"))
+    assert "tokens: 2 new, which start as the mean of all rows: <yes> <no>; 1 trained: k" in said
+    assert f"a merged model has {size + 2} rows, the base {size}" in said
+    assert "rows of 3 tokens; vLLM serves no adapter with rows of tokens: serve the merged model" in said
+    assert answer(tmp_path / "out" / "merged", "7 ok?") in ("<yes>", "<no>")
+    # PEFT's own class adds the rows by itself, for the tokenizer lies in the folder
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    ids = torch.tensor([[1, 2, size, 3, size + 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=ids).logits, merged(ids).logits, rtol=1e-3, atol=1e-4)
+    # another set of tokens is another run
+    again = ["--resume_from_checkpoint=auto", "--overwrite_output_dir=true"]
+    with pytest.raises(RecipeError, match=r"new_tokens: .* in the checkpoint"):
+        train(parse([*argv(place, tmp_path / "out", "plain", save_steps=20, new_tokens="[<yes>]"), *again]))
+
+
+@pytest.mark.wide
+def test_three_ranks_of_zero3_over_nf4_teach_a_new_token(place, tmp_path):
+    arguments = argv(place, tmp_path / "out", "deepspeed", codec="nf4", per_device_train_batch_size=2)
+    life = soak.live(arguments, world=3)
+    assert life.codes == [0, 0, 0], life.said[-3000:]
+    assert answer(tmp_path / "out" / "merged", "7 ok?") in ("<yes>", "<no>")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"new_tokens": "[q]"}, "new_tokens: 'q' is a token of this tokenizer already, number .*trained_tokens"),
+        (
+            {"trained_tokens": "[<maybe>]"},
+            "trained_tokens: '<maybe>' is no token of this tokenizer, which cuts it into",
+        ),
+        ({"method.target_modules": "[lm_head]"}, "the method adapts lm_head, the output layer, whose rows they train"),
+        ({"trained_tokens": "[<yes>]"}, "new_tokens, trained_tokens: '<yes>' is named twice"),
+        ({"trained_tokens": "['']"}, "a token is empty or blank"),
+        (
+            {"new_tokens": "[]", "new_tokens_start": "pieces"},
+            "new_tokens_start says how new_tokens begin, and there are",
+        ),
+        (
+            {"method.direction.type": "altlora", "optim": "sgd"},
+            "altlora needs optim: sgd, whose rate for pairs is none",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(place, tmp_path, changes, says):
+    recipe = parse(argv(place, tmp_path / "out", "plain", **changes))
+    with pytest.raises(ValueError, match=says):
+        validate(recipe) or train(recipe)
+
+
+def test_pieces_start_a_new_token_at_the_mean_of_what_its_text_was(place):
+    recipe = parse([*argv(place, place / "none", "plain", new_tokens_start="pieces"), "--save_merged=false"])
+    model, _ = build_model(recipe, place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokens = token_rows(model).tokens
+    assert list(tokens.pieces.values()) == [tokenizer("<yes>")["input_ids"], tokenizer("<no>")["input_ids"]]
+    assert "the mean of the rows of their old pieces" in tokens.describe()

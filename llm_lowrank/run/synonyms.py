@@ -158,14 +158,14 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "adapters "
         "lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter create_new_adapter "
         "checkpoint_dir",
-        "only adapters of linear modules are trained; embeddings, norms and biases stay frozen": "modules_to_save "
+        "adapters of linear modules are trained, and rows of new_tokens and trained_tokens": "modules_to_save "
         "lora_modules_to_save additional_target bias train_others unfrozen_parameters lora_bias train_bias "
         "train_embeddings "
         "train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
         "num_layers_unfrozen",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
-        "embeddings are not trained": "loraplus_lr_embedding",
+        "rows of new_tokens and trained_tokens have the rate of the adapters": "loraplus_lr_embedding",
         "the starts are those of method.type lora, pissa, lora_ga and lora_one": "loftq_config eva_config "
         "corda_config lora_init",
         "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",
