@@ -18,6 +18,7 @@ from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.adapters.redirect import make_step
+from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines import Engine, make
 from llm_lowrank.engines.fsdp import Sharding
@@ -25,6 +26,7 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.loading import bind, load
+from llm_lowrank.models.vocabulary import train_rows
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run.calibration import calibrate_on
 
@@ -124,8 +126,8 @@ def engine(name: str, **settings: object) -> Engine:
     return make(kind, made(**settings))
 
 
-def batch(step: int, samples: int = 6, length: int = 8) -> Tensor:
-    return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1000 + step))
+def batch(step: int, samples: int = 6, length: int = 8, vocabulary: int = VOCABULARY) -> Tensor:
+    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1000 + step))
 
 
 class Trainee:
@@ -145,10 +147,12 @@ class Trainee:
         total: int = 100,
         resume_from: checkpoint.Checkpoint | None = None,
         length: int = 8,
+        tokens: TrainedTokens | None = None,
         **changes: object,
     ) -> None:
         self.total = total  # steps of the run, as far as a method wants to know
         self.length = length  # tokens of a sample
+        self.vocabulary = VOCABULARY if tokens is None else tokens.size
         self.engine, self.method, self.samples, self.accumulation = (
             engine(engine_name, **(zero or {})),
             method,
@@ -160,6 +164,8 @@ class Trainee:
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
         if isinstance(method, LoRA) and method.adapter:
             inherit(open_adapter(method.adapter), self.model, self.adapters, role=method.adapter_role)
+        if tokens is not None:
+            train_rows(self.model, self.adapters, tokens)
         self.checkpoint = Checkpoint(self.original)
         bind(self.model, self.adapters, self.checkpoint)
         self.max_grad_norm = max_grad_norm
@@ -203,7 +209,7 @@ class Trainee:
     def logits(self, step: int = 99) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            ids = batch(step, length=self.length).to(self.engine.device)
+            ids = batch(step, length=self.length, vocabulary=self.vocabulary).to(self.engine.device)
             return self.wrapped(input_ids=ids, use_cache=False).logits.float()
 
     def probe(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -236,7 +242,7 @@ class Trainee:
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """This rank's shares of the loss of a global batch, one for each micro-batch."""
-        tokens, engine = batch(step, self.samples, self.length), self.engine
+        tokens, engine = batch(step, self.samples, self.length, self.vocabulary), self.engine
         parts = tokens.view(self.accumulation, engine.world, -1, tokens.shape[1])[:, engine.rank]
         numbers = torch.arange(self.samples).view(self.accumulation, engine.world, -1)[:, engine.rank].tolist()
         for part, samples in zip(parts, numbers, strict=True):

@@ -53,6 +53,11 @@ def redirect(
     if not math.isfinite(norm):
         return norm
     factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
+    # what is trained beside the adapters, such as rows of the embedding, steps along its clipped gradient
+    owned = {p for adapter in adapters for p in adapter.parameters(recurse=False)}
+    for p in engine.params if factor < 1.0 else ():
+        if p not in owned:
+            engine.put_gradients([p], [gradient.mul_(factor) for gradient in engine.whole_gradients([p])])
     for _, group in groupby(adapters, key=lambda adapter: _layer(adapter.name)):
         layer = list(group)
         # one buffer for the gradients of the layer, one for the values that the adapters look at

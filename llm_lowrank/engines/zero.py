@@ -111,7 +111,7 @@ class Zero(Engine):
         # ZeRO-3 gathers the parameters of the module that runs; what it reads of other modules must be declared
         if self.shards_parameters:
             for module in model.modules():
-                for lender in module.borrows if isinstance(module, FrozenLinear) else ():
+                for lender in getattr(module, "borrows", ()):
                     for p in lender.parameters():
                         deepspeed.zero.register_external_parameter(module, p)
 

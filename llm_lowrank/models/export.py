@@ -19,9 +19,10 @@ from torch import Tensor
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter
 from llm_lowrank.adapters.method import Method
+from llm_lowrank.adapters.tokens import TokenRows
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.files import file_sha256, write_json, write_safetensors
-from llm_lowrank.models.foreign import ALL, CONFIG, PREFIX, WEIGHTS
+from llm_lowrank.models.foreign import ALL, CONFIG, PREFIX, TOKENS, WEIGHTS
 from llm_lowrank.numerics.pairs import Pairs
 
 PEFT_VERSION = "0.21.2"  # whose format is written
@@ -38,19 +39,23 @@ class SavedAdapter:
     ranks: dict[str, int]  # module -> pairs that its change needs
     error: float  # the largest |dropped| / |change| of a module, from compression
     dora: bool = False  # whether the rows' lengths are in the file too
+    tokens: int = 0  # whose rows are in the file too
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         needs = f"{high}" if low == high else f"{low} to {high}"
         cut = f"; CUT DOWN: {ALL} beside it has all, and merging uses that" if high > self.rank else ""
         lora = f"PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules"
-        return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut}); {self.in_vllm}"
+        rows = f", rows of {self.tokens} tokens" if self.tokens else ""
+        return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut}){rows}; {self.in_vllm}"
 
     @property
     def in_vllm(self) -> str:
         """The option with which vLLM takes this adapter, or why it does not."""
         if self.dora:
             return "vLLM does not serve DoRA adapters: serve the merged model"
+        if self.tokens:
+            return "vLLM serves no adapter with rows of tokens: serve the merged model"
         option = next((rank for rank in VLLM_RANKS if rank >= self.rank), None)
         if option is None:
             return f"vLLM serves no rank above {VLLM_RANKS[-1]}: serve the merged model"
@@ -75,11 +80,12 @@ def save_adapter(
     base_model_name_or_path: str,
     revision: str = "",
     outer_name: Callable[[str], str] = str,
+    rows: TokenRows | None = None,
 ) -> SavedAdapter | None:
     """Write a PEFT LoRA folder on rank 0 and return a report there; return None elsewhere. Collective.
 
     revision: of a base model of the hub. outer_name: the name of a module in the model that plain transformers loads,
-    where that is not the trained one.
+    where that is not the trained one. rows: of tokens, which are written as PEFT's trainable tokens.
 
     Every module has the same rank and the same scaling, lora_alpha / r. PEFT could read others, but vLLM applies one
     scaling to all modules, and llama.cpp lora_alpha over the rank of each module: neither reads patterns or use_rslora.
@@ -112,8 +118,11 @@ def save_adapter(
         factors[name] = small.to("cpu")
         cut = factors[name].take(slice(method.export_rank, None)).norm() if method.export_rank else 0.0
         error = max(error, math.hypot(dropped, cut) / max(change.norm(), torch.finfo(torch.float64).tiny))
+    tokens = {} if rows is None else {k: engine.whole(p).cpu() for k, p in rows.named_parameters(recurse=False)}
     if not engine.main:
         return None
+    if rows is not None:
+        extras |= {f"{PREFIX}{rows.modules_of[k]}{TOKENS}": value for k, value in tokens.items()}
 
     # one rank for all modules
     ranks = {name: len(pairs) for name, pairs in factors.items()}
@@ -143,9 +152,22 @@ def save_adapter(
         "inference_mode": True,
         **(method.peft() if only_pairs else {}),
         **({} if as_trained else {"r": rank, "lora_alpha": rank}),
+        **({} if rows is None else {"trainable_token_indices": _token_indices(rows)}),
     }
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
-    return SavedAdapter(Path(path), rank, ranks, error, dora=bool(config.get("use_dora")))
+    return SavedAdapter(
+        Path(path),
+        rank,
+        ranks,
+        error,
+        dora=bool(config.get("use_dora")),
+        tokens=0 if rows is None else len(rows.tokens.names),
+    )
+
+
+def _token_indices(rows: TokenRows) -> dict[str, list[int]]:
+    """The tokens by the last name of their layer, as PEFT's configuration has them."""
+    return {name.rpartition(".")[2]: list(rows.tokens.names) for name in rows.modules_of.values()}
 
 
 def _write(folder: Path, files: dict[str, dict[str, Tensor]], method: Method) -> None:

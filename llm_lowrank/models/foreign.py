@@ -25,6 +25,7 @@ ALL = "untruncated.safetensors"  # beside truncated WEIGHTS: all pairs of every 
 TEMPLATE = "chat_template.jinja"  # beside CONFIG if the run had a template; transformers' name for it
 DATE = "prompt_date.txt"  # beside CONFIG if the run's template writes the date: the day of its prompts, YYYY-MM-DD
 PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"  # ends the key of the rows of some tokens
 BASE = ".base_layer."  # in the key of a tensor that belongs to the layer under an adapter
 
 
@@ -58,6 +59,8 @@ class Lora:
     config: dict[str, Any]
     # tensor of the base -> its key in the file: PEFT saves an adapted output layer's own weight too, and loads it again
     bases: dict[str, str] = field(default_factory=dict)
+    # embedding or output layer -> the tokens whose rows the file holds
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Lora:
@@ -76,7 +79,8 @@ class Lora:
             raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
         stored = stored_names(path / WEIGHTS)
         bases = {key.removeprefix(PREFIX).replace(BASE, "."): key for key in stored if BASE in key}
-        keys = set(stored) - set(bases.values())
+        tokens = _tokens(path, config, [key for key in stored if key.endswith(TOKENS)])
+        keys = set(stored) - set(bases.values()) - {f"{PREFIX}{module}{TOKENS}" for module in tokens}
         parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
         modules = sorted({key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key})
         strange = sorted(keys ^ {f"{PREFIX}{module}.{part}" for module in modules for part in parts})
@@ -92,12 +96,22 @@ class Lora:
                         f"{path / ALL} belongs to another {WEIGHTS} than the one beside it; remove it to merge what is "
                         "there"
                     )
-        return cls(path, modules, config, bases)
+        return cls(path, modules, config, bases, tokens)
 
     def base(self, name: str) -> Tensor:
         """Read a tensor of `bases`, which takes the place of the base model's."""
         with safe_open(self.path / WEIGHTS, framework="pt") as handle:
             return handle.get_tensor(self.bases[name])
+
+    def token_rows(self, module: str) -> Tensor:
+        """Read the rows of `tokens` of an embedding or output layer: (t, n)."""
+        with safe_open(self.path / WEIGHTS, framework="pt") as handle:
+            rows = handle.get_tensor(f"{PREFIX}{module}{TOKENS}")
+        if len(rows) != len(self.tokens[module]):
+            raise ValueError(
+                f"{self.path}: {module} has {len(rows)} rows of tokens, but {CONFIG} names {len(self.tokens[module])}"
+            )
+        return rows
 
     def update(self, module: str) -> Update:
         """Read the update of a module: the untruncated one, if there is one."""
@@ -118,6 +132,22 @@ class Lora:
         return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
 
 
+def _tokens(path: Path, config: dict[str, Any], keys: list[str]) -> dict[str, list[int]]:
+    """Return module -> its tokens, for the keys that hold rows of tokens."""
+    named = config.get("trainable_token_indices") or {}
+    found: dict[str, list[int]] = {}
+    for key in keys:
+        module = key.removeprefix(PREFIX).removesuffix(TOKENS)
+        by_name = named if isinstance(named, dict) else {module: named}
+        tokens = next((ids for name, ids in by_name.items() if f".{module}".endswith(f".{name}")), None)
+        if tokens is None:
+            raise ValueError(f"{path}: trainable_token_indices of {CONFIG} does not say which tokens {key} belongs to")
+        found[module] = [int(token) for token in tokens]
+    if named and not found:
+        raise ValueError(f"{path / WEIGHTS} holds no rows for trainable_token_indices of {CONFIG}")
+    return found
+
+
 # Settings of a LoRA config that are applied here; all others must be off.
 UNDERSTOOD = {
     "peft_type",
@@ -128,6 +158,7 @@ UNDERSTOOD = {
     "use_dora",
     "rank_pattern",
     "alpha_pattern",
+    "trainable_token_indices",
 }
 NO_MATTER = {  # settings that do not change W + scaling B A
     *(

@@ -125,6 +125,11 @@ def _refused(lora: Lora) -> list[str]:
             f"{lora.path} brings weights of its own, {', '.join(sorted(lora.bases))}; merge it (launch/merge.py) and "
             "start from the merged model"
         ]
+    if lora.tokens:
+        return [
+            f"{lora.path} brings rows of tokens, of {', '.join(sorted(lora.tokens))}, which a run cannot start from; merge "
+            "it (launch/merge.py) and start from the merged model"
+        ]
     if (lora.path / ALL).is_file():
         return [
             f"{lora.path / WEIGHTS} was cut down, and PEFT would load what is left; remove {ALL} beside it to start "

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.adapters.method import Method
+from llm_lowrank.adapters.tokens import TokenRows
 from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -124,6 +125,9 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
             )
     for adapter in adapters:
         adapter.source = partial(_untouched, tensors, adapter)
+    for module in modules.values():
+        if isinstance(module, TokenRows):
+            module.sources = {k: partial(tensors.rows, f"{at}.weight") for k, at in module.modules_of.items()}
     return sorted(stored - set(asked))
 
 

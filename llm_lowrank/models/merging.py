@@ -89,7 +89,11 @@ class Merging:
         modules = self.backbone.modules if self.backbone else []
         self.quantized = {self.source.stored_name(f"{name}.weight"): name for name in modules}
         self.brought = {self.source.stored_name(name): name for name in self.lora.bases}
+        self.rows = _find_rows(self.source, self.lora)
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
+        for name, module in self.rows.items():
+            stored, (count, n) = self.layout[name]
+            self.layout[name] = stored, [max(count, *(token + 1 for token in self.lora.tokens[module])), n]
         if self.dtype is not None:
             self.layout = {
                 name: (self.dtype if stored.is_floating_point else stored, shape)
@@ -112,11 +116,22 @@ class Merging:
             base, weight = weight, self.lora.base(self.brought[name])
             if not torch.equal(base, weight.to(base.dtype)):
                 self.replaced.append(name)
+        if name in self.rows:
+            rows = self.lora.token_rows(self.rows[name]).float()
+            whole = weight.new_zeros(self.layout[name][1], dtype=torch.float32)
+            whole[: len(weight)] = weight.float()
+            whole[self.lora.tokens[self.rows[name]]] = rows
+            return whole.to(target)
         if name not in self.updated:
             return weight.to(target)
         module, weight = self.updated[name], weight.to(self.device)
         merged, self.lost[module], self.sizes[module] = add_rounded(weight, self.lora.update(module), target)
         return merged
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of the merged embedding, if the adapter has rows for it; otherwise None."""
+        return max((self.layout[name][1][0] for name in self.rows), default=None)
 
     @property
     def lost_of_all(self) -> float:
@@ -143,7 +158,7 @@ def merge(
     output = Path(output)
     _check_output(output)
     merging = Merging(source, Lora.open(adapter_dir), dtype, backbone)
-    more = _more_tokens(Path(adapter_dir), source)
+    more = _more_tokens(Path(adapter_dir), source, merging.vocabulary)
     progress = tqdm(total=len(merging.layout), desc="merging", unit="tensor", disable=None)
 
     def produce(name: str) -> Tensor:
@@ -158,7 +173,7 @@ def merge(
             size = sum(stored.itemsize * math.prod(shape) for stored, shape in merging.layout.values())
             write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": source.files})
         _check_lost(merging, output)
-        _copy_the_rest(source, aside, dtype)
+        _copy_the_rest(source, aside, dtype, merging.vocabulary)
         _copy_answering(Path(adapter_dir), source, aside)
         for kept in TOKENIZER_FILES if more else ():
             if (own := Path(adapter_dir) / kept).is_file():
@@ -296,6 +311,40 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
     return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
 
 
+def _find_rows(source: Source, lora: Lora) -> dict[str, str]:
+    """Tensor name -> module, for every embedding or output layer of which the adapter has rows.
+
+    Raise ValueError if such a tensor is missing, has another width, or would be left with rows that nobody knows.
+    """
+    stored, found = set(source.names()), dict[str, str]()
+    for module, tokens in lora.tokens.items():
+        name, width = source.stored_name(f"{module}.weight"), lora.token_rows(module).shape[1]
+        has = tuple(source.layout(name)[1]) if name in stored else None
+        if has is None or has[1] != width:
+            raise ValueError(
+                f"{lora.path} has rows of {width} numbers for {name}, {source.path} has {has or 'no such tensor'}; is "
+                "that the right base?"
+            )
+        if missing := sorted(set(range(has[0], max(tokens) + 1)) - set(tokens)):
+            raise ValueError(
+                f"{lora.path} has a row for token {max(tokens)} and none for {missing[0]}, nor has {source.path}; give "
+                "the base with the embedding that it was trained on"
+            )
+        found[name] = module
+    tied = read_object(source.path / "config.json").get("tie_word_embeddings", False)
+    other = next((name for name in stored if name.rpartition(".")[0].endswith("lm_head") and name not in found), None)
+    if found and other is not None and other.endswith(".weight"):
+        (name, module), *_ = found.items()
+        grows = max(lora.tokens[module]) >= source.layout(name)[1][0]
+        if tied:
+            found[other] = module  # a copy of the embedding, which is stored beside it
+        elif grows:
+            raise ValueError(
+                f"{lora.path} has rows of new tokens for {name} and none for {other}; use PEFT's merge_and_unload"
+            )
+    return found
+
+
 def _copy_answering(adapter: Path, source: Source, output: Path) -> None:
     """Copy what the folder of an adapter says of prompts and answers: the chat template of the training, the date that
     it wrote, and the tokens that end an answer, which are added to those of the base.
@@ -309,10 +358,10 @@ def _copy_answering(adapter: Path, source: Source, output: Path) -> None:
         write_json(output / GENERATION, with_ends(source.path, ends))
 
 
-def _more_tokens(adapter: Path, source: Source) -> list[str]:
+def _more_tokens(adapter: Path, source: Source, vocabulary: int | None) -> list[str]:
     """Return the tokens that the tokenizer in the folder of an adapter has and that of the base has not.
 
-    Those for which the base has no row do not count. ValueError if they differ in more than that.
+    Those for which the merged model has no row do not count. ValueError if they differ in more than that.
     """
     own, base = adapter / "tokenizer.json", source.path / "tokenizer.json"
     if not own.is_file() or not base.is_file() or own.read_bytes() == base.read_bytes():
@@ -325,7 +374,7 @@ def _more_tokens(adapter: Path, source: Source) -> list[str]:
             f"{adapter} was trained with another tokenizer than that of {source.path}: {other!r} is {mine.get(other)} "
             f"there and {theirs[other]} here; is that the right base?"
         )
-    rows = read_object(source.path / "config.json").get("vocab_size")
+    rows = vocabulary or read_object(source.path / "config.json").get("vocab_size")
     # a token without a row, which is mostly one for padding, was in no example
     return [token for token in more if not isinstance(rows, int) or mine[token] < rows]
 
@@ -370,15 +419,18 @@ def _copy_named_templates(source: Source, folder: Path) -> None:
         shutil.copytree(named, folder / NAMED_TEMPLATES, dirs_exist_ok=True)
 
 
-def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None) -> None:
+def _copy_the_rest(source: Source, output: Path, dtype: torch.dtype | None, vocabulary: int | None) -> None:
     """Copy config.json, tokenizer, chat templates, generation config: every small file except the index."""
     _copy_named_templates(source, output)
     for file in sorted(source.path.iterdir()):
         if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)
-    if dtype is not None or source.prequantized:
+    if dtype is not None or source.prequantized or vocabulary is not None:
         config = json.loads((source.path / "config.json").read_text())
         config = without_announcement(config)  # decoded weights are stored plainly
+        if vocabulary is not None:
+            part = config if "vocab_size" in config else config.get("text_config", config)
+            part["vocab_size"] = vocabulary
         if dtype is not None:
             config.pop("torch_dtype", None)  # the name before transformers 5
             config["dtype"] = str(dtype).removeprefix("torch.")

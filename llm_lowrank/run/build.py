@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from transformers.utils import is_flash_attn_2_available
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import ALL_LINEAR, attach
+from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.codecs import Codec, Dense, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import liger
-from llm_lowrank.models.architectures import limits_of, outer, read_config, skeleton, tied_modules
+from llm_lowrank.models.architectures import limits_of, outer, read_config, skeleton, tied_modules, whole_model
 from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.models.inherited import inherit, open_adapter
+from llm_lowrank.models.vocabulary import find_tokens, train_rows
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import SHIPPED
@@ -88,6 +91,13 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
         around = outer(model, read_config(folder))
         lora = open_adapter(recipe.method.adapter)
         inherit(lora, model, adapters, role=recipe.method.adapter_role, outer_name=around.outer)
+    if recipe.new_tokens or recipe.trained_tokens:
+        if whole_model(read_config(folder)) is not None:
+            raise ValueError(
+                f"new_tokens, trained_tokens: {folder} is a model for more than text, whose vocabulary is not changed "
+                "here; give a language model"
+            )
+        train_rows(model, adapters, tokens_of(recipe, folder, model)[1])
     if recipe.save_merged and (shared := tied_modules(model, [adapter.name for adapter in adapters])):
         raise ValueError(
             f"method.target_modules names {shared[0]}, which shares its weight with the embedding "
@@ -95,6 +105,24 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
             f"config has no place for it: set save_merged: false, or leave {shared[0]} out"
         )
     return model, adapters
+
+
+def tokens_of(
+    recipe: Recipe, folder: str | Path, model: PreTrainedModel
+) -> tuple[PreTrainedTokenizerBase, TrainedTokens]:
+    """The tokenizer of a checkpoint with the recipe's new tokens, and the tokens whose rows are trained.
+
+    model: without trained rows. ValueError if a token that is to be trained is none, or a new one is there already.
+    """
+    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
+    tokens = find_tokens(
+        tokenizer,
+        model.get_input_embeddings().num_embeddings,
+        new=recipe.new_tokens,
+        trained=recipe.trained_tokens,
+        start=recipe.new_tokens_start,
+    )
+    return tokenizer, tokens
 
 
 def use_kernels(
@@ -169,8 +197,9 @@ def read_data(
 
     date: as in load_corpus.
     """
-    limits = limits_of(skeleton(folder, torch.float32, "eager"))
-    tokenizer = tokenizer_of(folder, recipe.data.chat_template)
+    model = skeleton(folder, torch.float32, "eager")
+    tokenizer, tokens = tokens_of(recipe, folder, model)
+    limits = replace(limits_of(model), vocabulary=tokens.size)
     corpus = load_corpus(recipe.data, tokenizer, recipe.seed, date, limits)
     batches = training_batches(
         corpus,

@@ -47,6 +47,7 @@ def validate(recipe: Recipe) -> None:
         if getattr(recipe, key) is not None and not good(getattr(recipe, key))
     ]
     errors += _optimizer_errors(recipe)
+    errors += _token_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     errors += profile_errors(recipe, recipe.max_steps)
     for key, given in (("gpu", recipe.gpu != "none"), ("nodes", recipe.nodes is not None)):
@@ -126,6 +127,23 @@ def _optimizer_errors(recipe: Recipe) -> list[str]:
         errors.append(
             f"{recipe.method.own_step} is an optimizer of its own, and optim: {recipe.optim} would change its steps; "
             "set optim: sgd, which makes them as they are"
+        )
+    return errors
+
+
+def _token_errors(recipe: Recipe) -> list[str]:
+    named = [*recipe.new_tokens, *recipe.trained_tokens]
+    errors = []
+    if twice := sorted({token for token in named if named.count(token) > 1}):
+        errors.append(f"new_tokens, trained_tokens: {twice[0]!r} is named twice; name each token once")
+    if any(not token.strip() for token in named):
+        errors.append("new_tokens, trained_tokens: a token is empty or blank; remove it")
+    if recipe.new_tokens_start != "mean" and not recipe.new_tokens:
+        errors.append("new_tokens_start says how new_tokens begin, and there are none; remove it")
+    if named and recipe.method.own_step:
+        errors.append(
+            f"new_tokens, trained_tokens: {recipe.method.own_step} needs optim: sgd, whose rate for pairs is none for "
+            "rows of an embedding; use another method or direction"
         )
     return errors
 

@@ -41,6 +41,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, Shared
+from llm_lowrank.adapters.tokens import TokenEmbedding, TokenHead
 from llm_lowrank.data import IGNORE, MicroBatch
 from llm_lowrank.engines.frozen import FrozenLinear
 
@@ -148,6 +149,9 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
     started: list[str] = []  # the trained modules, in the model's order
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
+        if isinstance(module, TokenEmbedding):
+            behind = True
+            started.append("0")  # before the first layer
         if isinstance(module, Shared | nn.Embedding):
             continue
         count = _matrices(module, name, config, behind, seen)
@@ -157,7 +161,7 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
             layers += count
         read, decoded = _moved(module)
         weights, decoding = weights + read, decoding + decoded
-        owners = (module, *(module.borrows if isinstance(module, FrozenLinear) else ()))
+        owners = (module, *getattr(module, "borrows", ()))
         # vectors too, which count as no product
         if any(p.requires_grad for owner in owners for p in owner.parameters(recurse=False)):
             behind = True
@@ -184,7 +188,8 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
             experts = p.ndim > 2 and "experts" in f"{name}.{key}"
             chosen = getattr(config, "num_experts_per_tok", None)
             frozen += p.numel() * (chosen / len(p) if experts and chosen else 1.0)
-    return Matrices(frozen, frozen * behind)
+    trained = float(module.trained.numel()) if isinstance(module, TokenHead) else 0.0
+    return Matrices(frozen, frozen * behind, trained)
 
 
 def _moved(module: nn.Module) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora
 from llm_lowrank.models.merging import Merged, Merging, copy_tokenizer, gaps, merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import GENERATION, with_ends
+from llm_lowrank.models.vocabulary import token_rows
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe
@@ -27,7 +28,10 @@ def export_adapter(run: Run) -> SavedAdapter | None:
     recipe, folder = run.recipe, run.recipe.output / "adapter"
     with run.engine.together():
         if run.engine.main:
-            copy_tokenizer(run.source, run.tokenizer, folder)
+            if recipe.new_tokens:
+                run.tokenizer.save_pretrained(folder)
+            else:
+                copy_tokenizer(run.source, run.tokenizer, folder)
             if recipe.data.chat_template:
                 write_text(folder / TEMPLATE, str(run.tokenizer.chat_template))
             if run.corpus.date:
@@ -43,6 +47,7 @@ def export_adapter(run: Run) -> SavedAdapter | None:
         base_model_name_or_path=run.source.name,
         revision=run.source.revision,
         outer_name=run.source.outer_name,
+        rows=token_rows(run.model),
     )
 
 

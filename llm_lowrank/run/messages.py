@@ -10,6 +10,7 @@ from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unus
 from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.models.stopping import stops_of
+from llm_lowrank.models.vocabulary import token_rows
 from llm_lowrank.run.build import attention
 from llm_lowrank.run.hardware import find
 from llm_lowrank.run.metrics import Metrics
@@ -38,6 +39,8 @@ def opening(run: Run) -> str:
         "attention: " + ", ".join(attention(recipe, run.model)),
         f"learning rate: {run.schedule}",
     ]
+    if (rows := token_rows(run.model)) is not None:
+        lines.append(rows.tokens.describe())
     lines += [run.kernels] if run.kernels else []
     lines += describe_speed(recipe, engine.device)
     lines += describe_inherited(run) + run.notes

@@ -20,6 +20,7 @@ from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.vocabulary import Start
 from llm_lowrank.numerics.optimizers import OptimizerName
 from llm_lowrank.numerics.schedule import Shape
 from llm_lowrank.run.command_line import help_text, read
@@ -95,6 +96,14 @@ class Recipe:
     allow_partial: bool = False
     """Train a model that keeps more than half of its layer weights where adapters or the codec do not reach them, such
     as the fused experts of a mixture. The run says which share it adapts."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to the tokenizer and to the model: [<think>, </think>]. Their rows of the embedding and of the
+    output layer are trained beside the adapters."""
+    new_tokens_start: Start = "mean"
+    """What rows of new tokens start as. mean: the mean of all rows. pieces: the mean of the rows of the tokens that the
+    text of a new token was before."""
+    trained_tokens: list[str] = field(default_factory=list)
+    """Tokens of the tokenizer whose rows are trained too, such as reserved ones: [<|reserved_special_token_0|>]."""
 
     per_device_train_batch_size: int = 8
     """Samples per forward pass and rank."""

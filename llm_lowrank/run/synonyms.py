@@ -35,6 +35,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "use_flash_attn attn_backend attention attn",
         "attn_implementation sdpa": "sdpa sdp_attention",
         "attn_implementation eager": "eager_attention",
+        "new_tokens": "add_tokens add_special_tokens new_special_tokens special_tokens resize_vocab",
+        "trained_tokens (their texts, not numbers)": "trainable_token_indices peft_trainable_token_indices",
         # output
         "output_dir": "out output out_dir save_dir",
         "overwrite_output_dir": "overwrite overwrite_output",
@@ -47,8 +49,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "method.target_modules": "lora_target_modules lora_target lora_modules",
         "method.target_modules all-linear": "lora_target_linear lora_target_modules_all target_linear all_linear",
         "method.use_rslora": "peft_use_rslora",
-        "method.adapter": "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter adapter_name "
-        "adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter "
+        "method.adapter": "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter "
+        "adapter_name adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter "
         "checkpoint_dir",
         "method.adapter_role frozen": "create_new_adapter",
         "method.b_rate": "loraplus_lr_ratio loraplus_ratio",
@@ -155,17 +157,14 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
         "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
-        "only adapters of linear modules are trained; embeddings, norms and biases stay frozen": "modules_to_save "
+        "adapters of linear modules are trained, and rows of new_tokens and trained_tokens": "modules_to_save "
         "lora_modules_to_save additional_target bias train_others unfrozen_parameters lora_bias train_bias "
         "train_embeddings "
         "train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
         "num_layers_unfrozen",
-        "the vocabulary stays as it is; train new tokens elsewhere, and start from that checkpoint": "add_tokens "
-        "add_special_tokens new_special_tokens special_tokens resize_vocab trainable_token_indices "
-        "peft_trainable_token_indices",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
-        "embeddings are not trained": "loraplus_lr_embedding",
+        "rows of new_tokens and trained_tokens have the rate of the adapters": "loraplus_lr_embedding",
         "the starts are those of method.type lora, pissa, lora_ga and lora_one": "loftq_config eva_config "
         "corda_config lora_init",
         "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",
