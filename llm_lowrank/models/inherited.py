@@ -127,8 +127,8 @@ def _refused(lora: Lora) -> list[str]:
         ]
     if lora.tokens:
         return [
-            f"{lora.path} brings rows of tokens, of {', '.join(sorted(lora.tokens))}, which a run cannot start from; merge "
-            "it (launch/merge.py) and start from the merged model"
+            f"{lora.path} brings rows of tokens, of {', '.join(sorted(lora.tokens))}, which a run cannot start from; "
+            "merge it (launch/merge.py) and start from the merged model"
         ]
     if (lora.path / ALL).is_file():
         return [

@@ -50,8 +50,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "method.target_modules all-linear": "lora_target_linear lora_target_modules_all target_linear all_linear",
         "method.use_rslora": "peft_use_rslora",
         "method.adapter": "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter "
-        "adapter_name adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter "
-        "checkpoint_dir",
+        "adapter_name adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter "
+        "init_adapter checkpoint_dir",
         "method.adapter_role frozen": "create_new_adapter",
         "method.b_rate": "loraplus_lr_ratio loraplus_ratio",
         "method.type lora": "use_lora lora",
