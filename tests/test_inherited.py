@@ -263,6 +263,7 @@ def started(adapter: Path, method: LoRA) -> None:
         ({"modules_to_save": ["norm"]}, {}, "modules_to_save"),
         ({"target_modules": ["k_proj", "up_proj", "lm_head"]}, {}, "brings weights|lm_head"),
         ({"target_modules": ["k_proj", "up_proj", "embed_tokens"]}, {}, "embed_tokens"),
+        ({"trainable_token_indices": [3, 5]}, {}, "brings rows of tokens, of .*embed_tokens"),
         ({"init_lora_weights": "pissa"}, {}, "base weights were changed"),
     ],
 )
