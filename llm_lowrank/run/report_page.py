@@ -447,10 +447,10 @@ def ranks_of_kinds(runs: Sequence[Results]) -> Content:
 
     rows = [[kind, *(median(run, of.get(kind, [])) for run, of in zip(runs, kinds, strict=True))] for kind in names]
     said = f"Median over the layers of the effective rank: {EFFECTIVE}."
-    maps = [
-        layer_map(name, {module: found.effective_rank for module, found in run.learned.items()})
-        for name, run in zip(_names(runs), runs, strict=True)
-    ]
+    effective = [{module: found.effective_rank for module, found in run.learned.items()} for run in runs]
+    found = [rank for ranks in effective for rank in ranks.values()]
+    limits = (min(found), max(found))  # the same colours in all maps
+    maps = [layer_map(name, ranks, limits=limits) for name, ranks in zip(_names(runs), effective, strict=True)]
     return [tag("p", said, class_="soft"), table(["module", *_names(runs)], rows), _grid(maps)]
 
 
