@@ -36,7 +36,7 @@ h2 { font-size: 18px; margin: 36px 0 10px; padding-top: 14px; border-top: 1px so
 h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
 p { margin: 6px 0 12px; max-width: 78ch; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); } .warn { color: var(--warn); }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; } .tile { flex: 1 1 auto; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; } .tile { flex: 1 1 auto; max-width: 200px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px;
   margin: 12px 0; }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;

@@ -99,11 +99,11 @@ def tiles(results: Results) -> Iterable[Html]:
         yield _tile(str(len(exchanges)), "exchanges")
     if results.learned:
         median = statistics.median(module.effective_rank for module in results.learned.values())
-        yield _tile(number(median, 3), f"median effective rank of {len(results.learned)} modules")
+        yield _tile(number(median, 3), "median effective rank")
     if speed := _speed(results):
         yield _tile(number(speed, 3), "tokens/s, median")
     if memory := results.of("memory", "measured_gb"):
-        yield _tile(f"{memory[-1]['measured_gb']:.2f} GB", "peak memory of a rank")
+        yield _tile(f"{memory[-1]['measured_gb']:.2f} GB", "peak memory")
 
 
 def _tile(value: str, label: str) -> Html:
