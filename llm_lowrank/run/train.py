@@ -13,13 +13,12 @@ from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.data import MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
-from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
 from llm_lowrank.run.calibration import calibrate, exchange
 from llm_lowrank.run.deterministic import algorithms
-from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
+from llm_lowrank.run.held_out import Evaluation, evaluate, training_loss
 from llm_lowrank.run.memory import compare, predict
 from llm_lowrank.run.merging import export_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
@@ -166,7 +165,7 @@ def optimizer_step(
     rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
     for micro in micros:
         method.batch(adapters, step - 1, micro.samples)
-        loss = batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / micro.tokens
+        loss = training_loss(run, model, micro) / micro.tokens
         engine.backward(loss)
         meter.add(loss, micro)
     finite = recipe.on_nan == "stop" or engine.finite()  # with stop, the norm of the step says it without another sum
