@@ -274,6 +274,9 @@ class PairAdapter(Adapter):
         self.B = self.factor(m, rank, trained="B" in self.trains)
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
+        # The bank's slots that the method may use, the first ones. An engine may leave an empty tensor in the bank's
+        # place, so that its length says nothing.
+        self.bank_room = bank
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
         self.inherited: Inherited | None = None
@@ -285,14 +288,8 @@ class PairAdapter(Adapter):
         """
         (m, n), self.inherited = self.shape, inherited
         if inherited.place == "bank":
-            slots = inherited.rank + (0 if self.bank_A is None else len(self.bank_A))
+            slots = self.bank_room + inherited.rank
             self.bank_A, self.bank_B = self.factor(slots, n, trained=False), self.factor(m, slots, trained=False)
-
-    @property
-    def bank_room(self) -> int:
-        """The bank's slots that the method may use: all but those of an inherited adapter, which are the last ones."""
-        held = 0 if self.inherited is None or self.inherited.place != "bank" else self.inherited.rank
-        return 0 if self.bank_A is None else len(self.bank_A) - held
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values of A, B and the bank.

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -52,7 +52,7 @@ class LoRA(Method):
     float32, else in a bank beside it, and fresh pairs are trained."""
 
     # Each method names its own roles, and a subclass does not inherit them: its layers may start in another way.
-    adapter_roles = ("trained", "frozen")
+    adapter_roles: ClassVar[tuple[str, ...]] = ("trained", "frozen")
 
     def complaints(self) -> list[str]:
         complaints = super().complaints()

@@ -21,9 +21,8 @@ from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import IGNORE, Batches, MicroBatch, StreamBatches
 from llm_lowrank.engines import Engine
-from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.compiling import eagerly
-from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.held_out import training_loss
 from llm_lowrank.run.prepare import Run
 
 
@@ -56,7 +55,7 @@ def calibrate(run: Run, model: nn.Module, done: int = 0) -> None:
 
     def loss_of(micro: MicroBatch) -> Tensor:
         method.batch(run.adapters, 0, micro.samples)
-        return batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / tokens
+        return training_loss(run, model, micro) / tokens
 
     def losses() -> Iterator[Tensor]:
         nonlocal passes

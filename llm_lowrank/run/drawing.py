@@ -36,7 +36,7 @@ h2 { font-size: 18px; margin: 36px 0 10px; padding-top: 14px; border-top: 1px so
 h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
 p { margin: 6px 0 12px; max-width: 78ch; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); } .warn { color: var(--warn); }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; } .tile { flex: 1 1 auto; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; } .tile { flex: 1 1 auto; max-width: 200px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px;
   margin: 12px 0; }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
@@ -295,11 +295,14 @@ def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
     return {kind: end if ends.count(end) == 1 else kind for kind, end in zip(known, ends, strict=True)}
 
 
-def layer_map(title: str, values: Mapping[str, float], caption: str = "") -> Html | None:
+def layer_map(
+    title: str, values: Mapping[str, float], caption: str = "", limits: tuple[float, float] | None = None
+) -> Html | None:
     """Return a heat map with a column for every layer and a row for every kind of module, or None without layers.
 
     values: by module. A module outside of the layers is named below the map. Positive values that lie far apart are
-    coloured by their logarithms, and the caption says so.
+    coloured by their logarithms, and the caption says so. limits: the values of the palest and of the darkest colour,
+    by default the smallest and the largest.
     """
     places = {module: place_of(module) for module in values}
     cells = {module: (layer, kind) for module, (layer, kind) in places.items() if layer is not None}
@@ -310,7 +313,7 @@ def layer_map(title: str, values: Mapping[str, float], caption: str = "") -> Htm
     left = 8 + 6.2 * max(map(len, kinds.values()))
     width, height = (WIDTH - left) / layers, 20
     found = [values[module] for module in cells if math.isfinite(values[module])]
-    low, high = (min(found), max(found)) if found else (0.0, 0.0)
+    low, high = limits or ((min(found), max(found)) if found else (0.0, 0.0))
     shade = math.log if low > 0 and high / low > SPREAD else float
     drawn = [
         tag("text", short, x=left - 6, y=row * height + 14, text_anchor="end")

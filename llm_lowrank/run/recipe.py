@@ -146,6 +146,12 @@ class Recipe:
     """Steps of linear warm-up to the peak; by default 5, or half of the run if it has fewer than 10 steps."""
     warmup_ratio: float | None = None
     """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
+    label_smoothing: float = 0.0
+    """Share of every trained label that is spread over the vocabulary (arXiv 1512.00567). The held-out loss has
+    none."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune (arXiv 2310.05914): noise on the embeddings of training samples, as large as this over the root of length
+    times width; 5 to 15 in the paper. Not with data.packing."""
 
     logging_steps: int = 10
     """Report loss, learning rate, tokens/s, FLOP/s and peak memory every so many steps."""

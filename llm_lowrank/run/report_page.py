@@ -99,11 +99,11 @@ def tiles(results: Results) -> Iterable[Html]:
         yield _tile(str(len(exchanges)), "exchanges")
     if results.learned:
         median = statistics.median(module.effective_rank for module in results.learned.values())
-        yield _tile(number(median, 3), f"median effective rank of {len(results.learned)} modules")
+        yield _tile(number(median, 3), "median effective rank")
     if speed := _speed(results):
         yield _tile(number(speed, 3), "tokens/s, median")
     if memory := results.of("memory", "measured_gb"):
-        yield _tile(f"{memory[-1]['measured_gb']:.2f} GB", "peak memory of a rank")
+        yield _tile(f"{memory[-1]['measured_gb']:.2f} GB", "peak memory")
 
 
 def _tile(value: str, label: str) -> Html:
@@ -447,10 +447,10 @@ def ranks_of_kinds(runs: Sequence[Results]) -> Content:
 
     rows = [[kind, *(median(run, of.get(kind, [])) for run, of in zip(runs, kinds, strict=True))] for kind in names]
     said = f"Median over the layers of the effective rank: {EFFECTIVE}."
-    maps = [
-        layer_map(name, {module: found.effective_rank for module, found in run.learned.items()})
-        for name, run in zip(_names(runs), runs, strict=True)
-    ]
+    effective = [{module: found.effective_rank for module, found in run.learned.items()} for run in runs]
+    found = [rank for ranks in effective for rank in ranks.values()]
+    limits = (min(found), max(found))  # the same colours in all maps
+    maps = [layer_map(name, ranks, limits=limits) for name, ranks in zip(_names(runs), effective, strict=True)]
     return [tag("p", said, class_="soft"), table(["module", *_names(runs)], rows), _grid(maps)]
 
 
