@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +73,17 @@ def _some(names: list[str]) -> str:
 class TokenRows(Shared):
     """The trained rows: `embedding` (t, n) and, unless the layers share W, `output` (t, n)."""
 
-    def __init__(self, tokens: TrainedTokens, matrices: dict[str, tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, tokens: TrainedTokens, matrices: dict[str, tuple[str, Tensor]]) -> None:
         """matrices: embedding, output -> the name of the module and its W."""
         super().__init__()
         self.tokens, self.modules_of = tokens, {key: name for key, (name, _) in matrices.items()}
+        self.embedding: nn.Parameter
+        self.output: nn.Parameter | None
+        self.register_parameter("output", None)
         for key, (_, w) in matrices.items():
             self.register_parameter(key, nn.Parameter(torch.empty(len(tokens.names), w.shape[1], device=w.device)))
         # read the untouched W; whoever loads the model replaces these
-        self.sources: dict[str, Rows] = {
-            key: lambda start, stop, w=w: w[start:stop] for key, (_, w) in matrices.items()
-        }
+        self.sources: dict[str, Rows] = {key: partial(_rows_of, w) for key, (_, w) in matrices.items()}
         fill_(self)
 
     def initial(self) -> dict[str, Tensor]:
@@ -107,6 +109,10 @@ class TokenRows(Shared):
         return f"{len(self.tokens.names)} rows of {', '.join(self.modules_of.values())}"
 
 
+def _rows_of(w: Tensor, start: int, stop: int) -> Tensor:
+    return w.detach()[start:stop]
+
+
 def _mean(rows: Rows, count: int) -> Tensor:
     """Return the mean of so many rows, (n,), summed in float64 block by block."""
     total = rows(0, 1)[0].double()
@@ -128,14 +134,17 @@ class TokenEmbedding(nn.Embedding):
         self.weight = embedding.weight  # the same parameter, which an output layer may share
         self.borrows = (rows,)
         self.last = tokens.rows - 1
+        self.index: Tensor
+        self.scale: Tensor | None
         self.register_buffer("index", tokens.index(), persistent=False)
         scale = getattr(embedding, "embed_scale", None)  # of Gemma 3, which multiplies the rows that it looks up
         self.register_buffer("scale", scale if isinstance(scale, Tensor) else None, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        row = self.index[input]  # type: ignore[index]
+        (rows,) = self.borrows
+        row = self.index[input]
         frozen = F.embedding(input.clamp_max(self.last), self.weight)
-        trained = F.embedding(row.clamp_min(0), self.borrows[0].embedding).to(frozen.dtype)
+        trained = F.embedding(row.clamp_min(0), rows.embedding).to(frozen.dtype)
         found = torch.where((row >= 0)[..., None], trained, frozen)
         return found if self.scale is None else found * self.scale.to(found.dtype)
 
@@ -151,18 +160,19 @@ class TokenHead(nn.Linear):
         self.borrows = (rows,)
         with torch.device("cpu"):
             inside = torch.tensor(tokens.inside, dtype=torch.long)
+        self.inside: Tensor
         self.register_buffer("inside", inside, persistent=False)
 
     @property
     def trained(self) -> nn.Parameter:
         """The rows R' (t, n)."""
         (rows,) = self.borrows
-        return getattr(rows, "output", rows.embedding)
+        return rows.embedding if rows.output is None else rows.output
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.weight, self.bias)  # (..., v)
         own = F.linear(x, self.trained.to(x.dtype))  # (..., t)
-        inside, count = self.inside, len(self.inside)  # type: ignore[arg-type]
+        inside, count = self.inside, len(self.inside)
         if count:
             replaced = own[..., :count] if self.bias is None else own[..., :count] + self.bias[inside]
             logits = logits.index_copy(-1, inside, replaced)

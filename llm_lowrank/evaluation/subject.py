@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.data import tokenizer_of
-from llm_lowrank.files import file_sha256
+from llm_lowrank.data import Limits, tokenizer_of
+from llm_lowrank.files import file_sha256, read_object
+from llm_lowrank.models.architectures import limits_of, skeleton
 from llm_lowrank.models.foreign import ALL, CONFIG, DATE, TEMPLATE, WEIGHTS
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import read_ends, stop_at
@@ -86,9 +87,25 @@ class Subject:
         if self.use == "merged":
             return tokenizer_of(self.source.path)
         folder = self._beside()
+        if self.adapter is not None and self._rows() and (self.adapter / "tokenizer_config.json").is_file():
+            return tokenizer_of(self.adapter)  # with the tokens that the training added
         if folder is not None and (folder / TEMPLATE).is_file():
             return tokenizer_of(self.source.path, str(folder / TEMPLATE))
         return tokenizer_of(self.source.path, self.settings().get("data", {}).get("chat_template", ""))
+
+    def _rows(self) -> int:
+        """The rows of the embedding that the tokens of an adapter need; 0 if it trained none."""
+        if self.adapter is None:
+            return 0
+        named = read_object(self.adapter / CONFIG).get("trainable_token_indices") or []
+        lists = named.values() if isinstance(named, dict) else [named]
+        return max((int(token) + 1 for tokens in lists for token in tokens), default=0)
+
+    @property
+    def limits(self) -> Limits:
+        """The tokens and the positions that the model takes, with the rows that an adapter brings."""
+        limits = limits_of(skeleton(self.source.path, torch.float32, "eager"))
+        return replace(limits, vocabulary=max(limits.vocabulary, self._rows()))
 
     @cached_property
     def date(self) -> str:
@@ -121,6 +138,8 @@ class Subject:
         if self.adapter is not None:
             from peft import PeftModel
 
+            if self._rows() > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(self._rows(), mean_resizing=False)  # the adapter has the values
             # the base model with PEFT's layers in it looks like an ordinary model to the tasks
             model = PeftModel.from_pretrained(model, str(self.adapter)).get_base_model()
         # the base of a run is asked as the trained model is

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,11 +119,9 @@ def save_adapter(
         factors[name] = small.to("cpu")
         cut = factors[name].take(slice(method.export_rank, None)).norm() if method.export_rank else 0.0
         error = max(error, math.hypot(dropped, cut) / max(change.norm(), torch.finfo(torch.float64).tiny))
-    tokens = {} if rows is None else {k: engine.whole(p).cpu() for k, p in rows.named_parameters(recurse=False)}
+    extras |= _token_tensors(engine, rows)
     if not engine.main:
         return None
-    if rows is not None:
-        extras |= {f"{PREFIX}{rows.modules_of[k]}{TOKENS}": value for k, value in tokens.items()}
 
     # one rank for all modules
     ranks = {name: len(pairs) for name, pairs in factors.items()}
@@ -136,33 +135,41 @@ def save_adapter(
     # ALL names the WEIGHTS that it belongs to, so that WEIGHTS are written first
     (Path(path) / ALL).unlink(missing_ok=True)
     _write(Path(path), written, method)
+    # in an outer model a short name would match other modules too
+    short = set(ranks) == {adapter.name for adapter in adapters}
     config = {
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "task_type": "CAUSAL_LM",
+        **_peft_config({a.target for a in adapters} if short else set(ranks)),
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision or None,
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        # in an outer model a short name would match other modules too
-        "target_modules": sorted(ranks if set(ranks) != {a.name for a in adapters} else {a.target for a in adapters}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
         **(method.peft() if only_pairs else {}),
         **({} if as_trained else {"r": rank, "lora_alpha": rank}),
         **({} if rows is None else {"trainable_token_indices": _token_indices(rows)}),
     }
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
-    return SavedAdapter(
-        Path(path),
-        rank,
-        ranks,
-        error,
-        dora=bool(config.get("use_dora")),
-        tokens=0 if rows is None else len(rows.tokens.names),
-    )
+    count = 0 if rows is None else len(rows.tokens.names)
+    return SavedAdapter(Path(path), rank, ranks, error, bool(config.get("use_dora")), count)
+
+
+def _peft_config(targets: set[str]) -> dict[str, Any]:
+    """The entries of PEFT's configuration that every exported adapter has."""
+    return {
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _token_tensors(engine: Engine, rows: TokenRows | None) -> dict[str, Tensor]:
+    """The trained rows under PEFT's names, on the host. Collective."""
+    trained = [] if rows is None else [(at, getattr(rows, k)) for k, at in rows.modules_of.items()]
+    return {f"{PREFIX}{at}{TOKENS}": engine.whole(p).cpu() for at, p in trained}
 
 
 def _token_indices(rows: TokenRows) -> dict[str, list[int]]:

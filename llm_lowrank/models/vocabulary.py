@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.tokens import TokenEmbedding, TokenHead, TokenRows, TrainedTokens
@@ -100,7 +99,7 @@ def train_rows(model: PreTrainedModel, adapters: Sequence[Adapter], tokens: Trai
             f"new_tokens: {names[head]} has a bias, in which new tokens would have no place; use reserved tokens of "
             "the model, as trained_tokens"
         )
-    matrices = {"embedding": (names[embedding], embedding.weight)}
+    matrices: dict[str, tuple[str, Tensor]] = {"embedding": (names[embedding], embedding.weight)}
     if head.weight is not embedding.weight:
         matrices["output"] = (names[head], head.weight)
     rows = TokenRows(tokens, matrices)
