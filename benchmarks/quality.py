@@ -122,6 +122,7 @@ CONTROLS = {
     "core_fixed": "CORE without turns: plain Adam on S",
     "core_small_random": "CORE, p = 3 r, between random bases",
     "core_small_fixed": "CORE, p = 3 r, without turns",
+    "core_small_exchanged": "CORE, p = 3 r, with an exchange after half of the steps",
     "lora": "LoRA, rank r",
     "core_one_pass": "CORE, bases of one pass (svd_niter 0)",
     "core_exact": "CORE, bases to rounding (svd_niter 10)",
@@ -144,6 +145,8 @@ LATER: dict[str, Any] = {
     "b_rate": 1.0,
     "direction": {"type": "none"},
     "score": "paper",
+    "exchanges": [],
+    "into": "auto",
 }
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
@@ -346,6 +349,7 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "core_fixed": Core(like_rank=rank, interval=never),
         "core_small_random": Core(p=3 * rank, samples=0),
         "core_small_fixed": Core(p=3 * rank, interval=never),
+        "core_small_exchanged": Core(p=3 * rank, exchanges=[steps // 2]),
         "lora": LoRA(rank=rank),
         "core_one_pass": Core(like_rank=rank, svd_niter=0),
         "core_exact": Core(like_rank=rank, svd_niter=10),
@@ -479,6 +483,8 @@ def adapt(
                 ahead = range(step, step + method.looks)
                 look(engine, model, method, adapters, [micro for t in ahead for micro in batches.step(t)])
             method.exchange(adapters, engine, step)
+            if method.recalibrates:
+                look(engine, model, method, adapters, first_samples(batches, method.calibration, step))
             result.exchanges.append((step, method.metrics(adapters, engine)))
         since.append(loss.detach())
         if step % math.ceil(total / WINDOWS) == 0 or step == total:

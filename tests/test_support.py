@@ -23,7 +23,7 @@ def test_a_weight_cannot_be_written_where_it_is_quantized_and_everything_else_wo
     assert refused == [
         (
             [name for name in stored if name not in dense],
-            [f"{name} `into: weight`" for name in ("cola", "losia", "plora", "relora", "srlora")],
+            [f"{name} `into: weight`" for name in ("cola", "core", "losia", "plora", "relora", "srlora")],
         ),
         (dense, ["`merge_base: dequantized`"]),
     ]

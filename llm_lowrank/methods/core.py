@@ -219,7 +219,7 @@ class CoreLayer(Adapter):
     ) -> None:
         super().__init__(name, linear, codec, seed)
         m, n = self.shape
-        self.p, self.method = p, method
+        self.p, self.bank_room, self.method = p, bank, method
         self.stacked: Memory | None = None  # of the first layer of those that step in one go
         self.U, self.Vt = self.factor(m, p, trained=False), self.factor(p, n, trained=False)
         self.S = self.factor(p, p)
@@ -229,11 +229,10 @@ class CoreLayer(Adapter):
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: random bases, which `calibrate` replaces, and S = 0: the function starts as it was."""
         assert pairs is None, "core takes no pairs out of W"
-        values = self.afresh()
-        for name in ("bank_A", "bank_B"):
-            if (bank := getattr(self, name)) is not None:
-                values[name] = torch.zeros(bank.shape, device="cpu")
-        return values
+        (m, n), k = self.shape, self.bank_room
+        with torch.device("cpu"):
+            bank = {"bank_A": torch.zeros(k, n), "bank_B": torch.zeros(m, k)} if k else {}
+        return self.afresh() | bank
 
     def afresh(self, step: int = 0) -> dict[str, Tensor]:
         """Random U and V^T, and S = 0, on the host. step: the exchange step, or 0 for the start."""
@@ -285,8 +284,7 @@ class CoreLayer(Adapter):
         return Pairs.cat([self.pairs(whole), Pairs(whole(self.bank_B), whole(self.bank_A))])
 
     def extra_repr(self) -> str:
-        bank = 0 if self.bank_A is None else len(self.bank_A)
-        return f"{super().extra_repr()}, p={self.p}, bank={bank}"
+        return f"{super().extra_repr()}, p={self.p}, bank={self.bank_room}"
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ OPTIONS: dict[str, tuple[Settings, dict[str, Settings]]] = {
             "use_dora: true": {"use_dora": True},
         },
     ),
-    "core": ({"p": 4}, {"": {}}),
+    "core": ({"p": 4, "exchanges": [100]}, INTO),
     "squeeze": ({**PAIRS, "target_rank": 2}, {"": {}}),
     "adalora": ({**PAIRS, "target_rank": 2}, {"": {}}),
     "losia": ({"output_factor": 0.0}, INTO | {"output_factor: 0.125": {"output_factor": 0.125}}),
