@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lowrank.data.settings import Data
     from llm_lowrank.methods.adalora import AdaLoRA
     from llm_lowrank.methods.beamlora import BeamLoRA
     from llm_lowrank.methods.cola import COLA
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from llm_lowrank.methods.squeeze import Squeeze
     from llm_lowrank.methods.srlora import SRLoRA
     from llm_lowrank.methods.vera import VeRA
+    from llm_lowrank.run.python import train
     from llm_lowrank.run.recipe import Recipe
-    from llm_lowrank.run.train import train
 
 __version__ = "0.2.0"
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "AdaLoRA",
     "BeamLoRA",
     "Core",
+    "Data",
     "DoRA",
     "DropLoRA",
     "EDoRA",
@@ -76,13 +78,14 @@ __all__ = [
 ]
 
 _HOMES = {name: f"llm_lowrank.methods.{name.lower()}" for name in __all__} | {
+    "Data": "llm_lowrank.data.settings",
     "FlatLoRA": "llm_lowrank.methods.flat_lora",
     "LoRAFA": "llm_lowrank.methods.lora_fa",
     "LoRAGA": "llm_lowrank.methods.lora_ga",
     "LoRAOne": "llm_lowrank.methods.lora_one",
     "LoRAXS": "llm_lowrank.methods.lora_xs",
     "Recipe": "llm_lowrank.run.recipe",
-    "train": "llm_lowrank.run.train",
+    "train": "llm_lowrank.run.python",
 }
 
 

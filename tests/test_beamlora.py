@@ -29,7 +29,7 @@ ENGINES = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
 def test_values_and_gradients_are_those_of_autograd():
     torch.manual_seed(3)
     linear, x = nn.Linear(10, 7), torch.randn(2, 5, 10)
-    ours = BeamAdapter("layer", linear, Dense(torch.float32), PairSettings(rank=3, scale=2.0), temperature=TAU)
+    ours = BeamAdapter("layer", linear, Dense(torch.float32), PairSettings(rank=3, scale=2.0), tau=TAU)
     values = {"A": torch.randn(3, 10), "B": torch.randn(7, 3), "q": 0.1 * torch.randn(3)}
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
     for name, value in values.items():
@@ -178,7 +178,7 @@ def test_settings():
     assert BeamLoRA().threshold(30, 90) == pytest.approx(0.975)
     for wrong, message in (
         (dict(interval=1), r"method\.interval must be at least 2, not 1"),
-        (dict(temperature=0.0), r"method\.temperature must be above 0, not 0"),
+        (dict(tau=0.0), r"method\.tau must be above 0, not 0"),
         (dict(kept=1.0), r"method\.kept must be between 0 and 1, not 1"),
         (dict(end_share=0.0), r"method\.end_share must be above 0 and at most 1, not 0"),
     ):

@@ -272,13 +272,25 @@ def batches(rank: int, world: int, per_device: int, accumulation: int, **setting
 @pytest.mark.parametrize("count", [1, 5, 8, 12, 23, 40])
 @pytest.mark.parametrize("per_device, accumulation, world", [(1, 1, 1), (3, 2, 1), (2, 1, 3), (1, 2, 2)])
 def test_the_samples_are_the_first_of_the_run_however_a_batch_is_cut(count, per_device, accumulation, world):
+    order = [int(row) for row in batches(0, 1, 23, 1)._order(0)]
+    assert sampled(count, per_device, accumulation, world, done=0) == sorted(order[:count])
+
+
+def sampled(count: int, per_device: int, accumulation: int, world: int, done: int) -> list[int]:
     found: list[int] = []
     for rank in range(world):
-        micros = first_samples(batches(rank, world, per_device, accumulation), count)
+        micros = first_samples(batches(rank, world, per_device, accumulation), count, done)
         assert len(micros) % accumulation == 0, "whole steps"
         found += [int(labels[1]) for micro in micros for labels in micro.labels if (labels != IGNORE).any()]
-    order = [int(row) for row in batches(0, 1, 23, 1)._order(0)]
-    assert sorted(found) == sorted(order[:count])
+    return sorted(found)
+
+
+@pytest.mark.parametrize("per_device, accumulation, world", [(6, 1, 1), (3, 2, 1), (2, 1, 3), (3, 1, 2)])
+def test_after_some_steps_the_samples_are_those_that_come_next(per_device, accumulation, world):
+    order, then = ([int(row) for row in batches(0, 1, 23, 1)._order(epoch)] for epoch in (0, 1))
+    assert sampled(8, per_device, accumulation, world, done=1) == sorted(order[6:14])
+    # the last step of an epoch has 5 samples and an empty row, which counts
+    assert sampled(8, per_device, accumulation, world, done=3) == sorted(order[18:] + then[:2])
 
 
 def test_the_batches_of_the_run_keep_their_labels():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.models import checkpoint
+from llm_lowrank.models.export import save_adapter
 from tests import ranks
-from tests.tiny import Trainee
+from tests.tiny import Trainee, batch, llama
 
 SETTINGS = dict(rank=4, alpha=6, target_modules=["k_proj", "up_proj"])  # 14 x 42 and 43 x 42, twice each
 METHOD, STEPS = COLA(links=3, **SETTINGS), 6
@@ -174,3 +176,15 @@ def test_settings():
     with pytest.raises(ValueError, match="3 links do not fit into 2 steps"):
         COLA(links=3).schedule(2)
     assert COLA().schedule(12) == (6,)
+
+
+def test_links_of_few_layers_are_exported_together(tmp_path):
+    t = Trainee(BOOSTED, "plain", total=STEPS)
+    for step in range(STEPS):
+        t.step(step)
+        if step + 1 in BOOSTED.schedule(STEPS):
+            BOOSTED.exchange(t.adapters, t.engine, step + 1)
+    save_adapter(t.engine, t.adapters, method=BOOSTED, path=tmp_path, base_model_name_or_path="base")
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(llama("fp32"), tmp_path)(input_ids=batch(99)).logits
+    torch.testing.assert_close(adapted, t.logits(), rtol=0, atol=1e-4)

@@ -74,7 +74,7 @@ def test_a_layer_is_one_graph_over_every_codec(codec):
 @pytest.mark.parametrize(
     "name",
     ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs"]
-    + [pytest.param(name, marks=pytest.mark.wide) for name in ("mora", "edora", "osora")],
+    + [pytest.param(name, marks=pytest.mark.wide) for name in ("mora", "edora", "osora", "sora", "beamlora")],
 )
 def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)

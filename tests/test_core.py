@@ -16,7 +16,8 @@ from llm_lowrank.adapters.direction import Update
 from llm_lowrank.codecs import Dense
 from llm_lowrank.methods import core
 from llm_lowrank.methods.core import Core, CoreLayer
-from tests import ranks
+from llm_lowrank.models import checkpoint
+from tests import ranks, tiny
 from tests.tiny import CALIBRATION, Trainee, batch, llama
 
 M, N, P = 30, 20, 6
@@ -133,6 +134,8 @@ def test_what_is_remembered_is_what_the_dry_run_counts():
         ({"samples": -1}, "method.samples must be at least 0"),
         ({"beta2": 1.0}, "method.beta2 must be in"),
         ({"eps": 0.0}, "method.eps must be above 0"),
+        ({"exchanges": [0, 4]}, "method.exchanges must be steps from 1 on in ascending order"),
+        ({"exchanges": [4, 4]}, "method.exchanges must be steps from 1 on in ascending order"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
@@ -167,25 +170,126 @@ def test_the_bases_are_the_leading_directions_of_the_dense_gradient(engine, worl
                 assert float(cosines.min()) >= 0.99, (name, cosines)
 
 
-def resumed(engine: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    method = Core(p=5, samples=6, interval=2, target_modules=MODULES)
-    whole, half = Trainee(method, engine), Trainee(method, engine)
-    for step in range(5):
-        whole.step(step)
-    for step in range(3):
-        half.step(step)
-    saved = half.save(Path(folder), 3)
-    again = Trainee(method, engine, resume_from=saved)
-    for step in range(3, 5):
-        again.step(step)
-    return again.values(), whole.values()
+EXCHANGE, LAST = 3, 6
+SAVED = (2, EXCHANGE, 4)  # before, at and after the exchange
 
 
-@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)])
-def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path):
-    for found, whole in ranks.run(world, resumed, engine, str(tmp_path)):
-        assert all(torch.equal(found[name], value) for name, value in whole.items())
+def exchanging(into: str) -> Core:
+    return Core(p=5, samples=6, interval=2, exchanges=[EXCHANGE], into=into, target_modules=MODULES)
+
+
+def train(t: Trainee, start: int, folder: Path | None = None) -> dict[str, Tensor]:
+    """Make the steps from `start` on, with the exchange, and return all values. In a folder SAVED are saved."""
+    for step in range(start, LAST):
+        t.step(step)
+        if step + 1 in t.method.schedule(LAST):
+            t.exchange(step + 1)
+        if folder is not None and step + 1 in SAVED:
+            t.save(folder / str(step + 1), step + 1)
+    return t.values()
+
+
+def resumed(engine: str, into: str, folder: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    whole = train(Trainee(exchanging(into), engine), 0, Path(folder))
+    return continued(engine, into, folder), whole
+
+
+def continued(engine: str, into: str, folder: str) -> list[dict[str, Tensor]]:
+    saved = [checkpoint.newest(Path(folder) / str(step))[0] for step in SAVED]
+    return [train(Trainee(exchanging(into), engine, resume_from=s), s.step) for s in saved]
+
+
+@pytest.mark.parametrize(
+    "engine, world, into", [("plain", 1, "weight"), ("zero2", 2, "bank"), ("zero3", 2, "bank"), ("fsdp", 2, "weight")]
+)
+def test_a_run_resumed_before_at_and_after_an_exchange_is_the_uninterrupted_one_bitwise(engine, world, into, tmp_path):
+    for found, whole in ranks.run(world, resumed, engine, into, str(tmp_path)):
+        for values in found:
+            assert all(torch.equal(values[name], value) for name, value in whole.items())
         assert any(value.any() for name, value in whole.items() if name.endswith(".S"))
+
+
+@pytest.mark.parametrize("engine, world", [pytest.param("zero3", 3, marks=pytest.mark.wide), ("fsdp", 2)])
+def test_another_engine_resumes_before_at_and_after_an_exchange(engine, world, tmp_path):
+    _, whole = resumed("plain", "bank", str(tmp_path))
+    changes = changes_in(whole)
+    for values in ranks.run(world, continued, engine, "bank", str(tmp_path))[0]:
+        for name, change in changes_in(values).items():
+            assert relative(change, changes[name]) <= 1e-4, name
+
+
+def changes_in(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The change of W by module, of the core and of the bank."""
+    names = {name.rpartition(".")[0] for name in values}
+    at = {name: [values[f"{name}.{p}"].double() for p in ("U", "S", "Vt", "bank_B", "bank_A")] for name in names}
+    return {name: U @ S @ Vt + B @ A for name, (U, S, Vt, B, A) in at.items()}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).detach().double().norm() / wanted.detach().double().norm())
+
+
+def maps(t: Trainee) -> dict[str, Tensor]:
+    return t.probe()[1]
+
+
+def begun_anew(engine: str, into: str) -> tuple[dict[str, Tensor], ...]:
+    """By module: the map at the exchange, its change by the steps behind it, and the change that the same steps make in
+    a new run over a weight that is this map.
+    """
+    t = Trainee(exchanging(into), engine)
+    for step in range(EXCHANGE):
+        t.step(step)
+    t.exchange(EXCHANGE)
+    start = maps(t)
+    for step in range(EXCHANGE, LAST):
+        t.step(step)
+    went = {name: w - start[name] for name, w in maps(t).items()}
+    state = llama().state_dict() | {f"{name}.weight": w.float() for name, w in start.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "llama", lambda *_, **__: loaded(state))
+        patch.setattr(tiny, "CALIBRATION", CALIBRATION + EXCHANGE)  # the samples that come after the exchange
+        new = Trainee(Core(p=5, samples=6, interval=2, target_modules=MODULES), engine)
+    before = maps(new)
+    for step in range(EXCHANGE, LAST):
+        new.forward_backward(step)
+        new.update(step - EXCHANGE)  # which is its step number
+    return start, went, {name: w - before[name] for name, w in maps(new).items()}
+
+
+def loaded(state: dict[str, Tensor]) -> torch.nn.Module:
+    model = llama()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize(
+    "engine, world, into", [("plain", 1, "weight"), ("plain", 1, "bank"), ("zero3", 3, "bank"), ("fsdp", 2, "weight")]
+)
+def test_behind_an_exchange_the_run_is_a_new_run_over_the_changed_weights(engine, world, into):
+    for start, went, wanted in ranks.run(world, begun_anew, engine, into):
+        for name, change in wanted.items():
+            moved = relative(start[name], llama().get_submodule(name).weight.double())
+            assert moved > 1e-3 and float(change.norm()) > 0, name
+            assert relative(went[name], change) <= 1e-3, name
+
+
+def test_random_bases_are_drawn_anew_at_an_exchange():
+    t = Trainee(replace(exchanging("bank"), samples=0), "plain")
+    before = t.values()
+    train(t, 0)
+    for name, value in t.values().items():
+        if name.endswith((".U", ".Vt")):
+            columns = value if name.endswith(".U") else value.T
+            torch.testing.assert_close(columns.T @ columns, torch.eye(5))
+            assert not torch.equal(value, before[name]), name
+
+
+def test_an_exchange_that_leaves_nothing_to_train_or_cannot_be_stored_is_refused():
+    with pytest.raises(ValueError, match=r"method\.exchanges names step 8, and the run has 8 steps"):
+        Core(exchanges=[4, 8]).schedule(8)
+    with pytest.raises(ValueError, match=r"method\.into: weight cannot be used with codec: nf4"):
+        Trainee(exchanging("weight"), "plain", "nf4")
 
 
 def test_as_many_parameters_as_a_lora_of_that_rank():

@@ -73,13 +73,13 @@ def test_a_message_that_changed_is_noticed(known):
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, arguments) of every launch/train.py that a page shows."""
+    """(page, arguments) of every training that a page shows."""
     found = []
     for page in PAGES:
         for line in "\n".join(blocks(page, "bash", "sh")).replace("\\\n", " ").splitlines():
-            _, script, rest = line.partition("launch/train.py")
-            if script:
-                found.append((page.name, re.split(r"&&|\||;|>", rest)[0]))
+            _, *rest = re.split(r"launch/train\.py|llm[-_]lowrank train\b", line)
+            if rest:
+                found.append((page.name, re.split(r"&&|\||;|>", rest[0])[0]))
     return found
 
 

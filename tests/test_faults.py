@@ -359,13 +359,13 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(engine, world, meth
 def broken_steps(monkeypatch) -> set[int]:
     """Training steps whose loss is NaN, 1-based."""
     steps: set[int] = set()
-    real, seen = loop.batch_loss, [0]
+    real, seen = loop.training_loss, [0]
 
-    def loss(model, batch, *where):
+    def loss(run, model, batch):
         seen[0] += model.training
-        return real(model, batch, *where) * (float("nan") if model.training and seen[0] in steps else 1.0)
+        return real(run, model, batch) * (float("nan") if model.training and seen[0] in steps else 1.0)
 
-    monkeypatch.setattr(loop, "batch_loss", loss)
+    monkeypatch.setattr(loop, "training_loss", loss)
     return steps
 
 

@@ -485,7 +485,7 @@ def test_held_out_by_a_column_holds_out_whole_values_of_it(tmp_path):
 
 
 def test_a_dataset_that_is_made_by_a_script_now_names_the_script():
-    with pytest.raises(ValueError, match=r"run `python recipes/data/stdlib_code.py output/stdlib-code.jsonl`"):
+    with pytest.raises(ValueError, match=r"run `python \$\(llm-lowrank recipes\)/data/stdlib_code.py output/stdlib-"):
         load_corpus(Data("stdlib-code"), byte_tokenizer(), 0)
 
 

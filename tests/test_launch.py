@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from benchmarks.soak import live
 from launch import merge, train
+from llm_lowrank.run.report import write_comparison
 from tests import tiny
 from tests.test_data import CHATML, byte_tokenizer
 
@@ -138,6 +139,20 @@ def test_a_run_learns_and_exchanges_on_schedule(runs):
         (loaded,) = records(output, "load")
         assert (loaded["modules"], loaded["pairs"]) == (14, 56) and loaded["error"] < 1e-6
         assert all(e["drift"] < 1e-6 and e["into"] == "weight" for e in events)
+
+
+def test_reports_of_all_engines_agree(runs, tmp_path):
+    pages = {name: (output / "report.html").read_text(encoding="utf-8") for name, output in runs.items()}
+    assert all("finished, 6 steps" in page for page in pages.values())
+    facts = {name: records(output, "run")[0]["facts"] for name, output in runs.items()}
+    assert facts["plain"]["trainable"] > 0
+    for name, output in runs.items():
+        assert all(facts[name][key] == facts["plain"][key] for key in ("trainable", "modules", "steps", "held_out"))
+        for event, other in zip(records(output, "exchange"), records(runs["plain"], "exchange"), strict=True):
+            for figure, values in event["by_module"].items():
+                assert values == pytest.approx(other["by_module"][figure], rel=1e-3), (name, figure)
+    compared = write_comparison(list(runs.values()), tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert all(f"out-{name}" in compared for name in runs)
 
 
 def test_a_run_leaves_what_the_readme_promises(runs):

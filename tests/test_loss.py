@@ -57,7 +57,7 @@ def blocks_of(rows: int) -> Iterator[list[int]]:
     block, nll = loss.BLOCK, loss.nll
     loss.BLOCK, loss.nll = (
         rows * VOCABULARY + 1,
-        lambda logits, labels: [made.append(len(logits)), nll(logits, labels)][1],
+        lambda logits, labels, smoothing=0.0: [made.append(len(logits)), nll(logits, labels, smoothing)][1],
     )
     try:
         yield made

@@ -1,4 +1,4 @@
-"""python -m llm_lowrank.run.ranks: every rule against its equation on a small model, and a file that a run takes."""
+"""llm-lowrank ranks: every rule against its equation on a small model, and a file that a run takes."""
 
 from __future__ import annotations
 

@@ -72,6 +72,17 @@ def test_a_grid_is_made_once_and_tabulated(tmp_path, page, capsys):
     assert "| LoRA | " in text and "| LoSiA | " in text and (tmp_path / "page-small.png").stat().st_size > 10_000
 
 
+def test_every_exchange_of_a_score_leaves_its_churn(tmp_path):
+    words = ["--steps", "10", "--pretrain-steps", "24", "--rates", "1e-2", "--tuning-seeds", "9", "--seeds", "0"]
+    quality.main(["scores", "--output", str(tmp_path), "--methods", "paper", "chance", *words])
+    for method in ("paper", "chance"):
+        result = json.loads((tmp_path / "scores" / f"{method}-rate0.01-seed0.json").read_text())["result"]
+        assert [step for step, _ in result["exchanges"]] == [2, 4, 6, 8]
+        shares = [numbers["replaced_fresh_share"] for _, numbers in result["exchanges"]]
+        # 112 pairs of 28 modules: 56 by chance, with a standard deviation of 4
+        assert shares[0] == 0 and all(abs(share - 0.5) < 0.15 for share in shares[1:]) == (method == "chance")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_families_are_deterministic_and_differ(name):
     own, shifted = FAMILIES[name]

@@ -388,6 +388,15 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     assert "is a file" in refusal("--output_dir", __file__)
 
 
+def test_recipes_are_found_here_and_where_the_library_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--config_path", "recipes/demo.yaml,recipes/rasa.yaml"]).method.rank == 32
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/rasa.yaml").write_text("method: {type: rasa, rank: 5}")
+    assert parse(["--config_path", "recipes/demo.yaml,recipes/rasa.yaml"]).method.rank == 5
+    assert f"the library's own recipes are in {ROOT / 'recipes'}" in refusal("--config_path", "recipes/dmo.yaml")
+
+
 def test_deepspeed_settings_are_found_here_and_beside_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert deepspeed_config(Recipe()) == ROOT / "ds_configs" / "zero3.json"

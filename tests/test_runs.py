@@ -39,7 +39,17 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "vera": ({"method.rank": 16, "method.d_initial": 1.0, "learning_rate": 5e-2, "gradient_checkpointing": True}, 0),
     "lora_ga": ({**PAIRS, "method.samples": 12, "method.svd_niter": 1}, 0),
     "lora_one": ({**PAIRS, "gradient_checkpointing": True}, 0),
-    "core": ({"method.p": 8, "method.samples": 12, "method.interval": 2, "optim": "sgd", "learning_rate": 2e-2}, 0),
+    "core": (
+        {
+            "method.p": 8,
+            "method.samples": 12,
+            "method.interval": 2,
+            "method.exchanges": "[2, 4]",
+            "optim": "sgd",
+            "learning_rate": 2e-2,
+        },
+        2,
+    ),
     "rasa": ({**PAIRS, "optim": "lion", "learning_rate": 5e-3, "gradient_checkpointing": True}, 0),
     "reslora": ({**PAIRS, "gradient_checkpointing": True}, 0),
     "droplora": ({**PAIRS, "method.mask": "sample", "method.use_dora": True, "gradient_accumulation_steps": 2}, 0),

@@ -248,7 +248,7 @@ def break_checkpoint(folder, how):
         ("index wrong", "disagree"),
         ("quantized", "gptq.*unquantized checkpoint"),
         ("no config", "no config.json"),
-        ("adapter", "is an adapter.*launch/merge.py"),
+        ("adapter", "is an adapter.*llm-lowrank merge"),
         ("empty", "neither model.safetensors nor"),
     ],
 )

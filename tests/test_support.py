@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs/support.md"
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text(encoding="utf-8") == support.page(), "run: python -m llm_lowrank.run.support docs/support.md"
+    assert PAGE.read_text(encoding="utf-8") == support.page(), "run: llm-lowrank support docs/support.md"
 
 
 def test_a_weight_cannot_be_written_where_it_is_quantized_and_everything_else_works():

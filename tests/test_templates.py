@@ -9,10 +9,10 @@ import datasets
 import pytest
 from tokenizers import processors
 
-from launch.inspect_data import paint
 from llm_lowrank.data import Data, encode_prompt, load_corpus
 from llm_lowrank.data import templates as module
 from llm_lowrank.data.encoding import encode_text, with_template
+from llm_lowrank.run.inspect_data import paint
 from tests.test_data import CHATML, MARKED, byte_tokenizer, cache, texts, write_jsonl  # noqa: F401 - cache: of every test here
 from tests.test_formats import answers, chat
 

@@ -15,13 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llm_lowrank.methods  # noqa: F401 - registers directions
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.direction import Direction
+from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4
 from llm_lowrank.engines import Engine, make
 from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import checkpoint
+from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.vocabulary import train_rows
 from llm_lowrank.numerics.optimizers import Optimization
@@ -159,6 +162,8 @@ class Trainee:
         self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
+        if isinstance(method, LoRA) and method.adapter:
+            inherit(open_adapter(method.adapter), self.model, self.adapters, role=method.adapter_role)
         if tokens is not None:
             train_rows(self.model, self.adapters, tokens)
         self.checkpoint = Checkpoint(self.original)
@@ -259,6 +264,18 @@ class Trainee:
         self.method.observe(self.adapters, self.engine)
         rates = self.method.rates(self.adapters, step, self.total, lambda step: learning_rate)
         return make_step(self.engine, self.method, self.adapters, step, rates, self.max_grad_norm)
+
+    def exchange(self, step: int) -> Exchanged | None:
+        """What a run does at an exchange step, when so many steps are done."""
+
+        def hook() -> Exchanged | None:
+            event = self.method.exchange(self.adapters, self.engine, step)
+            if self.method.recalibrates:
+                samples = partial(self.losses, CALIBRATION + step)
+                calibrate_on(self.engine, self.wrapped, self.method, self.adapters, samples)
+            return event
+
+        return measure_exchange(self.engine, hook, self.method.changes_function)
 
     def values(self) -> dict[str, Tensor]:
         """Every parameter that does not come from the checkpoint, whole."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from llm_lowrank.numerics.functional import Product, adapter_linear
 from llm_lowrank.numerics.pairs import Change, Pairs
 
 Whole = Callable[[nn.Parameter], Tensor]  # a copy of a parameter that may be sharded; collective
+Place = Literal["trained", "weight", "bank"]  # where the pairs of an adapter that was trained before go
 
 
 def digest(seed: int, name: str, step: int) -> bytes:
@@ -227,6 +229,18 @@ def _refuse_training(method: str, adapter: Adapter, *_: object) -> None:
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """The pairs of an adapter that was trained before, from which a layer starts."""
+
+    read: Callable[[], Pairs]  # float32, on the host; s B A of the layer is what the adapter changed
+    rank: int  # pairs
+    place: Place
+
+    def __str__(self) -> str:
+        return {"trained": "trained on", "weight": "frozen into W", "bank": "frozen into the bank"}[self.place]
+
+
+@dataclass(frozen=True)
 class PairSettings:
     """The settings of one layer with pairs, see PairAdapter."""
 
@@ -260,25 +274,45 @@ class PairAdapter(Adapter):
         self.B = self.factor(m, rank, trained="B" in self.trains)
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
+        # The bank's slots that the method may use, the first ones. An engine may leave an empty tensor in the bank's
+        # place, so that its length says nothing.
+        self.bank_room = bank
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
+        self.inherited: Inherited | None = None
+
+    def inherit(self, inherited: Inherited) -> None:
+        """Start from an adapter that was trained before. Call before the layer has values.
+
+        Pairs that are frozen into the bank get slots of their own, the last ones: no exchange touches them.
+        """
+        (m, n), self.inherited = self.shape, inherited
+        if inherited.place == "bank":
+            slots = self.bank_room + inherited.rank
+            self.bank_A, self.bank_B = self.factor(slots, n, trained=False), self.factor(m, slots, trained=False)
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values of A, B and the bank.
 
         Of `pairs` the first r are trained and the others fill the bank. Without `pairs` A
-        is uniform and B and the bank are zero, so that the function starts as it was.
+        is uniform and B and the bank are zero, so that the function starts as it was. An inherited adapter that is
+        trained on gives A and B, one that is frozen into the bank the last pairs there.
         """
-        (m, n), r, bank = self.shape, self.rank, 0 if self.bank_A is None else len(self.bank_A)
+        (m, n), r, bank = self.shape, self.rank, self.bank_room
+        inherited = self.inherited
         if pairs is None:
             start = uniform_rows(r, n, generator(self.seed, self.name))
             with torch.device("cpu"):
                 pairs = Pairs(torch.zeros(m, r + bank), torch.cat([start, torch.zeros(bank, n)]))
+            if inherited is not None and inherited.place == "trained":
+                pairs = Pairs.cat([inherited.read(), pairs.take(slice(r, None))])
         assert len(pairs) == r + bank, (
             f"{self.name}: {len(pairs)} starting pairs for {r} trainable and {bank} in the bank"
         )
+        if inherited is not None and inherited.place == "bank":
+            pairs = Pairs.cat([pairs, inherited.read()])
         values = {"A": pairs.A[:r], "B": pairs.B[:, :r]}
-        return values | ({"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]} if bank else {})
+        return values | ({} if self.bank_A is None else {"bank_A": pairs.A[r:], "bank_B": pairs.B[:, r:]})
 
     # ---- what a method may override
 

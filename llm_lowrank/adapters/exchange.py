@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -62,9 +62,11 @@ class Exchanged:
     # Whether the function was meant to change, see rewrite_. Then `into` is "itself", `drift` says how far the function
     # went, and `lost` is |dC| / |C|, C the change of W that was trained.
     meant: bool = False
+    # What the method decided by, for the report: name of a figure -> its value in every module, in the adapters' order.
+    by_module: Mapping[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
-    def total(events: list[Exchanged]) -> Exchanged:
+    def total(events: list[Exchanged], by_module: Mapping[str, list[float]] | None = None) -> Exchanged:
         """The report of several exchanges: sums, and the largest drift and loss."""
         return Exchanged(
             pairs=sum(e.pairs for e in events),
@@ -76,6 +78,7 @@ class Exchanged:
             modules=sum(e.modules for e in events),
             unit=events[0].unit,
             meant=events[0].meant,
+            by_module=by_module or {},
         )
 
 
@@ -262,12 +265,14 @@ def into_weight_(engine: Engine, adapter: Adapter, update: Change) -> float:
 @torch.no_grad()
 def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int, float]:
     """Compress the bank into its first slots, the fewest that its product needs and `most` at most; empty the others.
+    The slots of an inherited adapter stay as they are.
 
     Return the number of filled slots and |dropped| / |bank|. Rank 0 decomposes. Collective.
     """
     assert adapter.bank_A is not None and adapter.bank_B is not None
     with engine.edit(adapter.bank_A, adapter.bank_B) as (a, b):
-        bank = Pairs(b.value, a.value)
+        room = adapter.bank_room
+        bank = Pairs(b.value, a.value).take(slice(room))
 
         def compress() -> list[Tensor]:
             small, dropped = bank.compress(most=most)
@@ -278,8 +283,8 @@ def compress_bank_(engine: Engine, adapter: PairAdapter, most: int) -> tuple[int
 
         small_B, small_A, lost = engine.broadcast(compress)
         used = len(small_A)
-        a.value[:used], a.value[used:] = small_A, 0.0
-        b.value[:, :used], b.value[:, used:] = small_B, 0.0
+        a.value[:used], a.value[used:room] = small_A, 0.0
+        b.value[:, :used], b.value[:, used:room] = small_B, 0.0
     engine.same("the compressed bank", small_B, small_A)
     for p, slot in ((adapter.bank_A, a), (adapter.bank_B, b)):
         assert torch.equal(engine.whole(p), slot.value), f"{adapter.name}: a compressed bank did not reach the forward"

@@ -86,9 +86,19 @@ class Method(draccus.ChoiceRegistry):
         return ""
 
     @property
+    def inherits(self) -> str:
+        """The adapter that the run starts from, as the setting names it, or an empty string."""
+        return ""
+
+    @property
     def calibration(self) -> int:
         """The number of samples for `calibrate`; 0: it is not called."""
         return 0
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether `calibrate` is called again after each exchange."""
+        return False
 
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         """The most bytes that the method remembers at a time: (spread over the ranks, on every rank)."""
@@ -139,12 +149,13 @@ class Method(draccus.ChoiceRegistry):
         """Prepare for the first step. Called once, when everything is loaded and sharded. Collective."""
 
     def calibrate(self, adapters: list[Adapter], engine: Engine, backward: Callable[[], None]) -> None:
-        """Look at gradients before the first step. Called once after `start`, if `calibration` asks for samples.
+        """Look at gradients before the first step. Called after `start`, if `calibration` asks for samples.
 
         backward() goes forward and backward through the first `calibration` samples of the run, whose loss is the mean
         over their trained tokens, without a step. It may be called several times and repeats itself: random numbers
         start where they were. The gradients of parameters are forgotten at its end; those of probes stay, see
-        adapters/probes.py. A run that resumes is not calibrated again. Collective.
+        adapters/probes.py. If the method `recalibrates`, this hook is called after each exchange too, with samples of
+        the steps that come next. A run that resumes is not calibrated for its start again. Collective.
         """
 
     def rates(

@@ -169,12 +169,13 @@ class Batches:
         """Return the rows in the order of an epoch, (rows,)."""
         if not self.grouped:
             return _permutation(self.rows, self.seed, epoch)
-        if self.ordered is None or self.ordered[0] != epoch:
+        ordered = self.ordered  # read once: a calibration and the thread of run/ahead.py may be in different epochs
+        if ordered is None or ordered[0] != epoch:
             # random stretches of many global batches, each sorted by length: the order is drawn anew in every epoch
             rng = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, epoch]).integers(2**62)))
             indices = get_length_grouped_indices(self.lengths.tolist(), self.global_batch, generator=rng)
-            self.ordered = epoch, np.array(indices)
-        return self.ordered[1]
+            self.ordered = ordered = epoch, np.array(indices)
+        return ordered[1]
 
     def _collate(self, rows: list[int], tokens: int) -> MicroBatch:
         members = [self.packs[row] if self.packs else [row] for row in rows]

@@ -23,8 +23,8 @@ from llm_lowrank.files import cache_dir, writable_folder, write_json
 
 REASONING_GYM = "reasoning-gym:"
 MOVED = {  # datasets that older versions had -> what to do instead
-    "stdlib-code": "is made by a script now; run `python recipes/data/stdlib_code.py output/stdlib-code.jsonl` and "
-    "name that file, with --data.held_out_by module"
+    "stdlib-code": "is made by a script now; run `python $(llm-lowrank recipes)/data/stdlib_code.py "
+    "output/stdlib-code.jsonl` and name that file, with --data.held_out_by module"
 }
 PEEK = 1000  # rows of a stream whose columns are looked at before it is read
 

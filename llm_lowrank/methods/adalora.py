@@ -212,7 +212,8 @@ class AdaLoRA(LoRA):
                 params = [adapter.A, adapter.B, adapter.E] if for_good else [adapter.E]
                 edit = partial(prune_, pruned.to(engine.device), idle=for_good)
                 events.append(rewrite_(engine, adapter, params, edit, pairs=len(pruned)))
-        return Exchanged.total(events) if events else None
+        live_pairs = [float(keep.sum()) for keep in kept]
+        return Exchanged.total(events, {"live_pairs": live_pairs}) if events else None
 
     def choose(self, adapters: list[PairAdapter], engine: Engine, budget: int) -> list[Tensor]:
         """Return for every adapter which of its pairs stay, 1 or 0, (r,): the `budget` with the highest scores.

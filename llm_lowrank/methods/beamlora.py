@@ -39,12 +39,10 @@ EQUAL = 5  # decimals, to which the weights are compared; of equal ones the firs
 class BeamAdapter(PairAdapter):
     """A PairAdapter whose pairs share a weight of r among them, by a softmax over the trained `q` (r,)."""
 
-    def __init__(
-        self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings, *, temperature: float
-    ) -> None:
+    def __init__(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings, *, tau: float) -> None:
         super().__init__(name, linear, codec, settings)
         self.q = self.factor(self.rank)
-        self.temperature = temperature
+        self.tau = tau
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: those of LoRA, and all weights are 1."""
@@ -52,7 +50,7 @@ class BeamAdapter(PairAdapter):
 
     def weights(self, q: Tensor) -> Tensor:
         """p (r,) of q; the sum is r."""
-        return self.rank * torch.softmax(q / self.temperature, 0)
+        return self.rank * torch.softmax(q / self.tau, 0)
 
     def products(self, x: Tensor) -> list[Product]:
         return [Product(self.A, self.B, gate=self.weights(self.q))]
@@ -69,8 +67,8 @@ class BeamLoRA(LoRA):
     interval: int | None = None
     """Steps between expansions; the copies are taken half an interval before. By default a twelfth of the run (the
     paper: 3000 of 37,000)."""
-    temperature: float = 0.05
-    """tau of the softmax (the paper: 0.05, and 0.03 for learning rates below 1e-4)."""
+    tau: float = 0.05
+    """Temperature of the softmax (the paper: 0.05, and 0.03 for learning rates below 1e-4)."""
     kept: float = 0.95
     """Share of all weights that the pairs have which the first expansion keeps; it rises to 1."""
     end_share: float = 2 / 3
@@ -80,8 +78,8 @@ class BeamLoRA(LoRA):
         complaints = super().complaints()
         if self.interval is not None and self.interval < 2:
             complaints.append(f"method.interval must be at least 2, not {self.interval}")
-        if not 0 < self.temperature < math.inf:
-            complaints.append(f"method.temperature must be above 0, not {self.temperature}")
+        if not 0 < self.tau < math.inf:
+            complaints.append(f"method.tau must be above 0, not {self.tau}")
         if not 0 < self.kept < 1:
             complaints.append(f"method.kept must be between 0 and 1, not {self.kept}")
         if not 0 < self.end_share <= 1:
@@ -102,7 +100,7 @@ class BeamLoRA(LoRA):
         return sum(copies * getattr(adapter, letter).nbytes for adapter in adapters for letter in FACTORS), 0
 
     def layer(self, name: str, linear: nn.Linear, codec: Codec, settings: PairSettings) -> PairAdapter:
-        return BeamAdapter(name, linear, codec, settings, temperature=self.temperature)
+        return BeamAdapter(name, linear, codec, settings, tau=self.tau)
 
     # ---- when, and how many
 

@@ -46,6 +46,8 @@ class COLA(Restarting):
     """Decoder layers that each link trains, drawn at random for each link, as in XGBLoRA (arXiv 2410.19694); by default
     all."""
 
+    adapter_roles = ("frozen",)
+
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.links < 1:

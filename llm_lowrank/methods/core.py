@@ -20,19 +20,27 @@ K steps. To turn U, S and V themselves would be the same run. Here only the opti
 function is kept bitwise and no shard is rewritten.
 
 The change of W is a LoRA of rank p, with B = U S and A = V^T.
+
+A long run may leave the first subspace. At the steps that `exchanges` names, these p pairs freeze, and training starts
+again between new bases:
+
+    W <- W + U S V^T, or the bank <- (U S, V^T)        U, V <- from the gradient at the next `samples` samples
+    S <- 0        Adam starts anew: m = v = 0, Q_L = Q_R = 1, no step counted        the function stays
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter, Whole, generator
 from llm_lowrank.adapters.direction import Update
+from llm_lowrank.adapters.exchange import Exchanged, Into, check_drift, into_weight_, needs_bank, probe
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.probes import probe_bytes, top_directions
 from llm_lowrank.codecs import Codec
@@ -63,6 +71,11 @@ class Core(Method):
     before and after."""
     interval: int = 15
     """Steps after which the optimizer's basis turns."""
+    exchanges: list[int] = field(default_factory=list)
+    """Exchange steps, in ascending order: U S V^T freezes, and S starts at zero between new bases; by default none."""
+    into: Into = "auto"
+    """Where U S V^T goes at an exchange: into the weight, or unrounded into a bank beside it; auto: weight if it is
+    float32, else bank."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999
@@ -78,6 +91,10 @@ class Core(Method):
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
         complaints += self.wrong_decays("beta1", "beta2")
+        if any(earlier >= later for earlier, later in pairwise((0, *self.exchanges))):
+            complaints.append(
+                f"method.exchanges must be steps from 1 on in ascending order, each once, not {self.exchanges}"
+            )
         return complaints + ([] if self.eps > 0 else [f"method.eps must be above 0, not {self.eps:g}"])
 
     @property
@@ -92,10 +109,15 @@ class Core(Method):
     def calibration(self) -> int:
         return self.samples
 
+    @property
+    def recalibrates(self) -> bool:
+        return self.samples > 0
+
     def statistics(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
         layers = _cores(adapters)
         probes = probe_bytes(layers, [_columns(layer) for layer in layers]) if self.samples else 0
-        return 0, max(probes, sum(remembered(layer.p) for layer in layers))
+        steps = sum(remembered(layer.p) for layer in layers)  # nothing yet during the first calibration
+        return 0, probes + steps if self.exchanges else max(probes, steps)
 
     def build(self, name: str, linear: nn.Linear, codec: Codec, seed: int) -> Adapter:
         m, n = linear.weight.shape
@@ -105,7 +127,16 @@ class Core(Method):
                 f"{name}: method.{setting} asks for p = {p}, more than min(m, n) = {min(m, n)} of its {m} x {n} "
                 f"weight; lower it, or leave the module out: --method.exclude_modules {name.rpartition('.')[2]}"
             )
-        return CoreLayer(name, linear, codec, seed, p, self)
+        bank = p * len(self.exchanges) if needs_bank(self.into, codec) else 0
+        return CoreLayer(name, linear, codec, seed, p, self, bank=bank)
+
+    def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
+        if late := [step for step in self.exchanges if step >= total_steps]:
+            raise ValueError(
+                f"method.exchanges names step {late[0]}, and the run has {total_steps} steps: nothing would be trained "
+                "after that exchange; leave it out or train longer"
+            )
+        return tuple(self.exchanges)
 
     def calibrate(self, adapters: list[Adapter], engine: Engine, backward: Callable[[], None]) -> None:
         layers = _cores(adapters)
@@ -124,10 +155,20 @@ class Core(Method):
                 u.value.copy_(triplets.U)
                 vt.value.copy_(triplets.V.T)
 
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+        number = self.exchanges.index(step)
+        return Exchanged.total([freeze_(engine, layer, number, step) for layer in _cores(adapters)])
+
+    def steps_since(self, step: int) -> int:
+        """The steps that were done before this 0-based one since the start or the last exchange."""
+        return step - max((exchanged for exchanged in self.exchanges if exchanged <= step), default=0)
+
     # ---- the optimizer of S; everything is float64, and (k, p, p) for k modules in one go
 
     def step_along(self, gradients: Tensor, memory: Memory, step: int) -> Tensor:
-        """Return the steps of S in units of the rate, and remember the gradients; both (k, p, p). step: 0-based.
+        """Return the steps of S in units of the rate, and remember the gradients; both (k, p, p).
+
+        step: 0-based, counted from the last exchange.
 
         The host reads nothing of the device, but at the steps at which the basis turns.
         """
@@ -166,33 +207,49 @@ class Core(Method):
 
 
 class CoreLayer(Adapter):
-    """A frozen linear with U S V^T beside it: `U` (m, p) and `Vt` = V^T (p, n) are frozen, `S` (p, p) is trained."""
+    """A frozen linear with U S V^T beside it: `U` (m, p) and `Vt` = V^T (p, n) are frozen, `S` (p, p) is trained.
+
+    The bank has room for the p pairs of each exchange: `bank_B` (m, k), `bank_A` (k, n).
+    """
 
     directed = ("S",)
 
-    def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int, p: int, method: Core) -> None:
+    def __init__(
+        self, name: str, linear: nn.Linear, codec: Codec, seed: int, p: int, method: Core, *, bank: int = 0
+    ) -> None:
         super().__init__(name, linear, codec, seed)
         m, n = self.shape
         self.p, self.method = p, method
         self.stacked: Memory | None = None  # of the first layer of those that step in one go
         self.U, self.Vt = self.factor(m, p, trained=False), self.factor(p, n, trained=False)
         self.S = self.factor(p, p)
+        self.bank_A = self.factor(bank, n, trained=False) if bank else None
+        self.bank_B = self.factor(m, bank, trained=False) if bank else None
 
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: random bases, which `calibrate` replaces, and S = 0: the function starts as it was."""
         assert pairs is None, "core takes no pairs out of W"
-        random = generator(self.seed, self.name)
+        values = self.afresh()
+        for name in ("bank_A", "bank_B"):
+            if (bank := getattr(self, name)) is not None:
+                values[name] = torch.zeros(bank.shape, device="cpu")
+        return values
+
+    def afresh(self, step: int = 0) -> dict[str, Tensor]:
+        """Random U and V^T, and S = 0, on the host. step: the exchange step, or 0 for the start."""
+        random = generator(self.seed, self.name, step)
         with torch.device("cpu"):
             U, V = (torch.linalg.qr(torch.randn(size, self.p, generator=random))[0] for size in self.shape)
             return {"U": U, "Vt": V.T.contiguous(), "S": torch.zeros(self.p, self.p)}
 
     def forward(self, x: Tensor) -> Tensor:
         core = Product(self.Vt, self.U, core=self.S)
+        banked = [] if self.bank_A is None or self.bank_B is None else [Product(self.bank_A, self.bank_B)]
         return adapter_linear(
             x,
             self.parts(),
             decode=self.decode,
-            products=[core, *self.probes],
+            products=[core, *banked, *self.probes],
             scale=self.scale,
             bias=self.bias,
             multiply=self.multiply(x),
@@ -212,16 +269,61 @@ class CoreLayer(Adapter):
             at = [i for i, layer in enumerate(all_cores) if layer.p == p]
             cores, method = [all_cores[i] for i in at], all_cores[0].method
             stacked = torch.stack([gradients[i]["S"] for i in at]).double()
-            steps = method.step_along(stacked, memory_of(cores, stacked), updates[0].step).float()
+            since = method.steps_since(updates[0].step)
+            steps = method.step_along(stacked, memory_of(cores, stacked), since).float()
             for i, along in zip(at, steps, strict=True):
                 gradients[i]["S"] = along
 
-    def change(self, whole: Whole) -> Pairs:
-        """U S V^T."""
+    def pairs(self, whole: Whole) -> Pairs:
+        """The p pairs of U S V^T. Collective."""
         return Pairs(whole(self.U) @ whole(self.S), whole(self.Vt))
 
+    def change(self, whole: Whole) -> Pairs:
+        """U S V^T and the bank."""
+        if self.bank_A is None or self.bank_B is None:
+            return self.pairs(whole)
+        return Pairs.cat([self.pairs(whole), Pairs(whole(self.bank_B), whole(self.bank_A))])
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, p={self.p}"
+        bank = 0 if self.bank_A is None else len(self.bank_A)
+        return f"{super().extra_repr()}, p={self.p}, bank={bank}"
+
+
+@torch.no_grad()
+def freeze_(engine: Engine, layer: CoreLayer, number: int, step: int) -> Exchanged:
+    """Freeze U S V^T and start S at zero between random bases; the function does not change. Collective.
+
+    number: of the exchange, from 0. step: so many steps are done.
+    """
+
+    def answer() -> Tensor:
+        change = layer.change(engine.whole)
+        return engine.weight(layer).matmul(x) + change.B @ (change.A @ x)
+
+    x, lost = probe(engine, layer), 0.0
+    before, trained = answer(), layer.pairs(engine.whole)
+    # ranks may round U S and a basis differently: all take those of rank 0
+    B, *fresh = engine.broadcast(lambda: [trained.B, *layer.afresh(step).values()])
+    trained = Pairs(B, trained.A)
+    # the trained pairs go into W, or into their place in the bank
+    if layer.bank_A is None or layer.bank_B is None:
+        lost = into_weight_(engine, layer, trained.take(trained.B.any(0)))
+    else:
+        with engine.edit(layer.bank_A, layer.bank_B) as (a, b):
+            bank, where = Pairs(b.value, a.value), torch.arange(layer.p, device=engine.device) + number * layer.p
+            assert not bank.B[:, where].any(), f"{layer.name}: the bank's place of exchange {number + 1} is not empty"
+            bank.put_(where, trained)
+    # U, V^T and S start again, and Adam with them: `memory_of` makes its state at the next step
+    with engine.edit(layer.U, layer.Vt, layer.S) as slots:
+        for slot, value in zip(slots, fresh, strict=True):
+            slot.value.copy_(value)
+    layer.memory.clear()
+    layer.stacked = None
+    into_bank = layer.bank_A is not None
+    drift = check_drift(layer, before, answer(), exact=into_bank)
+    engine.release(4 * math.prod(layer.shape))  # as float32
+    # time and traffic are measured around the whole hook, see measure_exchange
+    return Exchanged(layer.p, into="bank" if into_bank else "weight", drift=drift, lost=lost, seconds=0.0, traffic=0)
 
 
 def start(like: Tensor) -> Memory:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -45,6 +45,14 @@ class LoRA(Method):
     in most runs, with about half of LoRA's rate."""
     direction: Direction = GRADIENT
     """What the optimizer steps along in the place of the gradients of A and B."""
+    adapter: str = ""
+    """A trained LoRA that the run starts from: a folder of PEFT's, the output_dir of a run, or a hub name."""
+    adapter_role: Literal["trained", "frozen"] = "trained"
+    """What becomes of that adapter. trained: its pairs are trained on. frozen: they stay as they are, in W if it is
+    float32, else in a bank beside it, and fresh pairs are trained."""
+
+    # Each method names its own roles, and a subclass does not inherit them: its layers may start in another way.
+    adapter_roles: ClassVar[tuple[str, ...]] = ("trained", "frozen")
 
     def complaints(self) -> list[str]:
         complaints = super().complaints()
@@ -70,12 +78,34 @@ class LoRA(Method):
                 f"method.b_rate {self.b_rate:g} and method.direction.type {self.direction_name} do not go together: "
                 "this direction sets the lengths of both steps itself; remove b_rate"
             )
+        complaints += self._adapter_complaints()
         if not self.direction.survives_exchange and type(self).schedule is not Method.schedule:
             complaints.append(
                 f"method.direction.type {self.direction_name} remembers the pairs that it steps, and "
                 f"{Method.get_choice_name(type(self))} exchanges them; choose another direction or another method"
             )
         return complaints
+
+    def _adapter_complaints(self) -> list[str]:
+        if not self.adapter:
+            given = self.adapter_role != "trained"
+            return ["method.adapter_role is for method.adapter, which names no adapter; give both"] if given else []
+        if self.adapter_role in vars(type(self)).get("adapter_roles", ()):
+            return []
+        takers = [
+            name
+            for name, kind in sorted(Method.get_known_choices().items())
+            if self.adapter_role in vars(kind).get("adapter_roles", ())
+        ]
+        return [
+            f"method.adapter with adapter_role: {self.adapter_role} is for method.type {', '.join(takers)}, not "
+            f"{Method.get_choice_name(type(self))}; take one of these, or merge the adapter (launch/merge.py) and "
+            "start from the merged model"
+        ]
+
+    @property
+    def inherits(self) -> str:
+        return self.adapter
 
     @property
     def direction_name(self) -> str:

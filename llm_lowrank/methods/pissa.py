@@ -45,6 +45,8 @@ class PiSSA(LoRA):
     """Take the directions alone: W stays whole, A is its leading right singular vectors at the length of LoRA's rows,
     and B is zero. Ours, not the paper's."""
 
+    adapter_roles = ("frozen",)
+
     def starting_pairs(self, adapters: list[Adapter], engine: Engine) -> Iterator[Pairs | None]:
         layers = as_pair_adapters(adapters)
         if self.subspace:

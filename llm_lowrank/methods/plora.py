@@ -36,6 +36,8 @@ class PLoRA(Restarting):
     """Optimizer state after an unload: it shrinks with the pairs (kept), or second moments become their mean (seeded),
     or the largest entries stay (pruned), or all is zeroed. With share 1: not kept."""
 
+    adapter_roles = ("trained", "frozen")
+
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.interval < 1:

@@ -83,7 +83,7 @@ class Restarting(LoRA):
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):
-            if adapter.bank_A is not None:
+            if adapter.bank_room:
                 adapter.memory["used"] = torch.tensor(0)  # so many of the bank's first slots are filled
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
@@ -103,7 +103,7 @@ class Restarting(LoRA):
         self, adapter: PairAdapter, engine: Engine, *, fresh: Pairs | None = None, share: float = 1.0, moments: Moments
     ) -> Exchanged:
         """Freeze all pairs of a module, or a share of each, see exchange_. Collective."""
-        slots, lost = self._take_slots(adapter, engine) if adapter.bank_A is not None else (None, 0.0)
+        slots, lost = self._take_slots(adapter, engine) if adapter.bank_room else (None, 0.0)
         event = exchange_(
             engine,
             adapter,
@@ -121,7 +121,6 @@ class Restarting(LoRA):
 
         Collective.
         """
-        assert adapter.bank_A is not None
         capacity, used, lost = self.bank_of(adapter.rank), int(adapter.memory["used"]), 0.0
         if used + adapter.rank > capacity:
             used, lost = compress_bank_(engine, adapter, capacity - adapter.rank)
@@ -144,6 +143,8 @@ class ReLoRA(Restarting):
     trains: Literal["AB", "B"] = "AB"
     """What is trained: both factors, or B alone beside a random A, as in Flora (arXiv 2402.03293)."""
 
+    adapter_roles = ("trained", "frozen")
+
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.restart_warmup < 0:
@@ -156,6 +157,11 @@ class ReLoRA(Restarting):
             complaints.append(
                 "method.moments: carried needs method.trains: B, since the gradient of B alone is a projection of W's "
                 "by an A that stays; set it, or method.moments: pruned"
+            )
+        if self.trains == "B" and self.adapter and self.adapter_role == "trained":
+            complaints.append(
+                "method.adapter with adapter_role: trained brings an A of its own, and method.trains: B needs a random "
+                "one; set adapter_role: frozen, or method.trains: AB"
             )
         return complaints
 

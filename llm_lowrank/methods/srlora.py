@@ -70,6 +70,8 @@ class SRLoRA(PiSSA):
     paper_schedule: bool = False
     """Use the published interval, with the last exchange at the last step."""
 
+    adapter_roles = ("frozen",)
+
     def complaints(self) -> list[str]:
         complaints = super().complaints()
         if self.target_rank < self.rank:
@@ -133,7 +135,7 @@ class SRLoRA(PiSSA):
         principal = self.principal_pairs(layers, engine, [self.target_rank] * len(layers))
         for adapter, pairs in zip(layers, principal, strict=True):
             # all directions leave W and wait in the bank, or they stay in W and wait in the reserve of rank 0
-            if adapter.bank_A is not None:
+            if adapter.bank_room:
                 yield pairs
             else:
                 adapter.reserve = pairs.take(slice(self.rank, None)) if engine.main else None
@@ -162,13 +164,14 @@ class SRLoRA(PiSSA):
         layers = as_pair_adapters(adapters)
         # the last exchange has the directions that are left
         count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))
-        choice = self.choose(layers, engine, count)
+        found = self.scores(layers, engine)
+        choice = self.choose(layers, found, engine, count)
         events, decisions = [], [choice]  # every rank must have decided alike
         for adapter, index in zip(layers, choice, strict=True):
             visited = int(adapter.memory["visited"])
             waiting = slice(visited - self.rank, visited - self.rank + count)
             # the next directions come out of the bank, or rank 0 sends them from its reserve
-            if adapter.bank_A is not None:
+            if adapter.bank_room:
                 events.append(exchange_(engine, adapter, index, slots=waiting, moments=self.moments))
             else:
                 b, a = engine.broadcast(partial(_waiting, adapter, waiting))
@@ -185,7 +188,9 @@ class SRLoRA(PiSSA):
             else:
                 scores.begin_anew(adapter, SCORED)
         engine.same("the exchanged pairs", *decisions)
-        return Exchanged.total(events)
+        replaced = 1 - torch.stack([adapter.memory["first"] for adapter in layers]).double().mean(1)
+        by_module = {"importance": found.mean(1).tolist(), "replaced_share": replaced.tolist()}
+        return Exchanged.total(events, by_module)
 
     def metrics(self, adapters: list[Adapter], engine: Engine) -> dict[str, float]:
         """Return how the pairs' scores differ, and how many fresh pairs the last exchange replaced again. Collective.
@@ -214,12 +219,11 @@ class SRLoRA(PiSSA):
             numbers["score_variation"] = float((found.std(1, correction=0) / found.mean(1)).mean())
         return numbers
 
-    def choose(self, adapters: list[PairAdapter], engine: Engine, count: int) -> Tensor:
-        """Return the indices of the `count` least important pairs of every module: (modules, count).
+    def choose(self, adapters: list[PairAdapter], found: Tensor, engine: Engine, count: int) -> Tensor:
+        """Return the indices of the `count` pairs of every module that have the smallest `scores`: (modules, count).
 
         Rank 0 decides. Collective.
         """
-        found = self.scores(adapters, engine)
         if not torch.isfinite(found).all():
             bad = adapters[int((~torch.isfinite(found)).any(1).nonzero()[0])].name
             raise RuntimeError(

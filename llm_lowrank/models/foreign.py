@@ -148,7 +148,7 @@ def _tokens(path: Path, config: dict[str, Any], keys: list[str]) -> dict[str, li
     return found
 
 
-# Settings of a LoRA config that this merge applies; all others must be off.
+# Settings of a LoRA config that are applied here; all others must be off.
 UNDERSTOOD = {
     "peft_type",
     "init_lora_weights",
@@ -182,12 +182,12 @@ def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
         if config.get("peft_type") == "LORA" and not isinstance(config.get(name), int | float):
             raise ValueError(f"{path / CONFIG}: {name} is {config.get(name)!r}, not a number")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is a PEFT adapter of type {config.get('peft_type')}; only LORA can be merged here")
+        raise ValueError(f"{path} is a PEFT adapter of type {config.get('peft_type')}; only LORA is read here")
     off: tuple[Any, ...] = (None, False, {}, [], "", "none")
     unknown = {key: value for key, value in config.items() if key not in UNDERSTOOD | NO_MATTER and value not in off}
     if unknown:
         what = ", ".join(f"{key}={json.dumps(value)}" for key, value in unknown.items())
-        raise ValueError(f"{path}: this merge does not know how to apply {what}; use PEFT's merge_and_unload instead")
+        raise ValueError(f"{path}: it is not known here how to apply {what}; use PEFT's merge_and_unload instead")
     if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} means that the base weights were changed too; convert it to a plain "

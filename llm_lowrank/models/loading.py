@@ -124,11 +124,20 @@ def bind(model: PreTrainedModel, adapters: list[Adapter], tensors: Tensors) -> l
                 f"config.json does not say how to read them; {START_OVER}"
             )
     for adapter in adapters:
-        adapter.source = partial(tensors.tensor, f"{adapter.name}.weight")
+        adapter.source = partial(_untouched, tensors, adapter)
     for module in modules.values():
         if isinstance(module, TokenRows):
             module.sources = {k: partial(tensors.rows, f"{at}.weight") for k, at in module.modules_of.items()}
     return sorted(stored - set(asked))
+
+
+def _untouched(tensors: Tensors, adapter: Adapter) -> Tensor:
+    """W before a method touches it: that of the checkpoint, and an inherited adapter that is frozen."""
+    w = tensors.tensor(f"{adapter.name}.weight")
+    inherited = adapter.inherited if isinstance(adapter, PairAdapter) else None
+    if inherited is None or inherited.place == "trained":
+        return w
+    return add_change(w, inherited.read().scaled(adapter.scale), slice(None))
 
 
 def load(
@@ -147,6 +156,11 @@ def load(
     there, and the method is not started: checkpoint.restore gives back what it remembers.
     """
     began = time.perf_counter()
+    if method.inherits and not any(isinstance(a, PairAdapter) and a.inherited for a in adapters):
+        raise RuntimeError(
+            f"method.adapter names {method.inherits}, and no layer has its pairs; call llm_lowrank.models.inherited."
+            "inherit before loading"
+        )
     pairs = method.starting_pairs(adapters, engine) if resume_from is None else iter(())
     reader = _Reader(engine, model, tensors=tensors, pairs=pairs, resume_from=resume_from)
     with reader.progress:
@@ -189,12 +203,24 @@ def encode_rows(codec: Codec, w: Tensor, change: Pairs | None, rows: slice) -> t
     return parts, decoded if change is None else add_change(decoded, change.scaled(-1), rows)
 
 
-def _out_of_w(layer: nn.Module, pairs: Pairs | None) -> Pairs | None:
-    """The change of W when these pairs leave it, -s B A, or None if W stays as it is."""
-    if pairs is None:
+def _starting_change(layer: nn.Module, pairs: Pairs | None) -> Pairs | None:
+    """The change of W at the start, or None if W stays as it is: starting pairs leave it, -s B A, and an inherited
+    adapter may enter it.
+    """
+    if not isinstance(layer, PairAdapter):
+        assert pairs is None
         return None
-    assert isinstance(layer, PairAdapter)
-    return pairs.scaled(-layer.scale) if layer.takes else None
+    changes = [pairs.scaled(-layer.scale)] if pairs is not None and layer.takes else []
+    if _enters_w(layer):
+        assert layer.inherited is not None
+        changes.append(layer.inherited.read().scaled(layer.scale))
+    return Pairs.cat(changes) if changes else None
+
+
+def _enters_w(layer: Adapter) -> int:
+    """The pairs of an inherited adapter that are frozen into W."""
+    inherited = layer.inherited if isinstance(layer, PairAdapter) else None
+    return inherited.rank if inherited is not None and inherited.place == "weight" else 0
 
 
 class _Reader:
@@ -226,7 +252,7 @@ class _Reader:
         with self.engine.together(), torch.no_grad():
             values: dict[str, Tensor] = {}
             # the pairs leave W: those that the method takes, or that it took when the run began
-            change = _out_of_w(module, pairs)
+            change = _starting_change(module, pairs)
             if self.resume_from is not None and isinstance(module, Adapter):
                 change = self.resume_from.starting_change(module)
             # my rows of W without the pairs, encoded
@@ -235,10 +261,10 @@ class _Reader:
                 values |= self._encode(name, module, my_rows, change)
                 if self.witness is None and not module.codec.writable:
                     self.witness = module, my_rows, {k: part.clone() for k, part in values.items()}
-            # the ledger begins with the pairs that left W
+            # the ledger begins with the pairs that left W or entered it
             if change is not None:
                 assert isinstance(module, Adapter)
-                self.loaded.pairs += len(change)
+                self.loaded.pairs += len(change) - _enters_w(module)
                 module.taken = 1
                 if self.engine.main:
                     module.ledger.append(change)

@@ -20,6 +20,9 @@ There are two alternatives. A fused kernel (Liger's) takes the weight of a plain
 Triton. torch.nn.functional.linear_cross_entropy takes such a weight too; for a bfloat16 x it returns the sum in
 bfloat16, and on CPUs it makes a float32 copy of the weight.
 
+With label smoothing e the loss of a position is (1 - e) of this plus e / |v| sum_v (log sum_u exp(z_tu) - z_tv): the
+cross entropy with a share e spread over the vocabulary. https://arxiv.org/abs/1512.00567 section 7
+
 Some models change the logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer`
 checks this before a run.
 """
@@ -52,38 +55,41 @@ PROBE = 8  # tokens of the input with which `loss_layer` checks a model
 Forward = Callable[[Tensor], Tensor]
 
 
-def sum_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None) -> Tensor:
+def sum_loss(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None, smoothing: float = 0.0
+) -> Tensor:
     """Return the negative log-likelihood of all labels that are not IGNORE, summed, at least in float32.
 
     A label is predicted from the tokens before it. labels (batch, length) are not shifted and on the host, where they
     can be counted without waiting for the device. layer: the result of `loss_layer`; None computes all logits.
+    smoothing: the share of every label that is spread over the vocabulary.
     """
     if layer is None:
         logits = model(**inputs, use_cache=False).logits
-        return nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
-    with answering(layer, labels):
+        return nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), smoothing)
+    with answering(layer, labels, smoothing):
         return model(**inputs, use_cache=False).logits.sum()
 
 
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
+def nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """The summed cross entropy in at least float32: logits (t, v), labels (t,) -> ()."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
 
 
 @contextmanager
-def answering(layer: nn.Module, labels: Tensor) -> Iterator[None]:
+def answering(layer: nn.Module, labels: Tensor, smoothing: float = 0.0) -> Iterator[None]:
     """Within this block the layer returns the summed loss in the place of logits."""
     assert "forward" not in vars(layer), "the output layer has a forward of its own already"
     forward: Forward = layer.forward
-    layer.forward = partial(_answer, layer, forward, labels)
+    layer.forward = partial(_answer, layer, forward, labels, smoothing)
     try:
         yield
     finally:
         del layer.forward  # the object's attribute; the class still has its forward
 
 
-def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Tensor:
+def _answer(layer: nn.Module, forward: Forward, labels: Tensor, smoothing: float, x: Tensor) -> Tensor:
     """The summed loss, with as many axes as logits have: x (batch, length, n) -> (1, 1, 1)."""
     assert x.shape[:2] == labels.shape, (x.shape, labels.shape)
     # the rows of x that predict a trained label: the label behind position `before` of a sample
@@ -96,7 +102,7 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, x: Tensor) -> Te
     size = block_rows(vocabulary, x.device)
 
     def loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return nll(forward(rows), wanted)
+        return nll(forward(rows), wanted, smoothing)
 
     # one block, or no backward at all: autograd may keep the logits
     plain = len(rows) <= size or not torch.is_grad_enabled()

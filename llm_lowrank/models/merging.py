@@ -265,7 +265,7 @@ def _check_lost(merging: Merging, output: Path) -> None:
     raise ValueError(
         f"{output} was not written: rounding to {dtype} would take {merging.lost_of_all:.1%} of the update, and "
         f"{merging.lost[worst]:.1%} of that of {worst}; use the adapter in {merging.lora.path} unmerged, or merge into "
-        f"float32: launch/merge.py --dtype float32"
+        f"float32: llm-lowrank merge --dtype float32"
     )
 
 

@@ -299,8 +299,18 @@ def config_folder(name: str, revision: str = "") -> Path:
     return folder
 
 
-def _download(name: str, revision: str, wanted: tuple[str, ...] = ("*.safetensors", *SMALL)) -> Path:
-    """Download the hub's snapshot into the local cache. huggingface_hub locks: several ranks may call at once."""
+def download_adapter(name: str, files: tuple[str, ...]) -> Path:
+    """Download these files of an adapter of the hub into the local cache."""
+    return _download(name, "", files, what="an adapter")
+
+
+def _download(
+    name: str, revision: str, wanted: tuple[str, ...] = ("*.safetensors", *SMALL), what: str = "a model"
+) -> Path:
+    """Download the hub's snapshot into the local cache. huggingface_hub locks: several ranks may call at once.
+
+    wanted: patterns of files; what: the kind of what is downloaded, for the message of the ValueError.
+    """
     try:
         ignored = ["*/*", "consolidated*"]
         return Path(
@@ -308,10 +318,11 @@ def _download(name: str, revision: str, wanted: tuple[str, ...] = ("*.safetensor
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        here = f"a local folder or {DEMO}" if what == "a model" else "a local folder"
         raise ValueError(
-            f"{name}{f', revision {revision},' if revision else ''} is neither a folder here nor a model that the "
+            f"{name}{f', revision {revision},' if revision else ''} is neither a folder here nor {what} that the "
             f"Hugging Face hub or its local cache gives out: {reason} Check the name; for a gated model run "
-            f"`hf auth login`; without a network use a local folder or {DEMO}"
+            f"`hf auth login`; without a network use {here}"
         ) from error
 
 
@@ -330,7 +341,7 @@ def _tensor_files(path: Path) -> dict[str, str]:
         indexed = dict.fromkeys(stored_names(path / SINGLE), SINGLE)
     elif (path / "adapter_config.json").is_file():
         raise ValueError(
-            f"{path} is an adapter, not a model; merge it first: launch/merge.py --checkpoint {path} --output "
+            f"{path} is an adapter, not a model; merge it first: llm-lowrank merge --checkpoint {path} --output "
             "NEW_FOLDER"
         )
     elif [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:

@@ -57,6 +57,18 @@ class Pairs:
         b, a = self.B.double(), self.A.double()
         return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
+    def singular_values(self) -> Tensor:
+        """The singular values of B A, descending, (k,) float64, without forming the product.
+
+            s^2 = eig(R^T A A^T R),  R R^T = B^T B
+
+        Values below 1e-8 of the largest one are rounding.
+        """
+        b, a = self.B.double(), self.A.double()
+        values, V = torch.linalg.eigh(b.T @ b)  # (k,), (k, k)
+        root = V * values.clamp_min(0).sqrt()
+        return torch.linalg.eigvalsh(root.T @ (a @ a.T) @ root).clamp_min(0).sqrt().flip(0)
+
     # ---- as a change of W
 
     def pairs(self) -> Pairs:

@@ -60,6 +60,15 @@ class Triplets(NamedTuple):
     V: Tensor  # (n, k)
 
 
+def effective_rank(values: Tensor) -> float:
+    """exp(-sum_i p_i ln p_i), p_i = s_i / sum s: from 1 for one direction to k for k equal ones; 0 for a zero matrix.
+
+    values: all singular values s, (k,). Roy and Vetterli, EUSIPCO 2007, https://ieeexplore.ieee.org/document/7098875
+    """
+    total = float(values.sum())
+    return float(torch.special.entr(values / total).sum().exp()) if total else 0.0
+
+
 def top_triplets(
     w: Products, k: int, *, niter: int = 4, exact: bool = False, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Triplets:

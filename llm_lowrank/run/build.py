@@ -17,15 +17,16 @@ from llm_lowrank.codecs import Codec, Dense, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import liger
-from llm_lowrank.models.architectures import limits_of, read_config, skeleton, tied_modules, whole_model
+from llm_lowrank.models.architectures import limits_of, outer, read_config, skeleton, tied_modules, whole_model
 from llm_lowrank.models.coverage import check_coverage, coverage
+from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.vocabulary import find_tokens, train_rows
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
+from llm_lowrank.run import SHIPPED
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.recipe import Recipe
 
-ROOT = Path(__file__).parents[2]  # holds ds_configs/ in a checkout
 WARMUP = 5  # steps, where the recipe names none and the run is long enough
 
 
@@ -86,6 +87,10 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
         )
     adapters = attach(model, recipe.method, codec(recipe), recipe.seed)
     _refuse_in_place(model, adapters)
+    if isinstance(recipe.method, LoRA) and recipe.method.adapter:
+        around = outer(model, read_config(folder))
+        lora = open_adapter(recipe.method.adapter)
+        inherit(lora, model, adapters, role=recipe.method.adapter_role, outer_name=around.outer)
     if recipe.new_tokens or recipe.trained_tokens:
         if whole_model(read_config(folder)) is not None:
             raise ValueError(
@@ -211,13 +216,13 @@ def read_data(
 
 
 def deepspeed_config(recipe: Recipe) -> Path:
-    """The JSON that `deepspeed:` names: relative to the working directory, else to the repository."""
+    """The JSON that `deepspeed:` names: relative to the working directory, else to SHIPPED."""
     given = Path(recipe.deepspeed).expanduser()
-    for path in (given, ROOT / given):
+    for path in (given, SHIPPED / given):
         if path.is_file():
             return path
-    there = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ds_configs/*.json"))) or "none"
-    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {ROOT}; there are {there}")
+    there = ", ".join(sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob("ds_configs/*.json"))) or "none"
+    raise RecipeError(f"deepspeed: {recipe.deepspeed} is not a file, neither here nor in {SHIPPED}; there are {there}")
 
 
 def engine_settings(recipe: Recipe) -> Any:

@@ -1,5 +1,7 @@
 """Before the first step: a method looks at gradients of the run's first samples, which are then forgotten.
 
+A method that `recalibrates` looks at those of the next samples after each exchange.
+
 Nothing of it is left but what the method wrote. Gradients, moments, random numbers and the order of the data are
 bitwise what they would be without it.
 """
@@ -15,26 +17,37 @@ import torch
 from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import IGNORE, Batches, MicroBatch, StreamBatches
 from llm_lowrank.engines import Engine
-from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.compiling import eagerly
-from llm_lowrank.run.held_out import batch_loss
+from llm_lowrank.run.held_out import training_loss
 from llm_lowrank.run.prepare import Run
 
 
-def calibrate(run: Run, model: nn.Module) -> None:
-    """Let the method look at gradients before the first step of a run, if it asks for that. Collective.
+def exchange(run: Run, model: nn.Module, step: int) -> Exchanged | None:
+    """Let the method exchange pairs when so many steps are done, and then look at gradients, if it asks for that.
+
+    model: the wrapped one. Collective.
+    """
+    event = run.recipe.method.exchange(run.adapters, run.engine, step)
+    if run.recipe.method.recalibrates:
+        calibrate(run, model, step)
+    return event
+
+
+def calibrate(run: Run, model: nn.Module, done: int = 0) -> None:
+    """Let the method look at gradients, if it asks for that, when so many steps of a run are done. Collective.
 
     model: the wrapped one.
     """
     method, engine = run.recipe.method, run.engine
     if not method.calibration:
         return
-    engine.at("the calibration")
+    engine.at(f"the calibration after step {done}" if done else "the calibration")
     began, passes = time.perf_counter(), 0
-    micros = first_samples(run.batches, method.calibration)
+    micros = first_samples(run.batches, method.calibration, done)
     counts = torch.tensor(
         [sum(sum_of) for sum_of in zip(*map(_content, micros), strict=True)], dtype=torch.float64, device=engine.device
     )
@@ -42,7 +55,7 @@ def calibrate(run: Run, model: nn.Module) -> None:
 
     def loss_of(micro: MicroBatch) -> Tensor:
         method.batch(run.adapters, 0, micro.samples)
-        return batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / tokens
+        return training_loss(run, model, micro) / tokens
 
     def losses() -> Iterator[Tensor]:
         nonlocal passes
@@ -50,9 +63,10 @@ def calibrate(run: Run, model: nn.Module) -> None:
         return map(loss_of, micros)
 
     calibrate_on(engine, model, method, run.adapters, losses)
+    when = f"step {done}: " if done else ""
     run.say(
-        f"calibrated on {rows} samples with {tokens} trained tokens: {passes} passes forward and backward in "
-        f"{time.perf_counter() - began:.1f} s"
+        f"{when}calibrated on {rows} samples with {tokens} trained tokens: {passes} passes forward and backward "
+        f"in {time.perf_counter() - began:.1f} s"
     )
 
 
@@ -96,10 +110,11 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(on_device, device)
 
 
-def first_samples(batches: Batches | StreamBatches, count: int) -> list[MicroBatch]:
+def first_samples(batches: Batches | StreamBatches, count: int, done: int = 0) -> list[MicroBatch]:
     """Return this rank's micro-batches of the first steps, which hold the first `count` samples; others have no label.
 
-    With packing a sample is a row of examples. Of data that is shorter every sample is taken once.
+    done: the first steps are those that come after so many. With packing a sample is a row of examples. Of data that is
+    shorter as many samples are taken as an epoch has.
     """
     steps = ceil(count / batches.global_batch)
     if isinstance(batches, StreamBatches):
@@ -110,7 +125,7 @@ def first_samples(batches: Batches | StreamBatches, count: int) -> list[MicroBat
     for step in range(steps):
         # the rows of a global batch are dealt out to the ranks in turn
         first = step * batches.global_batch + batches.rank
-        for k, micro in enumerate(batches.step(step)):
+        for k, micro in enumerate(batches.step(done + step)):
             numbers = first + batches.world * (k * batches.per_device + torch.arange(batches.per_device))
             labels = micro.labels.masked_fill((numbers >= count)[:, None], IGNORE)
             found.append(micro._replace(labels=labels))

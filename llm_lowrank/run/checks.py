@@ -30,8 +30,8 @@ RANGES: dict[str, Check] = {
     **dict.fromkeys(("logging_steps", "save_total_limit", "nodes"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio"), DECAY),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "neftune_noise_alpha"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing"), DECAY),
     "min_lr_rate": ("must be at least 0 and at most 1", lambda x: 0 <= x <= 1),
     "max_steps": ("must be at least 1, or -1 for as many as num_train_epochs take", lambda x: x >= 1 or x == -1),
     "model_name_or_path": ("must name a model", bool),
@@ -81,6 +81,11 @@ def validate(recipe: Recipe) -> None:
         errors.append(
             f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one "
             "of them"
+        )
+    if recipe.data.packing and recipe.neftune_noise_alpha:
+        errors.append(
+            "data.packing: true puts several samples into a row, and the noise of neftune_noise_alpha depends on the "
+            "length of each; change one of them"
         )
     if recipe.data.streaming and recipe.max_steps < 1:
         errors.append("data.streaming: how long the data is cannot be known; set max_steps")

@@ -20,6 +20,8 @@ import draccus
 import yaml
 from draccus.utils import ParsingError, is_choice_type
 
+from llm_lowrank.run import SHIPPED
+
 T = TypeVar("T")
 Tree = dict[str, Any]
 Complaint = tuple[str, str]  # the dotted name that it is about, and what to print
@@ -37,9 +39,10 @@ def read(
 ) -> T:
     """Return the settings of the files in --config_path, overridden by the rest of the command line.
 
-    Files are separated by commas, and a later one overrides an earlier one setting by setting. Where a file, or the
-    command line, changes the type of a section, those settings of the old type that the new one lacks are dropped. What
-    nobody names comes from `defaults`. RecipeError names the file of a mistake where there are several files.
+    Files are separated by commas, and a later one overrides an earlier one setting by setting. They are looked up in
+    the working directory, then in SHIPPED. Where a file, or the command line, changes the type of a section, those
+    settings of the old type that the new one lacks are dropped. What nobody names comes from `defaults`. RecipeError
+    names the file of a mistake where there are several files.
 
     `identity`: section -> the setting that says what it is. A section that names it (another method, another dataset)
     starts from that thing's own defaults, any other continues the section in `defaults`.
@@ -157,8 +160,14 @@ def _names(tree: Tree, prefix: str = "") -> Iterator[str]:
 
 
 def _file(path: str) -> Tree:
+    given = Path(path).expanduser()
+    found = given if given.exists() else SHIPPED / given
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(found.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"--{CONFIG} {path}: {error.strerror}; the library's own recipes are in {SHIPPED / 'recipes'}"
+        ) from None
     except OSError as error:
         raise RecipeError(f"--{CONFIG} {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -314,8 +323,8 @@ def help_text(cls: type, defaults: Any, usage: str, headings: dict[str, str], wi
     `headings`: first field -> title.
     """
     file = (
-        "YAML files with any of the settings below. Of a.yaml,b.yaml the later one overrides the earlier one, and the "
-        "command line overrides both."
+        "YAML files with any of the settings below, looked up in the working directory, then where the library lies. "
+        "Of a.yaml,b.yaml the later one overrides the earlier one, and the command line overrides both."
     )
     out = [usage, "", f"  --{CONFIG} PATH,PATH,...\n{_wrap(file, '', width)}"]
     title = ""

@@ -1,8 +1,8 @@
 """Make the tokens of a run ahead of it, on a machine without a GPU and without the weights of the model.
 
 `python -m llm_lowrank.data [recipe.yaml,other.yaml] [--data.workers 8] [--name value ...]`, with the settings of
-launch/train.py; the files are those of its --config_path. Config and tokenizer of the model are read, and of a model of
-the hub nothing else is downloaded. The run then finds the tokens in the cache. Exit codes: 0 done; 2 the data or the
+llm-lowrank train; the files are those of its --config_path. Config and tokenizer of the model are read, and of a model
+of the hub nothing else is downloaded. The run then finds the tokens in the cache. Exit codes: 0 done; 2 the data or the
 recipe cannot be used.
 """
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 
 
 def as_settings(argv: list[str]) -> list[str]:
-    """Return the arguments as those of launch/train.py; the recipe may stand first, without a name."""
+    """Return the arguments as those of llm-lowrank train; the recipe may stand first, without a name."""
     if not argv or argv[0].startswith("--"):
         return argv
     if any(word.partition("=")[0] == f"--{CONFIG}" for word in argv):

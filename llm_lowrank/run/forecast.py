@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llm_lowrank.engines import Held, Sizes
 from llm_lowrank.engines.fsdp import Sharding
@@ -55,25 +56,54 @@ def ranks(recipe: Recipe, world: int) -> tuple[int, int]:
 
 def forecast(recipe: Recipe, work: Work, ways: Sequence[Column], sizes: Sizes, world: int, nodes: int) -> str:
     """Return the predicted time of a step and its traffic, under each engine, with the assumptions."""
-    gpu, accumulation = GPUS[recipe.gpu], recipe.gradient_accumulation_steps
-    peak = gpu.peak(recipe.dtype) * 1e12
-    shape = full_shape(recipe.per_device_train_batch_size, recipe.data.max_length)
-    computing = accumulation * computing_time(work, recipe, gpu)
-    tokens = accumulation * int(shape.lengths.sum())
+    gpu = GPUS[recipe.gpu]
     lines = [cells(f"predicted step on {recipe.gpu}, {world} rank(s)", [way.heading for way in ways])]
     columns: list[list[float]] = []
     for way in ways:
-        sent = traffic(way.held, sizes, recipe, world)
-        links = sum(nbytes / (LINKS * speed(gpu, among, world, nodes)) for nbytes, among in sent)
-        least, most = max(computing, links), computing + links
-        mfu = accumulation * work.model(shape) / least / peak
-        received = sum(nbytes for nbytes, _ in sent) / 1e9
-        columns.append([received, computing, links, least, most, tokens / least, 100 * mfu])
+        step = predict_step(recipe, work, way.held, sizes, gpu, world, nodes)
+        mfu = 100 * step.model_flops / step.least / (gpu.peak(recipe.dtype) * 1e12)
+        times = [step.computing, step.links, step.least, step.most]
+        columns.append([step.received / 1e9, *times, step.tokens / step.least, mfu])
     labels = ["received over links, GB a rank", "computing, s", "links, s", "step, links hidden, s"]
     labels += ["step, links not hidden, s", "tokens/s per GPU, links hidden", "MFU, links hidden, %"]
     for label, row in zip(labels, zip(*columns, strict=True), strict=True):
         lines.append(cells(label, [_number(value) for value in row]))
     return "\n".join([*lines, *_assumptions(recipe, gpu, world, nodes)])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step of full rows, on one of the ranks."""
+
+    received: float  # bytes
+    computing: float  # seconds, as all that follow
+    links: float
+    tokens: int
+    model_flops: float
+
+    @property
+    def least(self) -> float:
+        """With all traffic hidden behind the products."""
+        return max(self.computing, self.links)
+
+    @property
+    def most(self) -> float:
+        """With none of it hidden."""
+        return self.computing + self.links
+
+
+def predict_step(recipe: Recipe, work: Work, held: Held, sizes: Sizes, gpu: Gpu, world: int, nodes: int) -> Step:
+    """Return the predicted step of a recipe under one way to spread the model."""
+    accumulation = recipe.gradient_accumulation_steps
+    shape = full_shape(recipe.per_device_train_batch_size, recipe.data.max_length)
+    sent = traffic(held, sizes, recipe, world)
+    return Step(
+        received=sum(nbytes for nbytes, _ in sent),
+        computing=accumulation * computing_time(work, recipe, gpu),
+        links=sum(nbytes / (LINKS * speed(gpu, among, world, nodes)) for nbytes, among in sent),
+        tokens=accumulation * int(shape.lengths.sum()),
+        model_flops=accumulation * work.model(shape),
+    )
 
 
 def computing_time(work: Work, recipe: Recipe, gpu: Gpu) -> float:

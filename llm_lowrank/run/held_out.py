@@ -11,20 +11,36 @@ from tqdm import tqdm
 
 from llm_lowrank.data import Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine
+from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.generate import accuracy
 from llm_lowrank.models.loss import sum_loss
+from llm_lowrank.models.noise import noisy
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 
+LOGGED = 8  # answers that metrics.jsonl gets from each evaluation
+
 
 def batch_loss(
-    model: nn.Module, batch: MicroBatch, device: torch.device, layer: nn.Module | None = None, flat: bool = False
+    model: nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    layer: nn.Module | None = None,
+    flat: bool = False,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean.
 
-    layer: see models/loss.py. flat: see models/packing.py.
+    layer, smoothing: see models/loss.py. flat: see models/packing.py.
     """
-    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer)
+    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer, smoothing)
+
+
+def training_loss(run: Run, model: nn.Module, batch: MicroBatch) -> Tensor:
+    """The summed loss of a batch that is trained on: with the recipe's label smoothing and noise on the embeddings."""
+    recipe, device = run.recipe, run.engine.device
+    with noisy(run.model, recipe.neftune_noise_alpha, batch.attention_mask):
+        return batch_loss(model, batch, device, run.loss_layer, joins_rows(run.model), recipe.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
         )
         evaluation = Evaluation(loss, report.exact_match, report.count, tuple(report.samples))
         metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
+        metrics.write("samples", step, answers=report.samples[:LOGGED])
     model.train()
     metrics.write("eval", step, loss=loss)
     return evaluation

@@ -122,7 +122,8 @@ class Predicted:
     """What the table says about this run."""
 
     nbytes: float  # a rank, without what NOT_COUNTED names
-    notes: tuple[str, ...]
+    held: Held
+    sizes: Sizes
     before: int  # bytes that the process had used before the model was loaded
 
 
@@ -131,7 +132,7 @@ def predict(run: Run) -> Predicted:
     sizes, world = sizes_of(run.model, run.recipe.method), run.engine.world
     (held,) = [way.held for way in columns(run.recipe, sizes, world) if way.chosen]
     total = sum(nbytes for nbytes, _ in held.rows(sizes, world).values())
-    return Predicted(total, held.notes, peak_memory(run.engine.device)[0])
+    return Predicted(total, held, sizes, peak_memory(run.engine.device)[0])
 
 
 def compare(engine: Engine, predicted: Predicted, metrics: Metrics, step: int) -> str:
@@ -155,4 +156,4 @@ def compare(engine: Engine, predicted: Predicted, metrics: Metrics, step: int) -
         f"memory: predicted {predicted.nbytes / 1e9:.2f} GB a rank without activations and logits, measured at most "
         f"{used / 1e9:.2f} GB{more}"
     )
-    return "\n".join([line, *predicted.notes])
+    return "\n".join([line, *predicted.held.notes])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llm_lowrank.adapters.adapter import PairAdapter
+from llm_lowrank.adapters.adapter import Adapter, PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unused
 from llm_lowrank.models.architectures import names_of_experts
@@ -43,7 +43,7 @@ def opening(run: Run) -> str:
         lines.append(rows.tokens.describe())
     lines += [run.kernels] if run.kernels else []
     lines += describe_speed(recipe, engine.device)
-    lines += run.notes
+    lines += describe_inherited(run) + run.notes
     lines += _beyond_positions(run)
     if mistaken := names_of_experts(run.model, [adapter.name for adapter in run.adapters]):
         lines.append(
@@ -59,7 +59,7 @@ def opening(run: Run) -> str:
         lines.append(describe_unused(run.corpus.unused))
     if run.corpus.date:
         lines.append(f"the chat template writes the date: {run.corpus.date}, also when the run resumes")
-    if run.exchange_steps and isinstance(run.adapters[0], PairAdapter):
+    if run.exchange_steps and hasattr(run.adapters[0], "bank_A"):
         lines.append(_exchanges(run, run.adapters[0]))
     lines += recipe.method.advice(run.exchange_steps)
     return "\n".join(lines)
@@ -84,6 +84,17 @@ def describe_speed(recipe: Recipe, device: torch.device) -> list[str]:
     return lines
 
 
+def describe_inherited(run: Run) -> list[str]:
+    """A line about the adapter that the run starts from, if there is one."""
+    found = [a.inherited for a in run.adapters if isinstance(a, PairAdapter) and a.inherited is not None]
+    if not found:
+        return []
+    others = len(run.adapters) - len(found)
+    start = f"; the {others} others start as without it" if others else ""
+    pairs = sum(inherited.rank for inherited in found)
+    return [f"{run.recipe.method.inherits}: its {pairs} pairs of {len(found)} modules are {found[0]}{start}"]
+
+
 def _beyond_positions(run: Run) -> list[str]:
     """A line about examples that are longer than those on which the model was pretrained."""
     most = getattr(run.model.config, "max_position_embeddings", None)
@@ -96,9 +107,10 @@ def _beyond_positions(run: Run) -> list[str]:
     ]
 
 
-def _exchanges(run: Run, adapter: PairAdapter) -> str:
+def _exchanges(run: Run, adapter: Adapter) -> str:
     """When pairs are exchanged, where the frozen ones go, and why."""
-    where = "kept in a bank beside the weight" if adapter.bank_A is not None else "fused into the weight"
+    banked = adapter.bank_room if isinstance(adapter, PairAdapter) else getattr(adapter, "bank_A", None) is not None
+    where = "kept in a bank beside the weight" if banked else "fused into the weight"
     lossy = "would round away part of" if adapter.codec.writable else "would round away"
     why = "holds" if adapter.codec.holds_small_updates else lossy
     steps = ", ".join(map(str, run.exchange_steps))
@@ -136,6 +148,7 @@ def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
         meant=event.meant,
         milliseconds=milliseconds,
         bytes=event.traffic,
+        **({"by_module": dict(event.by_module)} if event.by_module else {}),
     )
     cost = f"{milliseconds:.0f} ms, {event.traffic / 1e6:.1f} MB communicated"
     if event.meant:

@@ -78,8 +78,11 @@ class Metrics:
         self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line at a time: readable while it runs
         self.tracker = tracker(report_to, folder, resume_step, settings or {})
 
-    def write(self, kind: str, step: int, **values: float | str | None) -> None:
-        """Write one record: its kind (train, eval, exchange, ...), the completed steps, and named values."""
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Write one record: its kind (train, eval, exchange, ...), the completed steps, and named values.
+
+        Values are what JSON has; a tracker gets those that are numbers.
+        """
         if self.file is not None:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}

@@ -21,6 +21,7 @@ from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.compiling import compile_layers
+from llm_lowrank.models.inherited import check_base, open_adapter
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
@@ -110,6 +111,8 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world, date)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
     model, adapters = build_model(recipe, source.path)
+    if recipe.method.inherits:
+        check_base(open_adapter(recipe.method.inherits), source)
     schedule = schedule_of(recipe, total)
     if errors := profile_errors(recipe, total):
         raise RecipeError("\n".join(errors))
@@ -144,7 +147,7 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
         facts={
             "global_batch": batches.global_batch,
             "total_steps": total,
-            **facts_of(source, tokenizer, corpus),
+            **facts_of(source, tokenizer, corpus, recipe.method.inherits),
         },
     )
 

@@ -1,8 +1,8 @@
 """Plan the ranks of a run: which module gets how many pairs, under a budget of parameters.
 
-`python -m llm_lowrank.run.ranks RECIPE --rule stable-rank|gelora|gora|eva [--budget 16] [--name value ...]` writes a
+`llm-lowrank ranks RECIPE --rule stable-rank|gelora|gora|eva [--budget 16] [--name value ...]` writes a
 recipe with `method.rank_pattern`, to be given after the others: `--config_path RECIPE,ranks.yaml`. RECIPE and the
-settings are those of launch/train.py. Exit codes: 0 done; 2 the recipe, the data or the budget cannot be used.
+settings are those of `llm-lowrank train`. Exit codes: 0 done; 2 the recipe, the data or the budget cannot be used.
 
     stable-rank   r ~ |W|_F^2 / sigma_1^2                     SR-LoRA, arXiv 2507.00327. One W at a time, no data
     gelora        r ~ 1 + max(0, d_out - d_in)                GeLoRA, arXiv 2412.09250. d: the dimension of the hidden
@@ -54,6 +54,8 @@ from llm_lowrank.run.recipe import Recipe, parse
 
 LARGEST = {"eva": 2}  # the largest rank as a multiple of the budget: EVA's rho
 LARGEST_ELSE = 4
+SAMPLES = {"gelora": 256}  # a point is a sample
+SAMPLES_ELSE = 64
 ROOM = (
     2**31
 )  # bytes of dense gradients, or of second moments of inputs, at a time; more passes over the samples if more
@@ -95,7 +97,8 @@ def main(argv: list[str]) -> int:
         recipe = parse(as_settings(rest))
         budget = getattr(recipe.method, "rank", 1) if options.budget is None else options.budget
         most = LARGEST.get(options.rule, LARGEST_ELSE) * budget if options.max is None else options.max
-        wanted = Wanted(options.rule, budget, options.min, most, options.samples)
+        samples = SAMPLES.get(options.rule, SAMPLES_ELSE) if options.samples is None else options.samples
+        wanted = Wanted(options.rule, budget, options.min, most, samples)
         output = Path(options.output).expanduser()
         if output.exists():
             raise RecipeError(f"--output: {output} exists; remove it, or name another file")
@@ -111,14 +114,14 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m llm_lowrank.run.ranks", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser("llm-lowrank ranks", allow_abbrev=False, add_help=False)
     parser.add_argument("--rule", choices=list(RULES), required=True, help="what decides, see above")
     parser.add_argument(
         "--budget", type=int, help="the rank of the LoRA whose parameters may be spent; by default method.rank"
     )
     parser.add_argument("--min", type=int, default=1, help="the lowest rank of a module, by default 1")
     parser.add_argument("--max", type=int, help="the highest, by default 4 x the budget, for eva 2 x")
-    parser.add_argument("--samples", type=int, default=256, help="of the training data; not for stable-rank")
+    parser.add_argument("--samples", type=int, help="of the training data, by default 64, for gelora 256")
     parser.add_argument("--output", default="ranks.yaml", help="the file to write, by default ranks.yaml")
     return parser
 
@@ -198,7 +201,7 @@ def snippet(made: Plan, wanted: Wanted) -> str:
         section["alpha_pattern"] = method.alpha_pattern
     data = "" if wanted.rule == "stable-rank" else f", {wanted.samples} samples of {made.recipe.data.dataset}"
     head = (
-        f"# python -m llm_lowrank.run.ranks --rule {wanted.rule} --budget {wanted.budget} --min {wanted.least} "
+        f"# llm-lowrank ranks --rule {wanted.rule} --budget {wanted.budget} --min {wanted.least} "
         f"--max {wanted.most}\n# {made.recipe.model_name_or_path}{data}: {made.parameters:,} trained parameters of a "
         f"budget of {made.budget:,}\n"
     )
@@ -457,7 +460,3 @@ def _groups(adapters: Sequence[Adapter], size: Callable[[Adapter], int]) -> list
         groups[-1].append(adapter)
         free -= size(adapter)
     return groups
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

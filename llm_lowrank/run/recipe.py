@@ -27,6 +27,9 @@ from llm_lowrank.run.command_line import help_text, read
 from llm_lowrank.run.hardware import GpuName
 from llm_lowrank.run.synonyms import REFUSALS
 
+USAGE = """\
+usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] [--method.rank 32] ...
+Without a checkout it is llm-lowrank train; llm-lowrank --help says how a launcher starts it."""
 HEADINGS = {  # above the field in --help
     "model_name_or_path": "model and output",
     "engine": "engine and backbone",
@@ -71,8 +74,8 @@ class Recipe:
     """How the model is spread over ranks. deepspeed: ZeRO as the JSON says. fsdp: PyTorch's FSDP2. plain: one process,
     or one per device with PyTorch's DDP."""
     deepspeed: str = "ds_configs/zero3.json"
-    """The DeepSpeed configuration, looked up in the working directory, then beside the package. Its "auto" values come
-    from this recipe."""
+    """The DeepSpeed configuration, looked up in the working directory, then where the library lies. Its "auto" values
+    come from this recipe."""
     codec: CodecName = "dense"
     """How the frozen linear weights are stored. dense: in `dtype`. nf4, int8: in 4 or 8 bits, decoded to `dtype` at
     each use."""
@@ -143,6 +146,12 @@ class Recipe:
     """Steps of linear warm-up to the peak; by default 5, or half of the run if it has fewer than 10 steps."""
     warmup_ratio: float | None = None
     """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
+    label_smoothing: float = 0.0
+    """Share of every trained label that is spread over the vocabulary (arXiv 1512.00567). The held-out loss has
+    none."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune (arXiv 2310.05914): noise on the embeddings of training samples, as large as this over the root of length
+    times width; 5 to 15 in the paper. Not with data.packing."""
 
     logging_steps: int = 10
     """Report loss, learning rate, tokens/s, FLOP/s and peak memory every so many steps."""
@@ -186,9 +195,7 @@ class Recipe:
 def parse(argv: Sequence[str]) -> Recipe:
     """Return the recipe that a command line asks for. --help prints and exits 0; a mistake raises RecipeError."""
     if {"-h", "--help"} & set(argv):
-        usage = "usage: deepspeed|torchrun|python launch/train.py [--config_path a.yaml,b.yaml] [--name value] "
-        usage += "[--method.rank 32] ..."
-        print(help_text(Recipe, Recipe(), usage, HEADINGS))
+        print(help_text(Recipe, Recipe(), USAGE, HEADINGS))
         sys.exit(0)
     return read(Recipe, list(argv), Recipe(), IDENTITY, REFUSALS, output="output_dir")
 

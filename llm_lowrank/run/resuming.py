@@ -6,6 +6,7 @@ may have been moved or copied in between:
     model_name_or_path                      bytes of the weights, config.json, the tokenizer
     data.dataset and how its rows are read  the tokens of all examples and their split; of a stream the files
     data.chat_template                      the text of the template
+    method.adapter                          bytes of the adapter's weights
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from llm_lowrank.data import Corpus
 from llm_lowrank.engines import Engine
 from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.inherited import adapter_digest
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.identity import identity_of, tokenizer_digest
@@ -72,20 +74,25 @@ BY_CONTENT = {
         "the same examples",
     ),
     "data.chat_template": "the same text",
+    "method.adapter": "the same weights",
 }
 # Keys of a config.json that say nothing about what the model computes in a run.
 ASIDE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 ABSENT = "absent"
 
 
-def facts_of(source: Source, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
-    """Return what stands in a checkpoint about the model and the data beside the weights."""
+def facts_of(source: Source, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, adapter: str = "") -> dict[str, Any]:
+    """Return what stands in a checkpoint about the model and the data beside the weights.
+
+    adapter: the one that the run starts from, if there is one.
+    """
     facts: dict[str, Any] = {
         "config": json.loads((source.path / "config.json").read_text(encoding="utf-8")),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": tokenizer.chat_template,
         **identity_of(corpus),
     }
+    facts |= {"adapter": adapter_digest(adapter)} if adapter else {}
     return facts | ({"date": corpus.date} if corpus.date else {})
 
 
@@ -96,6 +103,7 @@ def check_ranks_alike(engine: Engine, source: Source, facts: Mapping[str, Any]) 
             "model_name_or_path": [source.fingerprint, facts["config"], facts["tokenizer"]],
             "data.dataset": [facts["examples"], facts["split"]],
             "data.chat_template": facts["template"],
+            "method.adapter": facts.get("adapter"),
         }
     by_rank: Sequence[Any] = engine.gather(mine)
     with engine.together():
@@ -207,6 +215,11 @@ def _model_errors(
         place = moved.get(given) or (f"{given}: {recipe.data.chat_template}" if recipe.data.chat_template else place)
         errors.append(
             f"{place}: the chat template is not that of the checkpoint; give the one with which the run began"
+        )
+    if recipe.method.inherits and then.get("adapter") != facts.get("adapter"):
+        place = moved.get("method.adapter", f"method.adapter: {recipe.method.inherits}")
+        errors.append(
+            f"{place}: the weights are not those of the checkpoint; give the adapter with which the run began"
         )
     return errors
 

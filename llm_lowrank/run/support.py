@@ -1,5 +1,5 @@
-"""What works with what, asked of the code that refuses: `python -m llm_lowrank.run.support docs/support.md` writes it
-down.
+"""What works with what, asked of the code that refuses: `llm-lowrank support` prints it, `llm-lowrank support
+docs/support.md` writes it down.
 
 Every combination of a method, an engine and a codec goes through the checks that a run makes before its first step: the
 recipe's, the method's on a model without weights, and the engine's. The page lists those that are refused, with the
@@ -8,8 +8,8 @@ reason that a user would read.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from llm_lowrank.engines import ENGINES
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.engines.zero_config import resolve
 from llm_lowrank.numerics.optimizers import Optimization
-from llm_lowrank.run.build import ROOT, codec, engine_settings, optimization
+from llm_lowrank.run import SHIPPED
+from llm_lowrank.run.build import codec, engine_settings, optimization
 from llm_lowrank.run.checks import validate
 from llm_lowrank.run.memory import sizes_of
 from llm_lowrank.run.recipe import Recipe
@@ -127,7 +128,7 @@ def methods() -> Iterator[tuple[str, Method]]:
 
 def exceptions() -> dict[tuple[str, str], list[str]]:
     """Return what is refused: (reason, with which codecs and engines) -> the settings."""
-    base = Recipe(output_dir=str(ROOT / "output" / "none-of-this-is-written"), report_to="none")
+    base = Recipe(output_dir=str(SHIPPED / "output" / "none-of-this-is-written"), report_to="none")
     engines, codecs = variants("engine", ENGINES, ENGINE_VARIANTS), variants("codec", CODECS, CODEC_VARIANTS)
     rows: list[tuple[str, Settings]] = [
         (name, {"method": method, **({"optim": "sgd"} if method.own_step else {})}) for name, method in methods()
@@ -188,13 +189,21 @@ def page() -> str:
     lines += [f"| `{option}` | {why} |" for option, why in zero_exceptions().items()]
     lines += [
         "",
-        "`python -m llm_lowrank.run.support docs/support.md` writes this page from the checks that refuse a run, and a "
-        "test keeps it current.",
+        "`llm-lowrank support docs/support.md` writes this page from the checks that refuse a run, and a test keeps it "
+        "current.",
     ]
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    import llm_lowrank.methods  # noqa: F401 - registers them
-
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+def main(argv: list[str]) -> int:
+    """Print the page, or write it to the file that is given; return the exit code."""
+    parser = argparse.ArgumentParser(
+        "llm-lowrank support", description="Print which methods, engines and codecs do not go together, and why."
+    )
+    parser.add_argument("file", nargs="?", type=Path, help="A file to write instead of printing.")
+    file = parser.parse_args(argv).file
+    if file is None:
+        print(page(), end="")
+    else:
+        file.write_text(page(), encoding="utf-8")
+    return 0

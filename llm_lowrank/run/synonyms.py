@@ -49,6 +49,10 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "method.target_modules": "lora_target_modules lora_target lora_modules",
         "method.target_modules all-linear": "lora_target_linear lora_target_modules_all target_linear all_linear",
         "method.use_rslora": "peft_use_rslora",
+        "method.adapter": "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter "
+        "adapter_name adapter_path adapters lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter "
+        "init_adapter checkpoint_dir",
+        "method.adapter_role frozen": "create_new_adapter",
         "method.b_rate": "loraplus_lr_ratio loraplus_ratio",
         "method.type lora": "use_lora lora",
         "method.type lora with codec nf4": "qlora use_qlora",
@@ -90,6 +94,8 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "lr_scheduler_type": "lr_scheduler scheduler schedule lr_schedule learning_rate_scheduler",
         "adam_beta1 and adam_beta2": "betas adam_betas",
         "adam_epsilon": "eps epsilon adam_eps",
+        "label_smoothing": "label_smoothing_factor",
+        "neftune_noise_alpha": "noisy_embedding_alpha",
         "warmup_steps": "warmup num_warmup_steps",
         "warmup_ratio": "warmup_steps_ratio",
         "min_lr_rate": "lr_scheduler_kwargs cosine_min_lr_ratio min_lr_ratio min_lr",
@@ -153,11 +159,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
         "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
-        "a run cannot start from an adapter; merge it with launch/merge.py and train from the merged checkpoint": ""
-        "adapter_name_or_path lora_model_dir lora_path peft_model_id resume_from_adapter adapter_name adapter_path "
-        "adapters "
-        "lora_adapter lora_weights lora_checkpoint resume_lora pretrained_adapter init_adapter create_new_adapter "
-        "checkpoint_dir",
         "adapters of linear modules are trained, and rows of new_tokens and trained_tokens": "modules_to_save "
         "lora_modules_to_save additional_target bias train_others unfrozen_parameters lora_bias train_bias "
         "train_embeddings "
@@ -180,8 +181,8 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the optimizers are adamw and lion; betas, epsilon and decay are settings of their own": "optim_args "
         "adam_beta3",
         "there is one learning rate; a method may scale it after an exchange": "embedding_lr lr_groups",
-        "the loss is plain cross-entropy over the trained tokens": "label_smoothing label_smoothing_factor "
-        "neftune_noise_alpha noisy_embedding_alpha use_dft_loss loss_type",
+        "the loss is the cross-entropy of the trained tokens, with label_smoothing if it is set": "use_dft_loss "
+        "loss_type",
         "logits are never built as a whole, with any model; use_liger_kernel takes Liger's other kernels": ""
         "liger_kernel_config cut_cross_entropy",
         "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",

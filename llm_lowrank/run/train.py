@@ -7,22 +7,20 @@ from functools import partial
 import draccus
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.data import MicroBatch, Stream
 from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
-from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
 from llm_lowrank.run.build import codec, optimization
-from llm_lowrank.run.calibration import calibrate
+from llm_lowrank.run.calibration import calibrate, exchange
 from llm_lowrank.run.deterministic import algorithms
-from llm_lowrank.run.held_out import Evaluation, batch_loss, evaluate
+from llm_lowrank.run.held_out import Evaluation, evaluate, training_loss
 from llm_lowrank.run.memory import compare, predict
-from llm_lowrank.run.merging import export_adapter, merge_adapter, merged_gaps
+from llm_lowrank.run.merging import export_adapter, merged_gaps
 from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
 from llm_lowrank.run.meter import Meter, log_step, meter_of, progress_bar
 from llm_lowrank.run.metrics import Metrics
@@ -30,32 +28,32 @@ from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_en
 from llm_lowrank.run.profiling import profiled
 from llm_lowrank.run.proofs import look_at
 from llm_lowrank.run.recipe import Recipe
+from llm_lowrank.run.report import log_start, merge_and_report
 from llm_lowrank.run.saving import Saving, prepare_output
 from llm_lowrank.run.signals import Preempted, Signals
+from llm_lowrank.run.trained import Trained
 
 SAMPLES = 5  # answers printed after training
 
 
-def train(recipe: Recipe) -> None:
-    """Train as the recipe says and write output_dir. Raises Preempted if a signal ended the run early.
-
-    Collective: every rank calls it.
-    """
+def train(recipe: Recipe) -> Trained:
+    """Train as the recipe says and write output_dir. Raise Preempted if a signal ended the run early. Collective."""
     with algorithms(recipe.deterministic):
         engine = make_engine(recipe)
         try:
             with Signals() as signals, engine.guard():
-                source = _train(recipe, engine, signals)
+                source, trained = _train(recipe, engine, signals)
         except Preempted:
             engine.close()
             raise
         engine.close()  # merging reads and writes files only: no rank needs to wait for rank 0
-    if recipe.save_merged and engine.main:
-        tqdm.write(f"merged:  {merge_adapter(recipe, source)}")
+    if engine.main:
+        merge_and_report(recipe, source)
+    return trained
 
 
-def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
-    """Do everything but the merging; return where the model came from. Collective."""
+def _train(recipe: Recipe, engine: Engine, signals: Signals) -> tuple[Source, Trained]:
+    """Do everything but the merging; return where the model came from, and what to return. Collective."""
     engine.at("reading the data")
     date = agree_on_date(recipe, engine)
     with engine.together():
@@ -67,7 +65,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
         predicted = predict(run)
     model, loaded = load(run, signals)
     with Metrics(recipe.output, recipe.report_to, engine.main, run.resume_step, draccus.encode(recipe)) as metrics:
-        metrics.write("load", run.resume_step or 0, **loaded.figures())
+        log_start(metrics, run, loaded, predicted)
         before = None
         if run.resume_from is None:
             engine.at("the evaluation before training")
@@ -75,9 +73,9 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> Source:
             run.say(f"before training: {before}")
             calibrate(run, model)
         train_steps(run, model, metrics, signals)
-        after(run, model, metrics, before)
+        evaluation = after(run, model, metrics, before)
         run.say(compare(engine, predicted, metrics, run.total_steps))
-    return run.source
+    return run.source, Trained(recipe, run.total_steps, before, evaluation)
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                 run.say(describe_skipped_step(run, step, norm, in_a_row=skipped_in_a_row))
             if step in run.exchange_steps:
                 engine.at(f"the exchange after step {step}")
-                hook = partial(recipe.method.exchange, run.adapters, engine, step)
+                hook = partial(exchange, run, model, step)
                 if (event := measure_exchange(engine, hook, recipe.method.changes_function)) is not None:
                     run.say(log_exchange(metrics, step, event))
             bar.update()
@@ -167,7 +165,7 @@ def optimizer_step(
     rates = method.rates(adapters, step - 1, run.total_steps, run.schedule.rate)
     for micro in micros:
         method.batch(adapters, step - 1, micro.samples)
-        loss = batch_loss(model, micro, engine.device, run.loss_layer, joins_rows(run.model)) / micro.tokens
+        loss = training_loss(run, model, micro) / micro.tokens
         engine.backward(loss)
         meter.add(loss, micro)
     finite = recipe.on_nan == "stop" or engine.finite()  # with stop, the norm of the step says it without another sum
@@ -184,8 +182,8 @@ def optimizer_step(
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | None) -> None:
-    """Evaluate the trained model, export its adapter, and measure what a merge would change. Collective."""
+def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | None) -> Evaluation:
+    """Evaluate the trained model, export its adapter, measure what a merge would change. Collective."""
     recipe, engine = run.recipe, run.engine
     if isinstance(run.corpus.train, Stream):
         run.say(describe_stream(run.corpus.train, dict(run.corpus.dropped)))
@@ -198,3 +196,4 @@ def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | Non
     run.say(f"adapter: {export_adapter(run)}")
     if not codec(recipe).writable:
         run.say(merged_gaps(run, model, metrics))
+    return evaluation
