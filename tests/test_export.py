@@ -488,7 +488,6 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, base, changes, says
     "settings, says",
     [
         ({"target_modules": ["up_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A.*use PEFT's merge_and_unload"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=.*use PEFT's merge_and_unload"),
         ({"modules_to_save": ["norm"]}, "modules_to_save=.*use PEFT's merge_and_unload"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,6 +222,22 @@ def exported(engine: str, tied: bool, folder: str) -> Tensor:
         t.engine, t.adapters, method=METHOD, path=folder, base_model_name_or_path="base", rows=token_rows(t.model)
     )
     return t.logits().cpu()
+
+
+@pytest.mark.parametrize("tied, tokens", [(True, [1, 2]), (False, {"embed_tokens": [2, 1], "lm_head": [3]})])
+def test_an_adapter_that_peft_wrote_is_merged(tied, tokens, tmp_path):
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["up_proj"], trainable_token_indices=tokens)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) / 4)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(Source.open(str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged")
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch(99)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_base_that_stores_a_tied_output_layer_too_gets_the_rows_in_both(tmp_path):
