@@ -170,7 +170,7 @@ def _misfits(
             wrong[f"has rank {len(pairs)}, and here {layer.rank}; {_settings(lora)}"].append(module)
         elif role == "trained" and not math.isclose(update.scaling, layer.scale, rel_tol=1e-6):
             wrong[f"has the scale {update.scaling:g}, and here {layer.scale:g}; {_settings(lora)}"].append(module)
-    return [f"{lora.path}: {_some(modules)} {what}" for what, modules in wrong.items()]
+    return [f"{lora.path}: in {_some(modules)} it {what}" for what, modules in wrong.items()]
 
 
 def _settings(lora: Lora) -> str:
@@ -188,6 +188,6 @@ def _typed(value: Any) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first names, and how many there are."""
-    found = list(names)
-    return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+    """The first name, and how many more there are."""
+    first, *others = names
+    return first + (f" and {len(others)} more" if others else "")
