@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,7 @@ from llm_lowrank import files
 from llm_lowrank.files import raw_bytes, sha256, stream_safetensors, write_json, write_safetensors, write_text
 from llm_lowrank.models import source
 from llm_lowrank.models.source import DEMO, INDEX, SINGLE, Source
+from tests import ranks
 from tests.tiny import DTYPES, llama
 
 # ---- files
@@ -372,6 +374,22 @@ def test_gguf_becomes_a_plain_folder_with_the_same_logits(tmp_path, cache):
 
 def _open(path, results):
     results.put(str(Source.open(path).path))
+
+
+def converted(gguf_file: str, cache: str) -> bool:
+    """Convert on the last rank while the others wait; return whether this rank can open the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_LOWRANK_CACHE", cache)
+        for rank in reversed(range(dist.get_world_size())):
+            if rank == dist.get_rank():
+                folder = Source.open(gguf_file).path
+            dist.barrier()
+        return (folder / "model.safetensors").is_file()
+
+
+def test_gguf_is_converted_by_whichever_rank_comes_first(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    assert ranks.run(2, converted, str(tmp_path / "tiny.gguf"), str(tmp_path / "cache")) == [True, True]
 
 
 def test_gguf_is_converted_once_by_processes_that_start_together(tmp_path, cache, monkeypatch):

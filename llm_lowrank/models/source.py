@@ -478,7 +478,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     # the weights are plain now, but transformers refuses to save a model whose attributes still say "gguf"
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
+    # in a process group transformers saves on rank 0 alone, without a word on others; here any rank may be the one
+    model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[assignment]
     model.save_pretrained(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise RuntimeError(f"transformers has written no weights of {gguf} into {folder}")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers 5.17 takes another token for the end of an answer than the file says
     end = _end_of_answer(gguf)
