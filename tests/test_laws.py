@@ -59,9 +59,9 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
     "core": {
         "core": dict(p=6, samples=6, svd_niter=1, interval=2, target_modules=MODULES),
-        **{
+        **{  # p = 3, as in bf16 the next directions of a gradient are its rounding
             f"core-{into}": dict(
-                p=6, samples=6, svd_niter=0, interval=1, exchanges=[1, 3], into=into, target_modules=MODULES
+                p=3, samples=6, svd_niter=2, interval=2, exchanges=[1, 3], into=into, target_modules=MODULES
             )
             for into in ("weight", "bank")
         },
@@ -120,7 +120,8 @@ METHODS: dict[str, Method] = {
 }
 # without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
 # at one, and a gate of about one, move by the rate
-RATES = {"lora-altlora": 0.3, "sora": 3e-2, "adalora": 5e-2, "osora": 3e-2}
+CORES = dict.fromkeys(("core-weight", "core-bank"), 1.3e-2)  # p = 3 moves little
+RATES = {"lora-altlora": 0.3, "sora": 3e-2, "adalora": 5e-2, "osora": 3e-2, **CORES}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
 FEWER = [("plain", 1), ("plain", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 2)]
