@@ -479,7 +479,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     # in a process group transformers saves on rank 0 alone, without a word on others; here any rank may be the one
-    model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[assignment]
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
     if not any(folder.glob("*.safetensors")):
         raise RuntimeError(f"transformers has written no weights of {gguf} into {folder}")
