@@ -208,16 +208,17 @@ class SRLoRA(PiSSA):
         """
         layers = as_pair_adapters(adapters)
         replaced, fresh = torch.stack([a.memory["replaced"] for a in layers]).sum(0).tolist()
+        found = self.scores(layers, engine)
+        scored, first = found.sum(1) > 0, torch.stack([a.memory["first"] for a in layers]).double().mean()
+        variations = (found.std(1, correction=0) / found.mean(1)).where(scored, 0.0).sum()
+        # all figures in one copy: each read by itself would wait for the device
+        modules, first_share, variation = torch.stack([scored.sum().double(), first, variations]).tolist()
         numbers = {
             "replaced_fresh": fresh,
             "replaced_fresh_share": fresh / replaced if replaced else 0.0,
-            "never_replaced_share": float(torch.stack([a.memory["first"] for a in layers]).double().mean()),
+            "never_replaced_share": first_share,
         }
-        found = self.scores(layers, engine)
-        found = found[found.sum(1) > 0]
-        if len(found):
-            numbers["score_variation"] = float((found.std(1, correction=0) / found.mean(1)).mean())
-        return numbers
+        return numbers | ({"score_variation": variation / modules} if modules else {})
 
     def choose(self, adapters: list[PairAdapter], found: Tensor, engine: Engine, count: int) -> Tensor:
         """Return the indices of the `count` pairs of every module that have the smallest `scores`: (modules, count).
