@@ -105,7 +105,9 @@ def losses(engine: str, dtype: str, tied: bool, method: object = METHOD) -> tupl
     "engine, world, dtype, tied",
     [
         ("plain", 2, "fp32", True),
+        pytest.param("zero1", 2, "fp32", False, marks=pytest.mark.wide),
         pytest.param("zero2", 3, "fp32", False, marks=pytest.mark.wide),
+        pytest.param("zero3", 2, "int8", False, marks=pytest.mark.wide),
         pytest.param("zero3", 3, "nf4", True, marks=pytest.mark.wide),
         ("zero3", 3, "nf4", False),
         ("fsdp", 2, "nf4", True),
