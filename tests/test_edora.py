@@ -14,7 +14,7 @@ from llm_lowrank.methods.dora import DirectionAdapter
 from llm_lowrank.methods.edora import CoreDirectionAdapter, EDoRA
 from llm_lowrank.models.export import save_adapter
 from tests import ranks
-from tests.tiny import Trainee, batch, llama, resumed_in_nf4
+from tests.tiny import Trainee, batch, check_resume_elsewhere, llama
 
 MODULES = ["k_proj", "down_proj"]  # 14 x 42 and 42 x 43
 METHOD = EDoRA(rank=4, alpha=6, target_modules=MODULES, svd_cache="", svd_exact=True)
@@ -142,19 +142,7 @@ def test_r_squared_and_m_numbers_a_module_are_trained():
 
 
 def test_a_resume_elsewhere_goes_on_as_without_a_stop(tmp_path):
-    first = ranks.run(3, resumed_in_nf4, METHOD, "zero3", str(tmp_path), False)[0]
-    second = resumed_in_nf4(METHOD, "plain", str(tmp_path), True)
-    whole = Trainee(METHOD, "plain", "nf4")
-    for step in range(4):
-        whole.step(step)
-    for name, value in whole.values().items():
-        saved, found = (first[1][name], second[0][name]), second[1][name]
-        assert torch.equal(*saved), name
-        if name.endswith((".R", ".magnitude")):
-            assert not torch.equal(saved[0], found)
-            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
-        else:
-            assert all(torch.equal(value, other) for other in (first[0][name], *saved, found)), name
+    check_resume_elsewhere(METHOD, tmp_path, trained=(".R", ".magnitude"))
 
 
 def test_the_exported_adapter_is_a_dora_of_b_r_and_answers_in_peft(tmp_path):

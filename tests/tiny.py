@@ -29,6 +29,7 @@ from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.vocabulary import train_rows
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run.calibration import calibrate_on
+from tests import ranks
 
 VOCABULARY = 67
 CALIBRATION = 50  # the step whose batch a method is calibrated on
@@ -305,6 +306,26 @@ def resumed_in_nf4(
     if not resume:
         t.save(Path(folder), 2)
     return before, t.values()
+
+
+def check_resume_elsewhere(method: Method, folder: Path, trained: tuple[str, ...]) -> None:
+    """Resume a run of ZeRO-3 on 3 ranks on one process, and compare it with one that never stopped, all over nf4.
+
+    trained: how the names of the trained parameters end; all others stay bitwise what they were.
+    """
+    first = ranks.run(3, resumed_in_nf4, method, "zero3", str(folder), False)[0]
+    second = resumed_in_nf4(method, "plain", str(folder), True)
+    whole = Trainee(method, "plain", "nf4")
+    for step in range(4):
+        whole.step(step)
+    for name, value in whole.values().items():
+        saved, found = (first[1][name], second[0][name]), second[1][name]
+        assert torch.equal(*saved), name
+        if name.endswith(trained):
+            assert not torch.equal(saved[0], found)
+            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
+        else:
+            assert all(torch.equal(value, other) for other in (first[0][name], *saved, found)), name
 
 
 def trains_as_peft(t: Trainee, theirs: nn.Module, steps: int, rate: float) -> None:

@@ -118,6 +118,7 @@ class Adapter(FrozenLinear):
     looks_at: tuple[str, ...] = ()  # those whose values it looks at for that
     takes = True  # whether the starting pairs leave W; otherwise they are only looked at, and W stays as it is
     penalties: Mapping[str, float] = {}  # of parameters, by their names: see optimizers.shrink_
+    bank_room: int | None = None  # pairs that may freeze into a bank, 0 if into W; None: such a layer freezes no pairs
     like_trained: tuple[str, ...] = ()  # frozen matrices whose gradient is made on the way to another, to count FLOPs
 
     def __init__(self, name: str, linear: nn.Linear, codec: Codec, seed: int = 0) -> None:
@@ -276,7 +277,7 @@ class PairAdapter(Adapter):
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
         # The bank's slots that the method may use, the first ones. An engine may leave an empty tensor in the bank's
         # place, so that its length says nothing.
-        self.bank_room = bank
+        self.bank_room: int = bank
         # Directions that wait to be trained, when they do not wait in the bank. Rank 0 only, in host memory.
         self.reserve: Pairs | None = None
         self.inherited: Inherited | None = None

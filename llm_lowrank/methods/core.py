@@ -219,7 +219,8 @@ class CoreLayer(Adapter):
     ) -> None:
         super().__init__(name, linear, codec, seed)
         m, n = self.shape
-        self.p, self.bank_room, self.method = p, bank, method
+        self.p, self.method = p, method
+        self.bank_room: int = bank
         self.stacked: Memory | None = None  # of the first layer of those that step in one go
         self.U, self.Vt = self.factor(m, p, trained=False), self.factor(p, n, trained=False)
         self.S = self.factor(p, p)

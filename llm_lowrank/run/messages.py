@@ -59,7 +59,7 @@ def opening(run: Run) -> str:
         lines.append(describe_unused(run.corpus.unused))
     if run.corpus.date:
         lines.append(f"the chat template writes the date: {run.corpus.date}, also when the run resumes")
-    if run.exchange_steps and hasattr(run.adapters[0], "bank_A"):
+    if run.exchange_steps and run.adapters[0].bank_room is not None:
         lines.append(_exchanges(run, run.adapters[0]))
     lines += recipe.method.advice(run.exchange_steps)
     return "\n".join(lines)
@@ -109,8 +109,7 @@ def _beyond_positions(run: Run) -> list[str]:
 
 def _exchanges(run: Run, adapter: Adapter) -> str:
     """When pairs are exchanged, where the frozen ones go, and why."""
-    banked = adapter.bank_room if isinstance(adapter, PairAdapter) else getattr(adapter, "bank_A", None) is not None
-    where = "kept in a bank beside the weight" if banked else "fused into the weight"
+    where = "kept in a bank beside the weight" if adapter.bank_room else "fused into the weight"
     lossy = "would round away part of" if adapter.codec.writable else "would round away"
     why = "holds" if adapter.codec.holds_small_updates else lossy
     steps = ", ".join(map(str, run.exchange_steps))
