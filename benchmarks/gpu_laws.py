@@ -78,7 +78,7 @@ def lived(label: str, engine: str, dtype: str, steps: int = STEPS, **more: objec
     due = method.schedule(steps + 1, t.adapters)
     for step in range(1, steps + 1):
         t.step(step)
-        if step in due and (event := method.exchange(t.adapters, t.engine, step)) is not None:
+        if step in due and (event := method.exchange(t.adapters, t.engine, step, t.total)) is not None:
             drift = max(drift, event.drift)
     return t, drift
 

@@ -151,7 +151,7 @@ def rank_of_many(engine_name: str, codec_name: str, folder: Path) -> dict[str, f
         method.observe(adapters, engine)
         engine.step(1e-4)
     before, began = from_here(), time.perf_counter()
-    event = method.exchange(adapters, engine, 2)
+    event = method.exchange(adapters, engine, 2, 4)
     assert event is not None and event.modules == len(adapters)
     exchanging, extra = time.perf_counter() - began, resident("VmHWM") - before
 

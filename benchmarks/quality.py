@@ -482,7 +482,7 @@ def adapt(
             if isinstance(method, Remedy) and step in method.exchanges:
                 ahead = range(step, step + method.looks)
                 look(engine, model, method, adapters, [micro for t in ahead for micro in batches.step(t)])
-            method.exchange(adapters, engine, step)
+            method.exchange(adapters, engine, step, total)
             if method.recalibrates:
                 look(engine, model, method, adapters, first_samples(batches, method.calibration, step))
             result.exchanges.append((step, method.metrics(adapters, engine)))

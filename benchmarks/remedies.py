@@ -108,7 +108,7 @@ class Remedy(LoRA):
         for layer, triplets in zip(layers, found, strict=True):
             layer.memory["ahead"] = triplets.S[:, None].double() * triplets.V.T.double()
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         layers, events = as_pair_adapters(adapters), []
         for adapter in layers:
             if self.interval and step % self.interval == 0:

@@ -40,7 +40,7 @@ def step_(t: Trainee, step: int, before: Callable[[], None] = lambda: None) -> E
     t.update(step, RATE)
     if step + 1 not in t.method.schedule(STEPS):
         return None
-    return measure_exchange(t.engine, lambda: t.method.exchange(t.adapters, t.engine, step + 1), True)
+    return measure_exchange(t.engine, lambda: t.method.exchange(t.adapters, t.engine, step + 1, t.total), True)
 
 
 def gates(t: Trainee) -> Tensor:

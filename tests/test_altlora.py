@@ -226,7 +226,7 @@ def walk(engine: str) -> tuple[list[float], dict[str, Tensor]]:
     for step in range(5):
         losses.append(t.step(step))
         if step + 1 in t.method.schedule(5, t.adapters):
-            t.method.exchange(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1, t.total)
     return losses, t.values()
 
 

@@ -43,7 +43,7 @@ def trained(method: str, engine: str, codec: str, checkpoint: str, out: str) -> 
     for step in range(3):
         t.step(step)
         if step == 1:
-            t.method.exchange(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1, t.total)
     save_adapter(t.engine, t.adapters, method=t.method, path=Path(out) / "adapter", base_model_name_or_path=checkpoint)
     if t.engine.main:
         Backbone.save(Path(out) / BACKBONE, t.model)

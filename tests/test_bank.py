@@ -61,7 +61,7 @@ def one_exchange(into: str) -> dict:
         method.observe(adapters, engine)
         engine.step(1e-3)
     learned, stored = maps(), [engine.weight(a).read().clone() for a in adapters]
-    event = method.exchange(adapters, engine, 1)
+    event = method.exchange(adapters, engine, 1, 2)
     after = maps()
     return {
         "event": event,

@@ -65,7 +65,9 @@ def part(engine: str, dtype: str, folder: str = "", first: int = 0, last: int = 
         if step + 1 in METHOD.schedule(STEPS):
             before = t.values(), t.moments()
             event = measure_exchange(
-                t.engine, lambda step=step: METHOD.exchange(t.adapters, t.engine, step + 1), changes_function=True
+                t.engine,
+                lambda step=step: METHOD.exchange(t.adapters, t.engine, step + 1, t.total),
+                changes_function=True,
             )
             if (step + 1) % METHOD.interval:
                 older = before

@@ -30,7 +30,7 @@ def walk(t: Trainee, steps: range) -> list[float]:
     for step in steps:
         losses.append(t.step(step))
         if step + 1 in t.method.schedule(STEPS, t.adapters):
-            t.method.exchange(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1, t.total)
     return losses
 
 

@@ -35,7 +35,7 @@ def lived(
         losses.append(t.step(step))
         if step + 1 in method.schedule(STEPS):
             before = t.logits()
-            event = method.exchange(t.adapters, t.engine, step + 1)
+            event = method.exchange(t.adapters, t.engine, step + 1, t.total)
             assert event is not None and event.lost <= 1e-5
             drift = max(drift, float((t.logits() - before).norm() / before.norm()))
             assert not any(t.engine.whole(a.B).any() for a in t.adapters)
@@ -120,7 +120,7 @@ def boosted(engine: str, folder: str = "", first: int = 0, last: int = STEPS, sa
         seen.append(t.values())
         if step + 1 in BOOSTED.schedule(STEPS):
             before = t.logits()
-            event = BOOSTED.exchange(t.adapters, t.engine, step + 1)
+            event = BOOSTED.exchange(t.adapters, t.engine, step + 1, t.total)
             assert float((t.logits() - before).norm() / before.norm()) <= 1e-6 and (event.modules, event.pairs) == (
                 2,
                 2,
@@ -183,7 +183,7 @@ def test_links_of_few_layers_are_exported_together(tmp_path):
     for step in range(STEPS):
         t.step(step)
         if step + 1 in BOOSTED.schedule(STEPS):
-            BOOSTED.exchange(t.adapters, t.engine, step + 1)
+            BOOSTED.exchange(t.adapters, t.engine, step + 1, t.total)
     save_adapter(t.engine, t.adapters, method=BOOSTED, path=tmp_path, base_model_name_or_path="base")
     with torch.no_grad():
         adapted = peft.PeftModel.from_pretrained(llama("fp32"), tmp_path)(input_ids=batch(99)).logits

@@ -51,7 +51,7 @@ def test_momentum_is_compressed_by_random_projections_that_change(into):
             M[name] = 0.9 * M[name] + g @ P[name].T
             W[name] = W[name] - RATE * S**2 / unit**2 * M[name] @ P[name]
         if step + 1 in method.schedule(STEPS):
-            method.exchange(t.adapters, t.engine, step + 1)
+            method.exchange(t.adapters, t.engine, step + 1, t.total)
             for a in t.adapters:
                 M[a.name] = M[a.name] @ P[a.name] @ (unit * a.A.detach().double()).T
     for name, layer in t.probe()[1].items():
@@ -85,7 +85,7 @@ def part(engine: str, dtype: str, folder: str = "", first: int = 0, last: int = 
         t.step(step)
         if step + 1 in METHOD.schedule(STEPS):
             before, logits = (t.values(), t.moments()), t.logits()
-            METHOD.exchange(t.adapters, t.engine, step + 1)
+            METHOD.exchange(t.adapters, t.engine, step + 1, t.total)
             restarts.append((*before, t.values(), t.moments()))
             assert float((t.logits() - logits).norm() / logits.norm()) <= (1e-6 if step + 1 < 6 else 1)
     if save:

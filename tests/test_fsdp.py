@@ -130,7 +130,7 @@ def switched(engine_name: str, sharding: dict[str, int], codec: str) -> tuple[li
     for step in range(4):
         losses.append(t.step(step))
         if step == 1:
-            t.method.exchange(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1, t.total)
     return losses, t.values(), t.checkpoint.elements
 
 

@@ -92,7 +92,7 @@ def switched(engine: str) -> dict[str, list[dict[str, Tensor]]]:
     for step in range(2):
         t.step(step, 1e-3)
     look()
-    t.method.exchange(t.adapters, t.engine, 2)
+    t.method.exchange(t.adapters, t.engine, 2, t.total)
     look()
     t.step(2, 1e-3)
     look()

@@ -232,7 +232,7 @@ def walk(method: str, engine: str) -> tuple[list[float], dict[str, Tensor], dict
     for step in range(5):
         losses.append(t.step(step, 1e-3))
         if step + 1 in t.method.schedule(5, t.adapters):
-            assert t.method.exchange(t.adapters, t.engine, step + 1).drift < 1e-5
+            assert t.method.exchange(t.adapters, t.engine, step + 1, t.total).drift < 1e-5
     return (
         losses,
         t.values(),

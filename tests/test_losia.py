@@ -87,7 +87,7 @@ def advance(t: Trainee, steps: range) -> list[float]:
     for step in steps:
         losses.append(t.step(step))
         if step + 1 in moves:
-            t.method.exchange(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1, t.total)
     return losses
 
 
@@ -249,7 +249,7 @@ def test_layers_move_at_id_plus_1_t_plus_j_n_t_and_a_move_changes_no_weight():
         assert holding == {METHOD.owner(step, 3)}, "one layer records at a time"
         if step + 1 in METHOD.schedule(20, t.adapters):
             before, places = t.probe(), {a.name: a.memory["rows"] for a in t.adapters}
-            t.method.exchange(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1, t.total)
             after = t.probe()
             assert (after[0] - before[0]).abs().max() < 1e-5
             for a in t.adapters:
@@ -385,7 +385,7 @@ def test_with_a_constant_gradient_no_update_after_a_move_is_larger_than_the_rate
         if step >= 400:
             largest = max(largest, float((adapters[0].S.detach() - before).abs().max()) / 1e-3)
         if step + 1 == 400:
-            method.exchange(adapters, engine, 400)
+            method.exchange(adapters, engine, 400, 450)
             assert not adapters[0].S.any()
     assert 0.9 < largest <= bound and (moments == "seeded" or largest > 3), "zeroed moments show what the rule is for"
 
@@ -400,7 +400,7 @@ def moments_after_a_move(engine: str) -> list[tuple[Tensor, Tensor, Tensor]]:
     t = trainee(engine=engine)
     t.step(0), t.step(1)
     before = {a.name: t.engine.slot(a.S) for a in t.adapters}
-    t.method.exchange(t.adapters, t.engine, 2)
+    t.method.exchange(t.adapters, t.engine, 2, t.total)
     found = []
     for a in t.adapters:
         slot = t.engine.slot(a.S)
@@ -467,7 +467,7 @@ def test_of_the_output_layer_rows_move_and_the_others_stay():
     inside = torch.zeros(67, dtype=torch.bool)
     inside[output.memory["rows"]] = True
     assert torch.equal(after[~inside], before[~inside]) and (after[inside] != before[inside]).any(1).all()
-    t.method.exchange(t.adapters, t.engine, 2)
+    t.method.exchange(t.adapters, t.engine, 2, t.total)
     assert t.engine.weight(output).read().shape == (67, 42) and len(output.ledger) == 1
 
 
@@ -574,17 +574,19 @@ def test_an_importance_that_is_not_finite_ends_the_run():
     t = trainee()
     t.step(0), t.step(1)
     t.adapters[0].memory["mean"][0, 0] = torch.nan
-    assert "importance is not finite" in caught(lambda: t.method.exchange(t.adapters, t.engine, 2), RuntimeError)
+    assert "importance is not finite" in caught(
+        lambda: t.method.exchange(t.adapters, t.engine, 2, t.total), RuntimeError
+    )
 
 
 def test_what_rounding_took_of_a_bf16_block_is_told():
     t = trainee(dtype="bf16")
     t.step(0), t.step(1)
-    event = t.method.exchange(t.adapters, t.engine, 2)
+    event = t.method.exchange(t.adapters, t.engine, 2, t.total)
     assert event.into == "weight" and 1e-4 < event.lost < 0.5
     t = trainee(replace(METHOD, into="bank", period=3), dtype="bf16")
     advance(t, range(2)), t.step(2)
-    event = t.method.exchange(t.adapters, t.engine, 3)
+    event = t.method.exchange(t.adapters, t.engine, 3, t.total)
     assert event.into == "bank" and event.lost == 0
 
 

@@ -21,7 +21,7 @@ def train(engine: str, into: str, zero: dict) -> tuple[list[float], dict[str, to
     for step in range(4):
         losses.append(t.step(step))
         if step % 2:
-            t.method.exchange(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1, t.total)
     return losses, t.values(), t.weights()
 
 

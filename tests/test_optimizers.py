@@ -166,7 +166,7 @@ def walk(t: Trainee, steps: range) -> dict[str, list[dict[str, Tensor]]]:
         t.step(step, RATE)
         look()
         if step + 1 == EXCHANGE:
-            t.method.exchange(t.adapters, t.engine, EXCHANGE)
+            t.method.exchange(t.adapters, t.engine, EXCHANGE, t.total)
             look()
     return seen
 

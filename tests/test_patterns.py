@@ -152,7 +152,7 @@ def train(method: LoRA, steps: int = 3) -> Trainee:
     for step in range(steps):
         t.step(step)
         if step + 1 in method.schedule(steps):
-            method.exchange(t.adapters, t.engine, step + 1)
+            method.exchange(t.adapters, t.engine, step + 1, t.total)
     return t
 
 

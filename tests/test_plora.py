@@ -35,7 +35,7 @@ def part(
         t.step(step)
         if step + 1 in method.schedule(STEPS):
             before, logits = t.values(), t.logits()
-            event = method.exchange(t.adapters, t.engine, step + 1)
+            event = method.exchange(t.adapters, t.engine, step + 1, t.total)
             assert event is not None
             unloads.append((before, t.values(), event))
             if dtype != "bf16" and event.lost <= 1e-4:  # otherwise a full bank was compressed
@@ -116,7 +116,7 @@ def test_gradients_shrink_with_the_factors_and_the_moments_follow():
         return found
 
     before, moments, rest = gradients(), t.moments(), math.sqrt(1 - SHARE)
-    METHOD.exchange(t.adapters, t.engine, 2)
+    METHOD.exchange(t.adapters, t.engine, 2, t.total)
     for old, new in zip(before, gradients(), strict=True):
         torch.testing.assert_close(new, rest * old, rtol=1e-4, atol=1e-6)
     for name, moment in t.moments().items():

@@ -169,7 +169,7 @@ def test_a_remedy_keeps_the_function_and_moves_the_moments(tmp_path, method):
     scores = [energies(adapter) for adapter in adapters]
     before = [[engine.slot(p) for p in (adapter.A, adapter.B)] for adapter in adapters]
     answers = quality.answered(model, tokens)[0].detach()
-    method.exchange(adapters, engine, 4)
+    method.exchange(adapters, engine, 4, 8)
     assert torch.allclose(quality.answered(model, tokens)[0], answers, atol=1e-5)
     for number, (adapter, (a, b), energy) in enumerate(zip(adapters, before, scores, strict=True)):
         now_a, now_b = engine.slot(adapter.A), engine.slot(adapter.B)

@@ -200,7 +200,7 @@ def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Ten
             for step in steps:
                 t.step(step)
                 if step + 1 in exchanges:
-                    method.exchange(t.adapters, t.engine, step + 1)
+                    method.exchange(t.adapters, t.engine, step + 1, t.total)
             return t
 
         whole = advance(Trainee(method, engine, total=STEPS), range(STEPS))

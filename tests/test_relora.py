@@ -97,7 +97,7 @@ def tell(method: ReLoRA, engine: str, dtype: str = "fp32") -> Story:
         losses.append(t.step(step))
         if step + 1 in method.schedule(STEPS):
             before = Moment.now(t)
-            events.append(method.exchange(t.adapters, t.engine, step + 1))
+            events.append(method.exchange(t.adapters, t.engine, step + 1, t.total))
             restarts.append((before, Moment.now(t)))
             used.append(int(t.adapters[0].memory.get("used", 0)))
     original = {a.name: t.original[f"{a.name}.weight"] for a in t.adapters}
@@ -284,7 +284,7 @@ def test_a_bank_has_room_in_proportion_to_the_rank_of_its_module():
     for step in range(STEPS):
         t.step(step)
         if step + 1 in RESTARTS:
-            assert t.method.exchange(t.adapters, t.engine, step + 1).pairs == 4 + 2 + 6 + 2
+            assert t.method.exchange(t.adapters, t.engine, step + 1, t.total).pairs == 4 + 2 + 6 + 2
     assert [int(a.memory["used"]) for a in t.adapters] == [8, 4, 12, 4]
     method = replace(METHOD, bank_pairs=5)
     assert [method.bank_of(rank) for rank in (4, 2, 6, 1)] == [5, 3, 8, 2]  # one more than the rank, at least
@@ -351,7 +351,7 @@ def other_pairs() -> str:
     t = Trainee(METHOD, "plain", total=STEPS)
     t.step(0)
     t.adapters[0].seed += t.engine.rank
-    return ranks.caught(lambda: t.method.exchange(t.adapters, t.engine, 2), RuntimeError)
+    return ranks.caught(lambda: t.method.exchange(t.adapters, t.engine, 2, t.total), RuntimeError)
 
 
 @pytest.mark.parametrize("into, dtype", [("weight", "fp32"), ("bank", "fp32"), ("bank", "nf4")])
@@ -360,7 +360,7 @@ def test_the_export_is_over_the_untouched_base(into, dtype, tmp_path):
     for step in range(STEPS):
         t.step(step)
         if step + 1 in RESTARTS:
-            t.method.exchange(t.adapters, t.engine, step + 1)
+            t.method.exchange(t.adapters, t.engine, step + 1, t.total)
     saved = save_adapter(
         t.engine, t.adapters, method=t.method, path=tmp_path / "adapter", base_model_name_or_path="base"
     )

@@ -124,7 +124,7 @@ def live(name: str, codec: str, folder: Path) -> simulated.Counts:
                 with device.counting() as counts:
                     trainee.step(step)
                 if step + 1 in exchanges:
-                    method.exchange(trainee.adapters, trainee.engine, step + 1)
+                    method.exchange(trainee.adapters, trainee.engine, step + 1, trainee.total)
             saved = trainee.save(folder, 5)
             resumed = tiny.Trainee(
                 method,
@@ -237,7 +237,7 @@ def offloaded(name: str, folder: str) -> None:
             method.observe(trainee.adapters, engine)
             engine.step(*method.rates(trainee.adapters, step, 12, lambda step: 1e-2))
             if step + 1 in exchanges:
-                method.exchange(trainee.adapters, engine, step + 1)
+                method.exchange(trainee.adapters, engine, step + 1, trainee.total)
         assert exchanges
         # a checkpoint gives each statistic back where the parameter lies that it is about
         opened = trainee.save(Path(folder) / device.type, 6)

@@ -29,7 +29,7 @@ def step_(t: Trainee, step: int, total: int = STEPS) -> Exchanged | None:
     t.step(step)
     if step + 1 not in t.method.schedule(total):
         return None
-    return measure_exchange(t.engine, lambda: t.method.exchange(t.adapters, t.engine, step + 1), True)
+    return measure_exchange(t.engine, lambda: t.method.exchange(t.adapters, t.engine, step + 1, t.total), True)
 
 
 def product(values: dict[str, Tensor], name: str) -> Tensor:
@@ -53,7 +53,7 @@ def tell(engine: str, dtype: str, folder: str, moments: str = "seeded") -> Told:
         t.step(step)
         if step + 1 in METHOD.schedule(STEPS):
             before = t.values(), t.moments()
-            event = t.method.exchange(t.adapters, t.engine, step + 1)
+            event = t.method.exchange(t.adapters, t.engine, step + 1, t.total)
             squeezes[step + 1] = (before[0], t.values(), before[1], t.moments(), event)
         live.append(t.method.metrics(t.adapters, t.engine)["live_pairs"])
     save_adapter(t.engine, t.adapters, method=t.method, path=folder, base_model_name_or_path="base")
@@ -146,7 +146,7 @@ def test_a_module_of_another_rank_is_squeezed_in_proportion():
 
 def test_pairs_that_a_product_does_not_need_can_still_learn():
     t = Trainee(METHOD, "plain", total=STEPS)
-    event = t.method.exchange(t.adapters, t.engine, 2)  # B is zero
+    event = t.method.exchange(t.adapters, t.engine, 2, t.total)  # B is zero
     assert (event.lost, event.drift) == (0, 0)
     for a in t.adapters:
         assert a.A[:3].any(1).all() and not a.A[3:].any() and not a.B.any()

@@ -250,7 +250,7 @@ def test_every_parameter_stays_the_object_that_the_optimizer_steps():
     for step in range(4):
         t.step(step)
         if step % 2:
-            t.method.exchange(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1, t.total)
         assert identities() == first
 
 
@@ -292,7 +292,7 @@ def constant_gradient(moments: str, engine: str) -> dict[str, list[float]]:
     for _ in range(BEFORE):
         step()
     was = t.values()
-    method.exchange(t.adapters, t.engine, 1)
+    method.exchange(t.adapters, t.engine, 1, t.total)
     now = t.values()
     replaced = {k: now[k] != was[k] for k in now if k[-2:] in (".A", ".B")}
     ratios: list[float] = []
@@ -438,9 +438,9 @@ def exhausted(method: SRLoRA, engine: str) -> dict[str, bool]:
     for step in range(3):
         t.step(step)
         if step < 2:
-            t.method.exchange(t.adapters, t.engine, 1)
+            t.method.exchange(t.adapters, t.engine, 1, t.total)
     before = Moment.now(t)
-    t.method.exchange(t.adapters, t.engine, 1)
+    t.method.exchange(t.adapters, t.engine, 1, t.total)
     after = Moment.now(t)
     same = {}
     for part in ("values", "masters", "moments", "weights"):
@@ -480,11 +480,11 @@ def reported(engine: str) -> list[dict[str, float]]:
     t.step(0)
     set_scores(t, [[1, 2, 3, 6], [0, 0, 0, 1], [5, 5, 5, 5], [0, 0, 0, 0]])
     report()
-    t.method.exchange(t.adapters, t.engine, 1)  # pairs 0 and 1 of every module
+    t.method.exchange(t.adapters, t.engine, 1, t.total)  # pairs 0 and 1 of every module
     report()
     set_scores(t, [[9, 1, 2, 8], [1, 2, 8, 9], [8, 9, 1, 2], [8, 1, 9, 2]])
     report()
-    t.method.exchange(t.adapters, t.engine, 2)  # of the fresh pairs 1, 2, 0, 1
+    t.method.exchange(t.adapters, t.engine, 2, t.total)  # of the fresh pairs 1, 2, 0, 1
     report()
     return told
 
@@ -547,7 +547,7 @@ def isotropic(method: SRLoRA, count: int, exchanges: int, window: int = 40) -> l
         method.observe(adapters, engine)
         engine.optimizer.step()
         if (step + 1) % window == 0:
-            method.exchange(adapters, engine, step + 1)
+            method.exchange(adapters, engine, step + 1, exchanges * window + 1)
             seen.append(method.metrics(adapters, engine))
     return seen
 
@@ -617,7 +617,7 @@ def changes(engine: str) -> tuple[Tensor, Tensor, Tensor, dict[str, float], bool
             was = torch.outer(old.B[:, k], old.A[k])
             dense[row, k] = (torch.outer(B[:, k], A[k]) - was).norm() / was.norm()
     found = t.method.scores(t.adapters, t.engine)
-    t.method.exchange(t.adapters, t.engine, 2)
+    t.method.exchange(t.adapters, t.engine, 2, t.total)
     anew = t.method.scores(t.adapters, t.engine)
     numbers = t.method.metrics(t.adapters, t.engine)
     t.step(2)
@@ -681,7 +681,7 @@ def trained(
     for step in range(4):
         losses.append(t.step(step))
         if step + 1 in method.schedule(4):
-            method.exchange(t.adapters, t.engine, 1)
+            method.exchange(t.adapters, t.engine, 1, t.total)
     return losses, t.values(), t.moments(), t.weights()
 
 
@@ -707,7 +707,7 @@ def test_the_whole_change_has_at_most_rank_two_r_target_and_the_export_reproduce
     for step in range(6):
         t.step(step)
         if step in (1, 3):
-            method.exchange(t.adapters, t.engine, 1)
+            method.exchange(t.adapters, t.engine, 1, t.total)
     saved = save_adapter(t.engine, t.adapters, method=method, path=tmp_path, base_model_name_or_path="base")
     assert saved is not None and saved.rank <= 8
     exported = load_file(tmp_path / "adapter_model.safetensors")
@@ -778,7 +778,9 @@ def test_number_and_steps_of_the_switches_are_those_of_the_formula(rank, target,
         assert paper.schedule(total) == tuple(round(k * total / count) for k in range(1, count + 1))
     t = started(method, "plain")
     t.step(0)
-    exchanged = [method.exchange(t.adapters, t.engine, 1).pairs // len(t.adapters) for _ in method.schedule(100)]
+    exchanged = [
+        method.exchange(t.adapters, t.engine, 1, t.total).pairs // len(t.adapters) for _ in method.schedule(100)
+    ]
     assert exchanged == [min(swap, target - rank - swap * k) for k in range(count)]
     assert sum(exchanged) == target - rank
 
@@ -843,7 +845,7 @@ def not_finite(engine: str, number: float) -> tuple[str, list[str]]:
     )
     t.method.observe(t.adapters, t.engine)
     t.engine.step(1e-2)
-    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1)), [a.name for a in t.adapters]
+    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1, t.total)), [a.name for a in t.adapters]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -866,7 +868,7 @@ def tampered(method: SRLoRA, engine: str) -> str:
         return found
 
     t.engine.broadcast = broadcast
-    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1))
+    return caught(lambda: t.method.exchange(t.adapters, t.engine, 1, t.total))
 
 
 @pytest.mark.parametrize("into", ["weight", "bank"])

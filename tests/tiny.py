@@ -270,7 +270,7 @@ class Trainee:
         """What a run does at an exchange step, when so many steps are done."""
 
         def hook() -> Exchanged | None:
-            event = self.method.exchange(self.adapters, self.engine, step)
+            event = self.method.exchange(self.adapters, self.engine, step, self.total)
             if self.method.recalibrates:
                 samples = partial(self.losses, CALIBRATION + step)
                 calibrate_on(self.engine, self.wrapped, self.method, self.adapters, samples)

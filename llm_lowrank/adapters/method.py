@@ -192,8 +192,9 @@ class Method(draccus.ChoiceRegistry):
         Called instead of `observe` when a gradient is not finite and the step is skipped.
         """
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        """Exchange pairs and return a report, or None. Called after the step of a schedule: `step` steps are done.
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
+        """Exchange pairs and return a report, or None. Called after the step of a schedule: `step` steps are done of
+        `total_steps`.
 
         Collective.
         """

@@ -15,7 +15,7 @@ budget; `regrow` is that rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -182,23 +182,15 @@ class AdaLoRA(LoRA):
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in as_pair_adapters(adapters):
             adapter.memory["live"] = torch.ones(adapter.rank, dtype=torch.int64)  # 1 for pairs that are not pruned
-            adapter.memory["total_steps"] = torch.tensor(0)  # of the run, for the budget
         scores.remember(adapters, engine, SCORED)
-
-    def rates(
-        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
-    ) -> list[float]:
-        if adapters and "total_steps" in adapters[0].memory:
-            adapters[0].memory["total_steps"].fill_(total_steps)
-        return super().rates(adapters, step, total_steps, rate)
 
     def observe(self, adapters: list[Adapter], engine: Engine) -> None:
         scores.observe(adapters, engine, SCORED, beta1=self.beta1, beta2=self.beta2)
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        layers, total = as_pair_adapters(adapters), int(adapters[0].memory["total_steps"])
-        for_good = not self.regrow or step >= self.phases(total)[1]
-        budget = self.budget(step, total, sum(adapter.rank for adapter in layers))
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
+        layers = as_pair_adapters(adapters)
+        for_good = not self.regrow or step >= self.phases(total_steps)[1]
+        budget = self.budget(step, total_steps, sum(adapter.rank for adapter in layers))
         kept = self.choose(layers, engine, budget)
         events = []
         for adapter, keep in zip(layers, kept, strict=True):

@@ -16,7 +16,7 @@ Two copies of a good direction, one of them older, can then diverge. An expansio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -132,28 +132,22 @@ class BeamLoRA(LoRA):
 
     def start(self, adapters: list[Adapter], engine: Engine) -> None:
         for adapter in _beams(adapters):
-            adapter.memory["total_steps"] = torch.tensor(0)  # of the run, for the threshold
             for letter in FACTORS:
                 for kind in ("", *engine.settings.kind.moments):
                     span = engine.span(getattr(adapter, letter))
                     adapter.memory[f"past_{letter}{kind}"] = torch.zeros_like(span.value)
                     adapter.spans[f"past_{letter}{kind}"] = letter
 
-    def rates(
-        self, adapters: Sequence[Adapter], step: int, total_steps: int, rate: Callable[[int], float]
-    ) -> list[float]:
-        if adapters and "total_steps" in adapters[0].memory:
-            adapters[0].memory["total_steps"].fill_(total_steps)
-        return super().rates(adapters, step, total_steps, rate)
-
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
-        layers, total = _beams(adapters), int(adapters[0].memory["total_steps"])
-        if step % self.period(total):
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
+        layers = _beams(adapters)
+        if step % self.period(total_steps):
             for adapter in layers:
                 remember_(adapter, engine)
             return None
         events = []
-        for adapter, sources in zip(layers, choose(layers, engine, self.threshold(step, total), step), strict=True):
+        for adapter, sources in zip(
+            layers, choose(layers, engine, self.threshold(step, total_steps), step), strict=True
+        ):
             pruned = (sources >= 0).nonzero()[:, 0]
             if len(pruned):
                 edit = partial(expand_, pruned, sources[pruned], past(adapter, engine))

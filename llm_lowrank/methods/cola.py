@@ -105,9 +105,9 @@ class COLA(Restarting):
                 with engine.edit(adapter.A) as (a,):
                     a.value.zero_()
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         if self.layers_per_link is None:
-            return super().exchange(adapters, engine, step)
+            return super().exchange(adapters, engine, step, total_steps)
         layers, events = as_pair_adapters(adapters), []
         link = int(layers[0].memory["link"])
         for adapter, was, now in zip(layers, self.awake(layers, link), self.awake(layers, link + 1), strict=True):

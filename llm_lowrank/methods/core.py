@@ -155,7 +155,7 @@ class Core(Method):
                 u.value.copy_(triplets.U)
                 vt.value.copy_(triplets.V.T)
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         number = self.exchanges.index(step)
         return Exchanged.total([freeze_(engine, layer, number, step) for layer in _cores(adapters)])
 

@@ -428,7 +428,7 @@ class LoSiA(Method):
             w = w + block.of_rows(part.rows)  # not in place: read() returns a view of a float32 W
         return part.mine_(w)
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         """Exchange the blocks of the layer whose slot ends. Collective."""
         owner = self.owner(step - 1, _groups(adapters))
         events, chosen = [], []

@@ -61,8 +61,8 @@ class PLoRA(Restarting):
             )
         return tuple(range(self.interval, total_steps, self.interval))
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         if self.share == 1:
-            return super().exchange(adapters, engine, step)
+            return super().exchange(adapters, engine, step, total_steps)
         layers, moments = as_pair_adapters(adapters), self.moments
         return Exchanged.total([self.freeze(adapter, engine, share=self.share, moments=moments) for adapter in layers])

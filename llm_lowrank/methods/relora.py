@@ -86,7 +86,7 @@ class Restarting(LoRA):
             if adapter.bank_room:
                 adapter.memory["used"] = torch.tensor(0)  # so many of the bank's first slots are filled
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
         fresh = [fresh_pairs(adapter, step) for adapter in layers]
         engine.same("the fresh pairs", *(pairs.A for pairs in fresh))

@@ -99,7 +99,7 @@ class Squeeze(LoRA):
         for adapter in adapters:
             adapter.memory["squeezes"] = torch.tensor(0)  # how many are done
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         events = []
         for adapter in as_pair_adapters(adapters):
             done = int(adapter.memory["squeezes"])

@@ -160,7 +160,7 @@ class SRLoRA(PiSSA):
         if self.score != "change":
             scores.observe(adapters, engine, SCORED, beta1=self.beta1, beta2=self.beta2)
 
-    def exchange(self, adapters: list[Adapter], engine: Engine, step: int) -> Exchanged | None:
+    def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
         layers = as_pair_adapters(adapters)
         # the last exchange has the directions that are left
         count = min(self.swap, self.target_rank - int(layers[0].memory["visited"]))

@@ -31,7 +31,7 @@ def exchange(run: Run, model: nn.Module, step: int) -> Exchanged | None:
 
     model: the wrapped one. Collective.
     """
-    event = run.recipe.method.exchange(run.adapters, run.engine, step)
+    event = run.recipe.method.exchange(run.adapters, run.engine, step, run.total_steps)
     if run.recipe.method.recalibrates:
         calibrate(run, model, step)
     return event
