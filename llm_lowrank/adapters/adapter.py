@@ -383,3 +383,8 @@ def as_pair_adapters(adapters: Sequence[Adapter]) -> list[PairAdapter]:
     """The same adapters, typed as PairAdapters."""
     assert all(isinstance(adapter, PairAdapter) for adapter in adapters)
     return list(adapters)  # type: ignore[arg-type]
+
+
+def layer_number(name: str) -> int:
+    """The number of the decoder layer in a module's name; -1 outside of the layers."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), -1)

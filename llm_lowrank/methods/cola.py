@@ -20,11 +20,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from llm_lowrank.adapters.adapter import Adapter, as_pair_adapters, generator
+from llm_lowrank.adapters.adapter import Adapter, as_pair_adapters, generator, layer_number
 from llm_lowrank.adapters.exchange import Exchanged
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.methods.losia import layer_number
 from llm_lowrank.methods.relora import Restarting, fresh_pairs
 from llm_lowrank.numerics.pairs import Pairs
 

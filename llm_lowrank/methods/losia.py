@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llm_lowrank.adapters.adapter import Adapter, Whole, generator
+from llm_lowrank.adapters.adapter import Adapter, Whole, generator, layer_number
 from llm_lowrank.adapters.exchange import Exchanged, Into, check_drift, into_weight_, needs_bank, probe
 from llm_lowrank.adapters.method import Method, output_layer
 from llm_lowrank.codecs import Codec
@@ -510,8 +510,3 @@ def _subnets(adapters: Sequence[Adapter]) -> list[Subnet]:
 
 def _groups(adapters: Sequence[Adapter]) -> int:
     return 1 + max((adapter.group for adapter in adapters), default=0)
-
-
-def layer_number(name: str) -> int:
-    """The number of the decoder layer in a module's name; -1 outside of the layers."""
-    return next((int(word) for word in name.split(".") if word.isdigit()), -1)
