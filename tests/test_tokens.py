@@ -308,7 +308,7 @@ def test_a_run_teaches_a_new_token_and_the_merged_model_answers_with_it(place, t
     said = capsys.readouterr().out
     size = len(AutoTokenizer.from_pretrained(place / "model"))
     assert "tokens: 2 new, which start as the mean of all rows: <yes> <no>; 1 trained: k" in said
-    assert f"a merged model has {size + 2} rows, the base {size}" in said
+    assert f"a merged model has {size + 2} rows, the base {size}" in said and "in no example" not in said
     assert "rows of 3 tokens; vLLM serves no adapter with rows of tokens: serve the merged model" in said
     assert answer(tmp_path / "out" / "merged", "7 ok?") in ("<yes>", "<no>")
     # PEFT's own class adds the rows by itself, for the tokenizer lies in the folder
@@ -327,6 +327,12 @@ def test_a_run_teaches_a_new_token_and_the_merged_model_answers_with_it(place, t
     again = ["--resume_from_checkpoint=auto", "--overwrite_output_dir=true"]
     with pytest.raises(RecipeError, match=r"new_tokens: .* in the checkpoint"):
         train(parse([*argv(place, tmp_path / "out", "plain", save_steps=20, new_tokens="[<yes>]"), *again]))
+
+
+def test_a_token_that_no_example_has_is_named(place, tmp_path, capsys):
+    changes = {"new_tokens": "[<yes>, <yea>]", "max_steps": 1, "save_merged": False}
+    train(parse(argv(place, tmp_path / "out", "plain", **changes)))
+    assert "tokens: <yea>: in no example of the data" in capsys.readouterr().out
 
 
 @pytest.mark.wide

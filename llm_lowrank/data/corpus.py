@@ -62,6 +62,11 @@ class ExampleTable(Sequence[Example]):
         ids, labels = (column[self.numbers[index]] for column in self.columns)
         return ids, labels
 
+    def held(self, tokens: Sequence[int]) -> set[int]:
+        """Return those of these tokens that stand in the table, whichever of its rows are examples here."""
+        found = [values[np.isin(values, tokens)] for _, values in self.columns[0].parts]
+        return set(np.unique(np.concatenate(found)).tolist()) if found else set()
+
     @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens of each example, (examples,)."""

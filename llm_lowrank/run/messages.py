@@ -6,6 +6,7 @@ import torch
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter
 from llm_lowrank.adapters.exchange import Exchanged
+from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.data import Stream, StreamBatches, describe_ends, describe_unused
 from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
@@ -40,7 +41,7 @@ def opening(run: Run) -> str:
         f"learning rate: {run.schedule}",
     ]
     if (rows := token_rows(run.model)) is not None:
-        lines.append(rows.tokens.describe())
+        lines += [rows.tokens.describe(), *_absent_tokens(run, rows.tokens)]
     lines += [run.kernels] if run.kernels else []
     lines += describe_speed(recipe, engine.device)
     lines += describe_inherited(run) + run.notes
@@ -63,6 +64,20 @@ def opening(run: Run) -> str:
         lines.append(_exchanges(run, run.adapters[0]))
     lines += recipe.method.advice(run.exchange_steps)
     return "\n".join(lines)
+
+
+def _absent_tokens(run: Run, tokens: TrainedTokens) -> list[str]:
+    """A line about tokens of the recipe that the data does not have; of a stream nothing is known yet."""
+    if isinstance(run.corpus.train, Stream):
+        return []
+    named, held = {*run.recipe.new_tokens, *run.recipe.trained_tokens}, run.corpus.train.held(list(tokens.names))
+    absent = [text for token, text in tokens.names.items() if text in named and token not in held]
+    if not absent:
+        return []
+    return [
+        f"tokens: {' '.join(absent)}: in no example of the data, so that nothing teaches the model what they mean; are "
+        "they written as in the data?"
+    ]
 
 
 def describe_speed(recipe: Recipe, device: torch.device) -> list[str]:
