@@ -421,7 +421,7 @@ def exchange(args: argparse.Namespace, results: Results) -> None:
         engine.step(1e-4)
         wait()
         began = time.perf_counter()
-        event = measure_exchange(engine, partial(method.exchange, adapters, engine, 1))
+        event = measure_exchange(engine, partial(method.exchange, adapters, engine, 1, 2))
         wait()
         assert event is not None
         took = time.perf_counter() - began

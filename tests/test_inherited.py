@@ -136,7 +136,7 @@ def live(method: LoRA, engine: str, dtype: str, folder: str) -> Life:
     for step in range(STEPS):
         t.step(step)
         if step + 1 in method.schedule(STEPS, t.adapters):
-            measure_exchange(t.engine, partial(method.exchange, t.adapters, t.engine, step + 1))
+            measure_exchange(t.engine, partial(method.exchange, t.adapters, t.engine, step + 1, t.total))
     after = banked(t)
     final = t.logits()
     save_adapter(t.engine, t.adapters, method=method, path=folder, base_model_name_or_path="base")

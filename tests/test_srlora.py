@@ -146,7 +146,7 @@ def tell(method: SRLoRA, engine: str, dtype: str = "fp32", **settings: object) -
         if step + 1 in SWITCHES:
             before = Moment.now(t)
             story.events.append(
-                measure_exchange(t.engine, functools.partial(method.exchange, t.adapters, t.engine, step + 1))
+                measure_exchange(t.engine, functools.partial(method.exchange, t.adapters, t.engine, step + 1, t.total))
             )
             story.switches.append((before, Moment.now(t)))
     story.end = Moment.now(t)
