@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lowrank.data.settings import Data
+    from llm_lowrank.integrations.own_loop import Prepared, prepare
     from llm_lowrank.methods.adalora import AdaLoRA
     from llm_lowrank.methods.beamlora import BeamLoRA
     from llm_lowrank.methods.cola import COLA
@@ -65,6 +66,7 @@ __all__ = [
     "OSoRA",
     "PLoRA",
     "PiSSA",
+    "Prepared",
     "RaSA",
     "ReLoRA",
     "Recipe",
@@ -74,6 +76,7 @@ __all__ = [
     "SoRA",
     "Squeeze",
     "VeRA",
+    "prepare",
     "train",
 ]
 
@@ -84,7 +87,9 @@ _HOMES = {name: f"llm_lowrank.methods.{name.lower()}" for name in __all__} | {
     "LoRAGA": "llm_lowrank.methods.lora_ga",
     "LoRAOne": "llm_lowrank.methods.lora_one",
     "LoRAXS": "llm_lowrank.methods.lora_xs",
+    "Prepared": "llm_lowrank.integrations.own_loop",
     "Recipe": "llm_lowrank.run.recipe",
+    "prepare": "llm_lowrank.integrations.own_loop",
     "train": "llm_lowrank.run.python",
 }
 

@@ -9,9 +9,10 @@ would build models under deepspeed.zero.Init.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,32 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.files import write_json
 from llm_lowrank.run.command_line import RecipeError
 
 USE_DEEPSPEED, USE_FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
 
 
-def take_engine(args: TrainingArguments, engine: str | None) -> tuple[str, dict[str, Any]]:
-    """Return an engine's name and settings of a recipe, and take them out of `args` and of accelerate's state.
+@contextmanager
+def take_engine(args: TrainingArguments, engine: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield an engine's name and its settings of a recipe; take them out of `args` and of accelerate's state.
 
-    engine: the one that the caller asks for, or None. RecipeError if args say another one, or FSDP's version 1.
+    engine: the one that the caller asks for, or None. RecipeError if args say another one, or FSDP's version 1. A
+    configuration of DeepSpeed is a file that lives as long as the block; the engine fills in what is "auto" there.
     """
-    found: dict[str, Any] = {}
-    said = None
-    if args.deepspeed_plugin is not None:
-        said, found = "deepspeed", {"deepspeed": _config_file(args.deepspeed_plugin.deepspeed_config)}
-    elif args.fsdp_plugin_args is not None or os.environ.get(USE_FSDP, "").lower() == "true":
-        said, found = "fsdp", {"fsdp": _sharding(args.fsdp_plugin_args)}
+    config = None if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    sharded = args.fsdp_plugin_args is not None or os.environ.get(USE_FSDP, "").lower() == "true"
+    said = "deepspeed" if config is not None else "fsdp" if sharded else None
     if engine is not None and said is not None and engine != said:
         raise RecipeError(f"engine: {engine} is asked for, and args or accelerate's configuration say {said}; drop one")
+    found: dict[str, Any] = {"fsdp": _sharding(args.fsdp_plugin_args)} if said == "fsdp" else {}
     if said is not None:
         _forget(args)
-    return engine or said or "plain", found
-
-
-def _config_file(config: dict[str, Any]) -> str:
-    """Write DeepSpeed's configuration where an engine reads it; the engine fills in what is "auto"."""
-    handle, name = tempfile.mkstemp(suffix=".json", prefix="deepspeed-")
-    with os.fdopen(handle, "w") as file:
-        json.dump(config, file)
-    return str(Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        if config is not None:
+            write_json(Path(folder) / "deepspeed.json", config)
+            found = {"deepspeed": str(Path(folder) / "deepspeed.json")}
+        yield engine or said or "plain", found
 
 
 def _sharding(plugin: dict[str, Any] | None) -> Sharding:

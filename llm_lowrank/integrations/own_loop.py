@@ -1,10 +1,10 @@
 """A model, its optimizer and the hooks of a method for a training loop of one's own. See docs/python.md.
 
-    prepared = prepare("path/or/hub-name", SRLoRA(rank=16), codec="nf4", engine="fsdp", max_steps=1000)
-    for batch in batches:
-        prepared.backward(prepared.model(**batch).loss)
-        prepared.optimizer.step()
-    prepared.save_adapter("adapter")
+prepared = prepare("path/or/hub-name", SRLoRA(rank=16), codec="nf4", engine="fsdp", max_steps=1000)
+for batch in batches:
+    prepared.backward(prepared.model(**batch).loss)
+    prepared.optimizer.step()
+prepared.save_adapter("adapter")
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.redirect import make_step
@@ -44,11 +42,20 @@ from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.resuming import check_same_run
 
 # Settings of a recipe that mean something without its data, its evaluation and its files.
-SETTINGS = frozenset(
-    "model_revision deepspeed fsdp codec_double_quant dtype gradient_checkpointing attn_implementation allow_partial "
-    "per_device_train_batch_size gradient_accumulation_steps seed optim learning_rate weight_decay adam_beta1 "
-    "adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type min_lr_rate warmup_steps warmup_ratio ddp_timeout".split()
-)
+SETTINGS = {
+    *(
+        "model_revision",
+        "allow_partial",
+        "dtype",
+        "codec_double_quant",
+        "attn_implementation",
+        "gradient_checkpointing",
+    ),
+    *("deepspeed", "fsdp", "ddp_timeout", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
+    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("learning_rate", "lr_scheduler_type", "min_lr_rate", "warmup_steps", "warmup_ratio"),
+}
 Losses = Callable[[], Iterator[Tensor]]
 
 
@@ -75,7 +82,7 @@ def prepare(
     """
     if unknown := sorted(settings.keys() - SETTINGS):
         raise RecipeError(f"{unknown[0]} is no setting of prepare; there are {', '.join(sorted(SETTINGS))}")
-    prepared = Prepared(model, method, codec, engine, settings)
+    prepared = Prepared(model, method, codec, engine, {**settings, "max_steps": max_steps})
     prepared.load(max_steps, resume_from, calibration)
     return prepared
 
@@ -129,12 +136,9 @@ class Prepared:
 
     # ---- load
 
-    def load(
-        self, max_steps: int, resume_from: str | Path | None = None, calibration: Losses | None = None
-    ) -> None:
+    def load(self, max_steps: int, resume_from: str | Path | None = None, calibration: Losses | None = None) -> None:
         """Give the model its values, on the ranks; see `prepare`. Collective."""
         self.recipe = replace(self.recipe, max_steps=max_steps)
-        validate(self.recipe)
         self.total_steps, self.micro, self.skipped_in_a_row = max_steps, 0, 0
         self.rate: Callable[[int], float] = schedule_of(self.recipe, max_steps).rate  # of a 0-based step
         self.exchange_steps = self.method.schedule(max_steps, self.adapters)
@@ -266,8 +270,8 @@ class Prepared:
             return
         given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         rows = 1 if given is None else len(given)
-        # samples are numbered as they come; those of a micro-batch lie beside each other, rank after rank
-        first = (self.step * self._parts + self.micro * self.engine.world + self.engine.rank) * rows
+        # the samples of a step are numbered: those of a micro-batch lie beside each other, rank after rank
+        first = (self.micro * self.engine.world + self.engine.rank) * rows
         self._announce(range(first, first + rows))
 
     def _announce(self, samples: Sequence[int]) -> None:
@@ -291,19 +295,18 @@ class Prepared:
     def merge(self, path: str | Path, merge_base: str = "original") -> Merged | None:
         """Write a whole checkpoint with the trained change in it, on rank 0; return a report there. Collective.
 
-        Beside it stands PATH/adapter, from which it is made. merge_base: as in a recipe, original or dequantized.
+        The result is PATH/merged, made from PATH/adapter. merge_base: as in a recipe, original or dequantized.
         """
-        path = Path(path)
+        path, merged = Path(path), None
         self.save_adapter(path / "adapter")
         with self.engine.together():
-            if not self.engine.main:
-                return None
-            backbone = None
-            if merge_base == "dequantized":
-                Backbone.save(path / BACKBONE, self.base)
-                backbone = Backbone.open(path / BACKBONE)
-            return merge(self.source, path / "adapter", path / "merged", backbone=backbone)
-        raise AssertionError
+            if self.engine.main:
+                backbone = None
+                if merge_base == "dequantized":
+                    Backbone.save(path / BACKBONE, self.base)
+                    backbone = Backbone.open(path / BACKBONE)
+                merged = merge(self.source, path / "adapter", path / "merged", backbone=backbone)
+        return merged
 
     def save(self, path: str | Path) -> Path:
         """Write what `prepare(resume_from=path)` continues from, bitwise where all else is the same. Collective."""

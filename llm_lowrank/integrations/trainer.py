@@ -15,6 +15,7 @@ divided by the number of ranks, is the rank's share.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from accelerate import skip_first_batches
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from llm_lowrank.adapters.method import Method, output_layer
 from llm_lowrank.integrations.accelerate_config import take_engine
@@ -66,40 +68,42 @@ def lowrank(kind: type[Trainer]) -> type[Trainer]:
         codec    dense, nf4 or int8: how the frozen weights are stored
         engine   plain, fsdp or deepspeed; by default what `args` and accelerate's configuration say, else plain
         dtype    of the backbone and its products: float32 or bfloat16, by default bfloat16 if args.bf16
-        fsdp     a Sharding, for engine="fsdp"
-        deepspeed  a DeepSpeed configuration file, for engine="deepspeed"
+        fsdp, deepspeed    settings of the engine, as in a recipe
+
+    RecipeError, a ValueError, names the argument that the engines cannot honor, and what to do.
     """
-    return type(f"Lowrank{kind.__name__}", (_Lowrank, kind), {"__doc__": lowrank.__doc__})
+    return type(f"Lowrank{kind.__name__}", (_Lowrank, kind), {"__doc__": lowrank.__doc__, "kind": kind})
 
 
 class _Lowrank(Trainer):
     """The part of a Trainer that lowrank() replaces."""
 
+    kind: type[Trainer]  # the class that lowrank() was given
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
         args: TrainingArguments | None = None,
-        *rest: Any,
+        *,
         method: Method,
         codec: str = "dense",
         engine: str | None = None,
         dtype: str | None = None,
         **others: Any,
     ) -> None:
-        if args is None:
-            raise RecipeError("args: give the Trainer its arguments, with output_dir and learning_rate")
+        args = args or default_arguments(self.kind, model)
         for name in ("model_init", "peft_config", "quantization_config", "optimizer_cls_and_kwargs"):
             if others.get(name) is not None:
                 raise RecipeError(f"{name}: the model is made by lowrank(), from method and codec; leave it out")
         if any(others.get("optimizers", (None, None))):
             raise RecipeError("optimizers: the optimizer belongs to the engine; choose it and its schedule in args")
-        settings = {key: others.pop(key) for key in ("fsdp", "deepspeed") if key in others}
-        engine, found = take_engine(args, engine)
-        settings = settings_of(args) | found | settings | {"dtype": dtype or ("bfloat16" if args.bf16 else "float32")}
-        self.prepared = Prepared(model, method, codec, engine, settings)
+        settings = settings_of(args) | {"dtype": dtype or ("bfloat16" if args.bf16 else "float32")}
+        settings |= {key: others.pop(key) for key in ("fsdp", "deepspeed") if key in others}
+        with take_engine(args, engine) as (engine, found):
+            self.prepared = Prepared(model, method, codec, engine, settings | found)
         self.told = 0  # exchanges that the log has
         args._n_gpu = min(1, args.n_gpu)  # one process drives one device
-        super().__init__(self.prepared.base, args, *rest, **others)
+        super().__init__(self.prepared.base, args, **others)
         if "forward" in vars(self.prepared.base):
             self._refuse_output_layer()
         # what accelerate would wrap, average or hold back is the engine's business
@@ -113,7 +117,7 @@ class _Lowrank(Trainer):
         for adapter in self.prepared.adapters:
             if adapter is output_layer(base):
                 raise RecipeError(
-                    f"method: {type(self).__mro__[2].__name__} computes its loss from the weight of {adapter.name} and "
+                    f"method: {self.kind.__name__} computes its loss from the weight of {adapter.name} and "
                     f"never calls the layer, so that its adapter would not be trained; leave {adapter.name} out of "
                     "target_modules (LoSiA: output_factor=0), or use llm-lowrank train"
                 )
@@ -149,12 +153,15 @@ class _Lowrank(Trainer):
         samples = self.args.per_device_train_batch_size * prepared._parts
         count = -(-prepared.method.calibration // samples) * accumulation
         with same_random_numbers(prepared.engine.device):
-            loader = skip_first_batches(self.get_train_dataloader(), prepared.step * accumulation)
-            batches = [batch for batch, _ in zip(loader, range(count), strict=False)]
+            loader = self.get_train_dataloader()
+            done = prepared.step * accumulation
+            if has_length(loader):  # of an epoch that ends too soon the last ones are taken
+                done = max(0, min(done % len(loader), len(loader) - count))
+            batches = [batch for batch, _ in zip(skip_first_batches(loader, done), range(count), strict=False)]
         if len(batches) < count:
-            raise RuntimeError(
+            raise RecipeError(
                 f"method: {type(prepared.method).__name__} looks at {prepared.method.calibration} samples, and the "
-                "epoch has fewer left; lower its samples"
+                "data has fewer; lower its number of samples"
             )
         for batch in batches:
             with self.compute_loss_context_manager():
@@ -179,7 +186,7 @@ class _Lowrank(Trainer):
                 "methods ask for; take cosine, linear or another function of the step"
             )
         (peak,), (shape,) = scheduler.base_lrs, scheduler.lr_lambdas
-        self.prepared.rate = lambda step: peak * shape(step)
+        self.prepared.rate = lambda step: float(peak * shape(step))
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -238,6 +245,14 @@ class _Lowrank(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write what a resume needs beside the Trainer's own files. Collective."""
         self.prepared.save(output_dir)
+
+
+def default_arguments(kind: type[Trainer], model: str | Path | PreTrainedModel) -> TrainingArguments:
+    """Return the arguments that a Trainer makes for itself where it is given none: of TRL's SFTTrainer an SFTConfig."""
+    module = sys.modules[kind.__module__]
+    config = getattr(module, kind.__name__.replace("Trainer", "Config"), TrainingArguments)
+    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    return config(output_dir=f"{Path(name).name}-{kind.__name__.removesuffix('Trainer') or 'Trainer'}")
 
 
 def settings_of(args: TrainingArguments) -> dict[str, Any]:
