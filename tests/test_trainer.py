@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,16 @@ from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.run.command_line import RecipeError
 from tests import ranks, tiny
-from tests.test_data import byte_tokenizer
+from tests.test_data import CHATML, byte_tokenizer
 
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/trainer.md"
+SHORTER = """
+def shorter(self):
+    self.max_steps, self.use_cpu, self.report_to, self.logging_steps = 3, True, "none", 1
+    made(self)
+trl.SFTConfig.__post_init__ = shorter
+"""
 STEPS, SAMPLES, RATE = 4, 6, 1e-2
 PAIRS: dict[str, Any] = {"rank": 4, "alpha": 6}
 SR = SRLoRA(**PAIRS, target_rank=7, svd_cache="")  # exchanges after steps 1 and 3
@@ -238,6 +249,52 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(model, tmp_path, en
     whole, rest = (run(world, resumed, str(model), str(tmp_path), engine, part, timeout=120)[0] for part in (0, 1))
     assert rest[0] == whole[0]  # the Trainer keeps the log of the first steps
     assert all(torch.equal(value, whole[1][name]) for name, value in rest[1].items())
+
+
+def test_the_first_script_of_trls_documentation_runs_with_the_lines_that_the_page_adds(tmp_path):
+    """On two ranks of torchrun, as it stands but for what the hub would hold and how long it trains."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"{k} + 1"}, {"role": "assistant", "content": str(k + 1)}]}
+        for k in range(16)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    tokenizer = byte_tokenizer(CHATML)
+    tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "Qwen3-0.6B")
+    tokenizer.save_pretrained(tmp_path / "Qwen3-0.6B")
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "trl" in block]
+    ours = [line for line in script.splitlines() if "lowrank" in line or "method=" in line]
+    assert len(ours) <= 5
+    for there, here in (
+        ('"Qwen/Qwen3-0.6B"', repr(str(tmp_path / "Qwen3-0.6B"))),
+        (
+            'load_dataset("trl-lib/Capybara", split="train")',
+            'load_dataset("json", data_files="chats.jsonl", split="train")',
+        ),
+        ("rank=16, target_rank=32", "rank=4, target_rank=8"),
+    ):
+        assert there in script
+        script = script.replace(there, here)
+    # arguments of the Trainer come from its own defaults; only the number of steps is set here
+    (tmp_path / "script.py").write_text(f"import trl\nmade = trl.SFTConfig.__post_init__\n{SHORTER}\n{script}")
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    (found,) = (tmp_path / "Qwen3-0.6B-SFT").glob("checkpoint-*")
+    tuned = load_file(found / "adapter_model.safetensors")
+    assert any(float(value.abs().max()) > 0 for name, value in tuned.items() if "lora_B" in name)
+    assert json.loads((found / "trainer_state.json").read_text())["log_history"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(model, tmp_path):
