@@ -1,4 +1,4 @@
-"""The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested by an entry in METHODS.
+"""The laws of CONTRIBUTING.md, over every method x engine x stored type. A new method is tested as soon as it exists.
 
 A cell is one short run: attach, load and shard, a few steps with the method's own schedule of exchanges, export.
 It is lived once, on all its ranks; what it saw is kept, and each law looks at it. Sizes are uneven: neither 2 nor 3
@@ -40,7 +40,8 @@ STEPS = 4
 # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
 PAIRS = dict(rank=4, target_modules=MODULES)
-# Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
+# Settings that fit a run of 4 steps; a method that is not here runs with its defaults. tests/test_runs.py and
+# tests/test_simulated.py take the last ones of a method for which they name no others.
 SETTINGS: dict[str, dict[str, dict]] = {
     "lora": {
         "lora": PAIRS,
@@ -114,11 +115,14 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "droplora-token-dora": dict(PAIRS, alpha=6, p=0.5, mask="token", use_dora=True),
     },
 }
+KINDS = {name: kind for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")}
 METHODS: dict[str, Method] = {
     label: kind(**settings)
-    for name, kind in Method.get_known_choices().items()
-    if kind.__module__.startswith("llm_lowrank.")
+    for name, kind in KINDS.items()
     for label, settings in SETTINGS.get(name, {name: dict(target_modules=MODULES)}).items()
+}
+LAST = {  # of each method
+    name: next(label for label in reversed(METHODS) if type(METHODS[label]) is kind) for name, kind in KINDS.items()
 }
 # without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
 # at one, and a gate of about one, move by the rate
@@ -640,6 +644,5 @@ def test_no_rank_holds_a_whole_model_or_two_whole_weights(lives, cell):
 
 
 def test_every_registered_method_is_under_the_laws():
-    registered = {kind for kind in Method.get_known_choices().values() if kind.__module__.startswith("llm_lowrank.")}
-    assert registered == {type(METHODS[cell[0]]) for cell in CELLS}
+    assert set(KINDS.values()) == {type(METHODS[cell[0]]) for cell in CELLS}
     assert {engine for _, engine, *_ in CELLS} == set(tiny.ENGINES) and {cell[3] for cell in CELLS} == set(CODECS)
