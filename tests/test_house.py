@@ -180,11 +180,14 @@ def test_readme_commands_install_known_extras():
             assert set(extra.split(",")) <= EXTRAS.keys(), line
 
 
-def test_contributing_names_the_files_of_every_room():
+def test_contributing_names_the_files_of_every_room():  # but the methods, a file for each
     rows = re.findall(r"^\| `llm_lowrank/(\w+)/` \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     named = {room: set(re.findall(r"`(\w+\.py)`", files)) for room, files in rows}
     rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
-    assert named == {room.name: {p.name for p in room.glob("*.py")} - {"__init__.py"} for room in rooms}
+    assert named == {
+        room.name: set() if room.name == "methods" else {p.name for p in room.glob("*.py")} - {"__init__.py"}
+        for room in rooms
+    }
 
 
 @pytest.mark.parametrize(
