@@ -29,6 +29,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from llm_lowrank.adapters.method import Method
+from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.integrations.own_loop import Prepared, prepare
 from llm_lowrank.integrations.trainer import lowrank
 from llm_lowrank.methods.core import Core
@@ -202,6 +203,34 @@ def test_so_it_does_over_nf4_on_every_engine_that_the_arguments_name(model, tmp_
     by_rank = ranks.run(world, trained, Trainer, str(model), str(tmp_path), method, "nf4", engine, timeout=120)
     assert all(losses == by_rank[0][0] for losses, _ in by_rank)
     check_alike(by_rank[0], reference(method, "nf4"))
+
+
+def launched(model: str, folder: str, environment: dict[str, str]) -> tuple[str, Any, list[float]]:
+    """The engine that the environment chooses, its settings, and the losses of a run."""
+    with mock.patch.dict(os.environ, environment):
+        trainer = trainer_of(SFTTrainer, model, folder, SR, "nf4")
+        trainer.train()
+        assert not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
+    _forget()
+    engine = trainer.prepared.engine
+    settings = getattr(engine, "sharding", None) or engine.stage
+    return type(engine).__name__, settings, [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize(
+    "environment, engine",
+    [
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            ("FSDP", Sharding(reshard_after_forward=False)),
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("Zero", 3)),
+    ],
+)
+def test_what_accelerate_launch_sets_chooses_the_engine(model, tmp_path, environment, engine):
+    by_rank = ranks.run(2, launched, str(model), str(tmp_path), environment, timeout=120)
+    assert by_rank[0][:2] == engine
+    assert by_rank[0][2] == pytest.approx(reference(SR, "nf4")[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
