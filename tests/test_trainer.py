@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.integrations.own_loop import Prepared, prepare
+from llm_lowrank.integrations.own_loop import prepare
 from llm_lowrank.integrations.trainer import lowrank
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
@@ -353,9 +353,12 @@ def test_the_short_last_step_of_an_epoch(model, tmp_path):
 def test_a_method_that_looks_at_gradients_first_sees_the_first_samples(model, tmp_path, method):
     found = trained(Trainer, str(model), str(tmp_path), method, "dense", "", optim="sgd")
     settings = {"learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.5}
-    own = Prepared(str(model), method, settings={**settings, "seed": 0, "optim": "sgd", "max_steps": STEPS})
     ids = tiny.batch(0)
-    own.load(STEPS, calibration=lambda: (own.model(input_ids=ids, labels=ids).loss for _ in range(1)))
+
+    def first(model: torch.nn.Module) -> Iterator[Tensor]:
+        yield model(input_ids=ids, labels=ids).loss
+
+    own = prepare(str(model), method, max_steps=STEPS, calibration=first, seed=0, optim="sgd", **settings)
     losses = []
     for step in range(STEPS):
         batch = tiny.batch(step)
