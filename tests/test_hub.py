@@ -179,7 +179,8 @@ def test_an_upload_that_fails_leaves_the_run_as_it_is_and_says_how_to_upload_by_
     settings = {"output_dir": out, "engine": "plain", "push_to_hub": True, "hub_model_id": "mine"}
     assert train.main(recipe(place, **settings)) == 2
     said = capfd.readouterr().err
-    assert f"the run is done and saved, but not uploaded: {out}/adapter was not uploaded to jane/mine: 500" in said
+    assert f"the run is done and saved, but not uploaded: {out}/adapter was not uploaded to jane/mine: Server " in said
+    assert "refused by the stand-in with 500. llm-lowrank push" in said
     assert f"llm-lowrank push {out} tries again" in said and (out / "report.html").is_file()
     before = {part: files(out / part) for part in ("adapter", "merged")}
     assert not uploaded(hub, "jane/mine")
@@ -192,7 +193,9 @@ def test_an_upload_that_fails_leaves_the_run_as_it_is_and_says_how_to_upload_by_
 def test_a_refusal_at_any_place_of_the_upload_is_one_error(run, hub, path):
     hub.faults[path] = 403
     before = files(run / "adapter")
-    with pytest.raises(ValueError, match="was not uploaded to jane/mine: 403 Forbidden"):
+    with pytest.raises(
+        ValueError, match=r"was not uploaded to jane/mine: 403 Forbidden.*refused by the stand-in with 403"
+    ):
         push(run, "mine", None)
     assert files(run / "adapter") == before and not uploaded(hub, "jane/mine")
 

@@ -136,7 +136,7 @@ def bubblewrap() -> tuple[tuple[str, ...], str]:
         return (), "bubblewrap (bwrap) is not installed"
     said = subprocess.run([program, "--help"], capture_output=True, text=True)
     # Python and this file may lie in /tmp, which the program does not see otherwise.
-    ours = [str(path) for path in map(Path, (sys.prefix, sys.base_prefix, PROGRAM)) if path.is_relative_to("/tmp")]
+    ours = [str(path) for path in (sys.prefix, sys.base_prefix, PROGRAM) if Path(path).is_relative_to("/tmp")]
     command = (
         *(program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
         *("--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),

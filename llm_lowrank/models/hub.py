@@ -87,6 +87,6 @@ def upload(folder: Path, name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without the lines that repeat it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".") + "." if lines else f"{type(error).__name__}."
+    """What failed, in the first line of an error, and what the hub says about it, in the last one."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return f"{'. '.join(dict.fromkeys([lines[0], lines[-1]]))}." if lines else f"{type(error).__name__}."
