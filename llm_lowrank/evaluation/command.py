@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     gym.add_argument(
         "--task_settings", type=mapping, default={}, metavar="YAML", help="Settings of the task: '{min_terms: 2}'."
     )
+    _add_code(parser)
+    _add_harness(parser)
+    return parser
+
+
+def _add_code(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tasks that run programs."""
     code = parser.add_argument_group("human-eval and mbpp:PATH")
     code.add_argument("--samples", type=int, default=1, help="Number of programs for each problem.")
     code.add_argument("--pass_at", type=numbers, default=(1,), metavar="1,10", help="The k of pass@k.")
@@ -102,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: programs run under bubblewrap where it works, which keeps them from your files. bubblewrap: no "
         "program runs without it.",
     )
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    """Add the options of lm-eval's tasks."""
     harness = parser.add_argument_group("lm-eval")
     harness.add_argument(
         "--backend",
@@ -112,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     harness.add_argument("--num_fewshot", type=int, help="Examples in the prompt. By default as the task says.")
     harness.add_argument("--apply_chat_template", action="store_true", help="Ask in a chat.")
     harness.add_argument("--include_path", metavar="FOLDER", help="A folder with task files of your own (.yaml).")
-    return parser
 
 
 def names(text: str) -> tuple[str, ...]:
