@@ -68,7 +68,7 @@ class Recipe:
     hub_model_id: str = ""
     """The repository of push_to_hub, OWNER/NAME; without an owner it is yours. It is created before the run."""
     hub_private_repo: bool | None = None
-    """Whether repositories that are created are private. By default as their owner has set it, else public."""
+    """Whether repositories that are created are private; by default as their owner has set it, else public."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
     gpu: GpuName = "none"
