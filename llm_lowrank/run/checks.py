@@ -12,6 +12,7 @@ from typing import Any
 from llm_lowrank.codecs import CODECS
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import liger
+from llm_lowrank.models.hub import name_errors
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
 from llm_lowrank.run.command_line import RecipeError
@@ -50,6 +51,11 @@ def validate(recipe: Recipe) -> None:
     errors += _token_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     errors += profile_errors(recipe, recipe.max_steps)
+    if recipe.push_to_hub:
+        named = name_errors(recipe.hub_model_id, recipe.save_merged)
+        errors += named if recipe.hub_model_id else ["push_to_hub: true needs hub_model_id, such as OWNER/NAME"]
+    elif recipe.hub_model_id or recipe.hub_private_repo is not None:
+        errors.append("hub_model_id and hub_private_repo are for push_to_hub: true; set it, or remove them")
     for key, given in (("gpu", recipe.gpu != "none"), ("nodes", recipe.nodes is not None)):
         if given and not recipe.dry_run:
             errors.append(f"{key} is for a dry run, which predicts with it; add --dry_run or remove {key}")

@@ -21,6 +21,7 @@ from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.compiling import compile_layers
+from llm_lowrank.models.hub import open_repositories, repositories
 from llm_lowrank.models.inherited import check_base, open_adapter
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
@@ -128,6 +129,8 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     stop_at(model, corpus.ends)
     if engine.main:
         check_writable(recipe.output)
+        if recipe.push_to_hub:
+            open_repositories(repositories(recipe.hub_model_id, recipe.save_merged), recipe.hub_private_repo)
     return Run(
         recipe=recipe,
         engine=engine,

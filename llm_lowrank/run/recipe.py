@@ -62,6 +62,13 @@ class Recipe:
     merge_base: Literal["original", "dequantized"] = "original"
     """The weights that a run with codec nf4 or int8 merges into: the checkpoint's own, or the quantized ones that it
     trained on, decoded. The run prints how far either merged model is from the trained one."""
+    push_to_hub: bool = False
+    """At the end, upload adapter/ to the Hugging Face hub, and merged/ to a repository of its own, hub_model_id with
+    -merged behind it. The token is that of HF_TOKEN or hf auth login."""
+    hub_model_id: str = ""
+    """The repository of push_to_hub, OWNER/NAME; without an owner it is yours. It is created before the run."""
+    hub_private_repo: bool | None = None
+    """Whether repositories that are created are private; by default as their owner has set it, else public."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
     gpu: GpuName = "none"

@@ -240,8 +240,8 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "a run has the name of its output_dir, in the project llm_lowrank": "run_name project wandb_project wandb_name",
         "the trackers are tensorboard, wandb and trackio; see report_to": "use_swanlab use_mlflow",
         "metrics.jsonl and TensorBoard's files are written to output_dir": "logging_dir plot_loss",
-        "upload the folder output_dir/adapter or output_dir/merged with Hugging Face's own command": "push_to_hub "
-        "hub_model_id hub_strategy hub_token hub_revision hub_private_repo hub_always_push",
+        "push_to_hub uploads once, at the end of the run, to the main branch, with the token of HF_TOKEN": ""
+        "hub_strategy hub_token hub_revision hub_always_push",
         "every file of weights is safetensors": "save_safetensors",
         "a checkpoint always holds what a resume needs; adapter/ holds the adapter alone": "save_only_model",
         "a run saves at SIGTERM or SIGUSR1, in any case": "enable_jit_checkpoint",
