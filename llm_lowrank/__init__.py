@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # homes() for checkers of types; python benchmarks/pages.py writes it
     from llm_lowrank.data.settings import Data as Data
+    from llm_lowrank.integrations.own_loop import Prepared as Prepared
+    from llm_lowrank.integrations.own_loop import prepare as prepare
     from llm_lowrank.methods.adalora import AdaLoRA as AdaLoRA
     from llm_lowrank.methods.beamlora import BeamLoRA as BeamLoRA
     from llm_lowrank.methods.cola import COLA as COLA
@@ -53,6 +55,7 @@ __version__ = "0.2.0"
 def homes() -> dict[str, str]:
     """Return the module of every public name. A method is found by its registration, before its file is imported."""
     found = {"Data": "data.settings", "Recipe": "run.recipe", "train": "run.python"}
+    found |= dict.fromkeys(("Prepared", "prepare"), "integrations.own_loop")
     registered = re.compile(r"^@Method\.register_subclass\(.*\)\n(?:@.*\n)*class (\w+)", re.MULTILINE)
     for path in sorted(Path(__file__).parent.glob("methods/*.py")):
         for name in registered.findall(path.read_text(encoding="utf-8")):
