@@ -77,6 +77,11 @@ def validate(recipe: Recipe) -> None:
             "activations, and kernels inside of a compiled layer would not be those that the run has compared; set one "
             "of them to false"
         )
+    if recipe.loss_type == "dft" and recipe.label_smoothing:
+        errors.append(
+            "loss_type: dft weighs a token by the probability of its label, and label_smoothing gives it several "
+            "labels; set label_smoothing: 0 or loss_type: nll"
+        )
     if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
         errors.append(
             f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one "

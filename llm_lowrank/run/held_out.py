@@ -13,7 +13,7 @@ from llm_lowrank.data import Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.generate import accuracy
-from llm_lowrank.models.loss import sum_loss
+from llm_lowrank.models.loss import LossType, sum_loss
 from llm_lowrank.models.noise import noisy
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
@@ -28,19 +28,20 @@ def batch_loss(
     layer: nn.Module | None = None,
     flat: bool = False,
     smoothing: float = 0.0,
+    kind: LossType = "nll",
 ) -> Tensor:
     """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean.
 
-    layer, smoothing: see models/loss.py. flat: see models/packing.py.
+    layer, smoothing, kind: see models/loss.py. flat: see models/packing.py.
     """
-    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer, smoothing)
+    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer, smoothing, kind)
 
 
 def training_loss(run: Run, model: nn.Module, batch: MicroBatch) -> Tensor:
-    """The summed loss of a batch that is trained on: with the recipe's label smoothing and noise on the embeddings."""
-    recipe, device = run.recipe, run.engine.device
+    """The summed loss of a batch that is trained on: of the recipe's loss_type, with its smoothing and its noise."""
+    recipe, device, flat = run.recipe, run.engine.device, joins_rows(run.model)
     with noisy(run.model, recipe.neftune_noise_alpha, batch.attention_mask):
-        return batch_loss(model, batch, device, run.loss_layer, joins_rows(run.model), recipe.label_smoothing)
+        return batch_loss(model, batch, device, run.loss_layer, flat, recipe.label_smoothing, recipe.loss_type)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.loss import LossType
 from llm_lowrank.models.vocabulary import Start
 from llm_lowrank.numerics.optimizers import OptimizerName
 from llm_lowrank.numerics.schedule import Shape
@@ -146,6 +147,9 @@ class Recipe:
     """Steps of linear warm-up to the peak; by default 5, or half of the run if it has fewer than 10 steps."""
     warmup_ratio: float | None = None
     """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
+    loss_type: LossType = "nll"
+    """The loss of a trained token. nll: its negative log-likelihood. dft: that times the token's probability, held
+    constant (arXiv 2508.05629), so that unlikely tokens teach less. The held-out loss is always nll."""
     label_smoothing: float = 0.0
     """Share of every trained label that is spread over the vocabulary (arXiv 1512.00567). The held-out loss has
     none."""

@@ -94,6 +94,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "lr_scheduler_type": "lr_scheduler scheduler schedule lr_schedule learning_rate_scheduler",
         "adam_beta1 and adam_beta2": "betas adam_betas",
         "adam_epsilon": "eps epsilon adam_eps",
+        "loss_type dft": "use_dft_loss",
         "label_smoothing": "label_smoothing_factor",
         "neftune_noise_alpha": "noisy_embedding_alpha",
         "warmup_steps": "warmup num_warmup_steps",
@@ -181,8 +182,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the optimizers are adamw and lion; betas, epsilon and decay are settings of their own": "optim_args "
         "adam_beta3",
         "there is one learning rate; a method may scale it after an exchange": "embedding_lr lr_groups",
-        "the loss is the cross-entropy of the trained tokens, with label_smoothing if it is set": "use_dft_loss "
-        "loss_type",
         "logits are never built as a whole, with any model; use_liger_kernel takes Liger's other kernels": ""
         "liger_kernel_config cut_cross_entropy",
         "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",
