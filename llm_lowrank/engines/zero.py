@@ -302,9 +302,13 @@ class Zero(Engine):
             self.zero.optimizer.state[partition] = initial_state(partition.detach(), steps, self.settings)
         self._link()
 
-    def close(self) -> None:
+    def unload(self) -> None:
         if hasattr(self, "ds"):
             self.ds.destroy()
+        super().unload()
+
+    def close(self) -> None:
+        self.unload()
         # not torch's call: DeepSpeed keeps groups of its own, which a second run in this process would use
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()

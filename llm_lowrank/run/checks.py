@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lowrank.codecs import CODECS
+from llm_lowrank.data import Corpus
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import liger
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
@@ -28,7 +29,7 @@ RANGES: dict[str, Check] = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE
     ),
     **dict.fromkeys(("logging_steps", "save_total_limit", "nodes"), POSITIVE),
-    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed", "early_stopping_patience"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "neftune_noise_alpha"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing"), DECAY),
@@ -50,6 +51,7 @@ def validate(recipe: Recipe) -> None:
     errors += _token_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     errors += profile_errors(recipe, recipe.max_steps)
+    errors += best_errors(recipe, recipe.max_steps)
     for key, given in (("gpu", recipe.gpu != "none"), ("nodes", recipe.nodes is not None)):
         if given and not recipe.dry_run:
             errors.append(f"{key} is for a dry run, which predicts with it; add --dry_run or remove {key}")
@@ -118,6 +120,26 @@ def profile_errors(recipe: Recipe, total: int) -> list[str]:
     if 1 <= total < asked[1]:
         return [f"profile_steps: {asked} ends behind the run, which has {total} steps; name earlier steps"]
     return []
+
+
+def best_errors(recipe: Recipe, total: int, corpus: Corpus | None = None) -> list[str]:
+    """What is wrong with the choice of the best state in a run of `total` steps; -1 and None are not known yet."""
+    chosen = "load_best_model_at_end: true"
+    if not recipe.load_best_model_at_end:
+        keys = ("metric_for_best_model", "early_stopping_patience")
+        set_ = [key for key in keys if getattr(recipe, key) != getattr(Recipe, key)]
+        return [f"{key} is for {chosen}; add that, or remove {key}" for key in set_]
+    errors, every = [], recipe.eval_steps
+    if not every or 1 <= total <= every:
+        run = f"the run, which has {total} steps" if total > 0 else "the run"
+        errors.append(
+            f"{chosen} compares evaluations, of which eval_steps: {every} makes none within {run}; set eval_steps"
+        )
+    if not (recipe.data.held_out if corpus is None else len(corpus.held_out)):
+        errors.append(f"{chosen} compares evaluations on held-out examples, and there are none; set data.held_out")
+    elif recipe.metric_for_best_model == "exact_match" and corpus is not None and not corpus.questions:
+        errors.append("metric_for_best_model: exact_match is of data with questions, and these have none; take loss")
+    return errors
 
 
 def _optimizer_errors(recipe: Recipe) -> list[str]:

@@ -84,11 +84,13 @@ def answer_room(examples: Sequence[Example]) -> int:
     return max(example.trained for example in examples) + 4
 
 
-def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluation:
+def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics, kept: bool = False) -> Evaluation:
     """Return the loss on the held-out examples and, if the data has questions, the answers to them. Collective.
 
-    model: the wrapped one. Both results are written to `metrics` under `step`.
+    model: the wrapped one. Both results are written to `metrics` under `step`. kept: the model is what it was after
+    run.best.step, an earlier one, and the results are of another kind.
     """
+    kind, state = ("kept", run.best.step) if kept else ("eval", step)
     examples, engine, batch_size = run.corpus.held_out, run.engine, run.recipe.per_device_eval_batch_size
     if not len(examples):
         return Evaluation(None)
@@ -107,8 +109,8 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
             synced=engine.shards_parameters and engine.world > 1,
         )
         evaluation = Evaluation(loss, report.exact_match, report.count, tuple(report.samples))
-        metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
-        metrics.write("samples", step, answers=report.samples[:LOGGED])
+        metrics.write(kind, step, exact_match=report.exact_match, mean_score=report.mean_score)
+        metrics.write("samples", state, answers=report.samples[:LOGGED])
     model.train()
-    metrics.write("eval", step, loss=loss)
+    metrics.write(kind, step, loss=loss)
     return evaluation

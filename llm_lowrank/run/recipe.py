@@ -162,6 +162,14 @@ class Recipe:
     eval_steps: int = 0
     """Measure the loss on the held-out examples and answer the held-out questions every so many steps. 0: only before
     and after training."""
+    load_best_model_at_end: bool = False
+    """Export the state of the best evaluation, in place of the last one. Each new best state is saved as a checkpoint,
+    and at the end of the run the model is loaded anew from it."""
+    metric_for_best_model: Literal["loss", "exact_match"] = "loss"
+    """What is the best evaluation: the lowest held-out loss, or the most held-out questions answered exactly."""
+    early_stopping_patience: int = 0
+    """With load_best_model_at_end: end the run when so many evaluations in a row were no better than the best one
+    before. 0: make all steps."""
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """The tracker that gets the numbers. metrics.jsonl is written in any case."""
     profile_steps: list[int] = field(default_factory=list)
