@@ -1,4 +1,4 @@
-"""Label smoothing is transformers', the noise is NEFTune's, and DFT is its paper's; they are on while a run trains alone."""
+"""Label smoothing is transformers', the noise NEFTune's, DFT its paper's; they are on in the steps of a run alone."""
 
 from __future__ import annotations
 
