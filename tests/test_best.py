@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 
 from llm_lowrank import Data, LoRA, Recipe, train
+from llm_lowrank.models.best import Best
 from llm_lowrank.models.checkpoint import complete_checkpoints
 from llm_lowrank.run import train as loop
-from llm_lowrank.run.best import Best
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.held_out import Evaluation
 from llm_lowrank.run.prepare import make_engine

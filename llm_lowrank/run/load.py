@@ -62,8 +62,7 @@ def load_best(run: Run) -> nn.Module:
         point = point or Checkpoint.open(run.best.folder, checked=True)
         run.loss_layer = None
         engine.unload()
-        built = build(run.recipe, run.source, run.corpus.ends, engine.device)
-        run.model, run.adapters, run.tensors = built.model, built.adapters, built.tensors
+        run.model, run.adapters, run.tensors, *_ = build(run.recipe, run.source, run.corpus.ends, engine.device)
     model, _ = _load(run, point)
     look_at(run, model)
     return model

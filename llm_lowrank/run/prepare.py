@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
@@ -21,13 +21,13 @@ from llm_lowrank.data import Batches, Corpus, StreamBatches
 from llm_lowrank.engines import Engine
 from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
+from llm_lowrank.models.best import Best
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.compiling import compile_layers
 from llm_lowrank.models.inherited import check_base, open_adapter
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
-from llm_lowrank.run.best import Best
 from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of, use_kernels
 from llm_lowrank.run.checks import best_errors, profile_errors
 from llm_lowrank.run.command_line import RecipeError
@@ -118,26 +118,27 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     schedule = schedule_of(recipe, total)
     if errors := [*profile_errors(recipe, total), *best_errors(recipe, total, corpus)]:
         raise RecipeError("\n".join(errors))
-    built = build(recipe, source, corpus.ends, engine.device)
+    model, adapters, tensors, unused, kernels = build(recipe, source, corpus.ends, engine.device)
     if engine.main:
         check_writable(recipe.output)
+    metric = recipe.metric_for_best_model if recipe.load_best_model_at_end else ""
     return Run(
         recipe=recipe,
         engine=engine,
         source=source,
         tokenizer=tokenizer,
         corpus=corpus,
-        model=built.model,
-        adapters=built.adapters,
+        model=model,
+        adapters=adapters,
         batches=batches,
         total_steps=total,
         schedule=schedule,
-        exchange_steps=recipe.method.schedule(total, built.adapters),
-        tensors=built.tensors,
-        unused=built.unused,
-        work=work_of(built.model, recipe.gradient_checkpointing),
-        kernels=built.kernels,
-        best=Best(recipe),
+        exchange_steps=recipe.method.schedule(total, adapters),
+        tensors=tensors,
+        unused=unused,
+        work=work_of(model, recipe.gradient_checkpointing),
+        kernels=kernels,
+        best=Best(recipe.output, metric, recipe.early_stopping_patience),
         facts={
             "global_batch": batches.global_batch,
             "total_steps": total,
@@ -146,18 +147,14 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     )
 
 
-class Built(NamedTuple):
-    """A model without values, with its adapters; the fields are those of Run."""
-
-    model: transformers.PreTrainedModel
-    adapters: list[Adapter]
-    tensors: InModel
-    unused: list[str]
-    kernels: str
+Built = tuple[transformers.PreTrainedModel, list[Adapter], InModel, list[str], str]
 
 
 def build(recipe: Recipe, source: Source, ends: Iterable[int], device: torch.device) -> Built:
-    """Return the model that is to be loaded. ends: the tokens that end the answers of the data. No communication."""
+    """Return a model without values: model, adapters, tensors, unused and kernels of a Run. No communication.
+
+    ends: the tokens that end the answers of the data.
+    """
     model, adapters = build_model(recipe, source.path)
     if recipe.method.inherits:
         check_base(open_adapter(recipe.method.inherits), source)
@@ -170,7 +167,7 @@ def build(recipe: Recipe, source: Source, ends: Iterable[int], device: torch.dev
         compile_layers(model)
     model.train()
     stop_at(model, ends)
-    return Built(model, adapters, tensors, unused, kernels)
+    return model, adapters, tensors, unused, kernels
 
 
 def find_checkpoint(run: Run) -> None:

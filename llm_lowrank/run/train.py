@@ -71,7 +71,7 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> tuple[Source, Tr
             run.say(f"before training: {before}")
             calibrate(run, model)
         last = train_steps(run, model, metrics, signals)
-        if run.best.wanted:
+        if run.best.metric:
             run.say(log_kept(metrics, run))
         if run.best.is_before(run.made):
             del model
@@ -111,7 +111,8 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                     run.say(log_exchange(metrics, step, event))
             bar.update()
             run.made, evaluation, better = step, None, False
-            if best.due(step, total):
+            due = recipe.eval_steps and step % recipe.eval_steps == 0
+            if best.metric if step == total else due:  # the last state is evaluated later, unless it may be the best
                 engine.at(f"the evaluation after step {step}")
                 with meter.paused():
                     evaluation = evaluate(run, model, step, metrics)
