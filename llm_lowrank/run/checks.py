@@ -16,6 +16,7 @@ from llm_lowrank.models import liger
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
 from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.metrics import NAMED_BY, TRACKERS, chosen
 from llm_lowrank.run.recipe import Recipe
 
 Check = tuple[str, Callable[[Any], bool]]
@@ -100,11 +101,7 @@ def validate(recipe: Recipe) -> None:
         errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
         errors += _deepspeed_errors(recipe)
-    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
-        extra = {"tensorboard": "track"}.get(recipe.report_to, recipe.report_to)
-        errors.append(
-            f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none'
-        )
+    errors += _tracker_errors(recipe)
     errors += _path_errors(recipe)
     if errors:
         raise RecipeError("\n".join(errors))
@@ -139,6 +136,19 @@ def best_errors(recipe: Recipe, total: int, corpus: Corpus | None = None) -> lis
         errors.append(f"{chosen} compares evaluations on held-out examples, and there are none; set data.held_out")
     elif recipe.metric_for_best_model == "exact_match" and corpus is not None and not corpus.questions:
         errors.append("metric_for_best_model: exact_match is of data with questions, and these have none; take loss")
+    return errors
+
+
+def _tracker_errors(recipe: Recipe) -> list[str]:
+    errors = []
+    for name in chosen(recipe.report_to):
+        if name not in TRACKERS:
+            lone = f"; {name} stands alone" if name in ("all", "none") else ""
+            errors.append(f"report_to: {name} is no tracker; take some of {', '.join(TRACKERS)}, or all, or none{lone}")
+        elif importlib.util.find_spec(name) is None:
+            extra = {"tensorboard": "track"}.get(name, name)
+            package = name.replace("_", "-") if name in NAMED_BY else f'"llm-lowrank[{extra}]"'
+            errors.append(f"report_to: {name} is not installed; pip install {package} or --report_to none")
     return errors
 
 

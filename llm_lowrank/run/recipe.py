@@ -170,8 +170,9 @@ class Recipe:
     early_stopping_patience: int = 0
     """With load_best_model_at_end: end the run when so many evaluations in a row were no better than the best one
     before. 0: make all steps."""
-    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """The tracker that gets the numbers. metrics.jsonl is written in any case."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """The trackers that get the numbers: tensorboard, wandb, trackio, mlflow, comet_ml, clearml, swanlab; all: those
+    that are installed; none. metrics.jsonl is written in any case."""
     profile_steps: list[int] = field(default_factory=list)
     """The first and the last step to trace on rank 0, such as 10,12: output_dir/profile/ gets a trace of torch's
     profiler (Chrome's JSON), and the heaviest operations are printed. Empty: none."""
