@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,25 @@ def life(engine: str, method: str, dtype: str, folder: str, output: str, stops: 
     name, config = ("deepspeed", f"ds_configs/{engine}.json") if engine.startswith("zero") else (engine, "")
     recipe = recipe_of(Path(folder), Path(output), engine=name, deepspeed=config, codec=codec, method=METHODS[method])
     there = property(lambda best: stops and best.step == BEST)
-    joined = make_engine(recipe)
-    with evaluations(LOSSES), mock.patch.object(Best, "exhausted", there), Signals() as signals:
+    joined, before = make_engine(recipe), []
+    real, load_best = loop.train_steps, loop.load_best
+
+    def train_steps(run, model, *rest):
+        before.extend(map(weakref.ref, run.model.parameters()))
+        return real(run, model, *rest)
+
+    def alone(run):
+        model = load_best(run)
+        kept = [p for p in (found() for found in before) if p is not None]
+        assert before and not any(p.numel() or p.ds_tensor.numel() for p in kept), "two models are in memory"
+        return model
+
+    with (
+        evaluations(LOSSES),
+        mock.patch.object(Best, "exhausted", there),
+        Signals() as signals,
+        mock.patch.multiple(loop, train_steps=train_steps, load_best=alone),
+    ):
         _, trained = loop._train(recipe, joined, signals)
     joined.unload()  # the process group is that of all tests
     return trained.steps, trained.kept

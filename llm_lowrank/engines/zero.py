@@ -305,6 +305,9 @@ class Zero(Engine):
     def unload(self) -> None:
         if hasattr(self, "ds"):
             self.ds.destroy()
+            if self.stage == 3:  # hooks of autograd refer to the model, where no garbage collector sees them
+                for p in self.ds.module.parameters():
+                    p.data, p.ds_tensor.data = p.new_empty(0), p.ds_tensor.new_empty(0)
         super().unload()
 
     def close(self) -> None:

@@ -60,9 +60,9 @@ def load_best(run: Run) -> nn.Module:
             point = Checkpoint.open(run.best.folder)
     with engine.together():
         point = point or Checkpoint.open(run.best.folder, checked=True)
-        run.loss_layer = None
-        engine.unload()
+        run.loss_layer = None  # a layer of the old model, which is to be freed as a whole
         run.model, run.adapters, run.tensors, *_ = build(run.recipe, run.source, run.corpus.ends, engine.device)
+        engine.unload()
     model, _ = _load(run, point)
     look_at(run, model)
     return model
