@@ -37,6 +37,7 @@ from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 STEPS = 4
 # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
+SIBLINGS = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]  # 14 x 42 twice, 42 x 42, 43 x 42 twice
 PAIRS = dict(rank=4, target_modules=MODULES)
 # Settings that fit a run of 4 steps; a method that is not here runs with its defaults.
 SETTINGS: dict[str, dict[str, dict]] = {
@@ -62,6 +63,19 @@ SETTINGS: dict[str, dict[str, dict]] = {
         **{  # p = 3, as in bf16 the next directions of a gradient are its rounding
             f"core-{into}": dict(
                 p=3, samples=6, svd_niter=2, interval=2, exchanges=[1, 3], into=into, target_modules=MODULES
+            )
+            for into in ("weight", "bank")
+        },
+        **{  # k and v share a basis, gate and up another one
+            f"core-shared-{into}": dict(
+                p=3,
+                samples=6,
+                svd_niter=2,
+                interval=2,
+                exchanges=[1, 3],
+                into=into,
+                share_v=True,
+                target_modules=SIBLINGS,
             )
             for into in ("weight", "bank")
         },
@@ -120,7 +134,9 @@ METHODS: dict[str, Method] = {
 }
 # without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
 # at one, and a gate of about one, move by the rate
-CORES = dict.fromkeys(("core-weight", "core-bank"), 1.3e-2)  # p = 3 moves little
+CORES = dict.fromkeys(
+    ("core-weight", "core-bank", "core-shared-weight", "core-shared-bank"), 1.3e-2
+)  # p = 3 moves little
 RATES = {"lora-altlora": 0.3, "sora": 3e-2, "adalora": 5e-2, "osora": 3e-2, **CORES}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
@@ -157,6 +173,8 @@ THINNEST = {
     "plora-banked": [("fsdp", 2)],
     "core-weight": [("zero3", 3)],
     "core-bank": [("zero3", 3), ("fsdp", 2)],
+    "core-shared-weight": [],
+    "core-shared-bank": [("zero3", 3), ("fsdp", 2)],
     "mora": [("zero3", 3)],
     "reslora": [("zero3", 3)],
     "edora": [("zero3", 3)],
