@@ -180,7 +180,8 @@ class Core(Method):
             layers,
             engine,
             backward,
-            [layer.p for layer in layers],
+            # a direction that is none of the first p of each module may be one of all together
+            [layer.p if layer.right is layer else min(_columns(layer), *layer.shape) for layer in layers],
             columns=[_columns(layer) for layer in layers],
             niter=self.svd_niter,
         )
@@ -191,7 +192,7 @@ class Core(Method):
             if isinstance(layer.right, Basis):
                 lent[layer.right].append(triplets)
             with engine.edit(*layer.bases()) as (u, *vt):
-                u.value.copy_(triplets.U)
+                u.value.copy_(triplets.U[:, : layer.p])
                 for own in vt:
                     own.value.copy_(triplets.V.T)
         # ranks may round a decomposition differently: all take that of rank 0
