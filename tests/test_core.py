@@ -193,8 +193,8 @@ def test_a_shared_v_has_the_leading_directions_of_all_that_read_it(engine, world
             G = torch.cat([gradients[f"{parent}.{w}.weight"] for w in words if w in SIBLINGS])
             for ours_, grams in ((Vt.double().T, G.T @ G), (U.double(), (own := gradients[f"{name}.weight"]) @ own.T)):
                 torch.testing.assert_close(ours_.T @ ours_, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
-                cosines = torch.linalg.svdvals(ours_.T @ torch.linalg.eigh(grams)[1][:, -5:])
-                assert float(cosines.min()) >= 0.99, (name, cosines)
+                energy, most = (ours_.T @ grams @ ours_).trace(), torch.linalg.eigvalsh(grams)[-5:].sum()
+                assert 0.999 <= energy / most <= 1 + 1e-6, (name, energy, most)  # the fifth and sixth may be as large
 
 
 @pytest.mark.quick
