@@ -266,22 +266,23 @@ class Basis(Shared):
 
     def __init__(self, layers: Sequence[CoreLayer]) -> None:
         super().__init__()
-        first, n = layers[0], layers[0].shape[1]
+        first = layers[0]
+        self.n, self.bank_room = first.shape[1], first.bank_room
         self.name = "+".join([first.name, *(layer.name.rpartition(".")[2] for layer in layers[1:])])
         self.seed, self.p = first.seed, first.p
-        self.Vt = first.factor(self.p, n, trained=False)
-        self.bank_A = first.factor(first.bank_room, n, trained=False) if first.bank_room else None
+        self.Vt = first.factor(self.p, self.n, trained=False)
+        self.bank_A = first.factor(self.bank_room, self.n, trained=False) if self.bank_room else None
         fill_(self)
 
     def initial(self) -> dict[str, Tensor]:
         """The starting values: a random V, which `calibrate` replaces."""
         with torch.device("cpu"):
-            bank = {} if self.bank_A is None else {"bank_A": torch.zeros(self.bank_A.shape)}
+            bank = {"bank_A": torch.zeros(self.bank_room, self.n)} if self.bank_room else {}
         return {"Vt": self.afresh()} | bank
 
     def afresh(self, step: int = 0) -> Tensor:
         """A random V^T on the host. step: the exchange step, or 0 for the start."""
-        return orthonormal(self.Vt.shape[1], self.p, generator(self.seed, self.name, step)).T.contiguous()
+        return orthonormal(self.n, self.p, generator(self.seed, self.name, step)).T.contiguous()
 
 
 class CoreLayer(Adapter):
@@ -328,9 +329,11 @@ class CoreLayer(Adapter):
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: random bases, which `calibrate` replaces, and S = 0: the function starts as it was."""
         assert pairs is None, "core takes no pairs out of W"
-        own = {name: p.shape for name in ("bank_A", "bank_B") if (p := getattr(self, name, None)) is not None}
+        (m, n), k = self.shape, self.bank_room
         with torch.device("cpu"):
-            return self.afresh() | {name: torch.zeros(shape) for name, shape in own.items()}
+            bank = {"bank_B": torch.zeros(m, k)} if k else {}
+            bank |= {"bank_A": torch.zeros(k, n)} if k and self.right is self else {}
+        return self.afresh() | bank
 
     def afresh(self, step: int = 0) -> dict[str, Tensor]:
         """S = 0 and random U and own V^T, on the host. step: the exchange step, or 0 for the start."""
