@@ -190,7 +190,8 @@ def test_a_shared_v_has_the_leading_directions_of_all_that_read_it(engine, world
         for name, (U, Vt) in found.items():
             parent, _, word = name.rpartition(".")
             words = next((words for words in core.READ_TOGETHER if word in words), (word,))
-            G = torch.cat([gradients[f"{parent}.{w}.weight"] for w in words if w in SIBLINGS])
+            found_of = [gradients[f"{parent}.{w}.weight"] for w in words if w in SIBLINGS]
+            G = torch.cat([g / g.norm() for g in found_of])
             for ours_, grams in ((Vt.double().T, G.T @ G), (U.double(), (own := gradients[f"{name}.weight"]) @ own.T)):
                 torch.testing.assert_close(ours_.T @ ours_, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
                 energy, most = (ours_.T @ grams @ ours_).trace(), torch.linalg.eigvalsh(grams)[-5:].sum()
@@ -201,7 +202,7 @@ def test_a_shared_v_has_the_leading_directions_of_all_that_read_it(engine, world
 def test_the_leading_directions_of_several_matrices_are_those_of_the_sum_of_their_covariances():
     matrices = [random(M, N, seed=1), 3 * random(M - 4, N, seed=2), random(2, N, seed=3)]
     triplets = [Triplets(u, s, vt.T) for u, s, vt in (torch.linalg.svd(G, full_matrices=False) for G in matrices)]
-    wanted = torch.linalg.eigh(sum(G.T @ G for G in matrices))[1][:, -P:]
+    wanted = torch.linalg.eigh(sum(G.T @ G / G.square().sum() for G in matrices))[1][:, -P:]
     found = core.leading(triplets, P)
     torch.testing.assert_close(found.T @ found, torch.eye(P, dtype=torch.float64))
     torch.testing.assert_close(found @ found.T, wanted @ wanted.T)

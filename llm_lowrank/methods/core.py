@@ -23,7 +23,10 @@ The change of W is a LoRA of rank p, with B = U S and A = V^T.
 
 Modules i that read the same x may share V (`share_v`), one frozen matrix in place of one for each:
 
-    y_i = W_i x + U_i S_i V^T x        V: leading eigenvectors of sum_i G_i^T G_i,  G_i = dL/dW_i        U_i as before
+    y_i = W_i x + U_i S_i V^T x        V: leading eigenvectors of sum_i G_i^T G_i / |G_i|^2,  G_i = dL/dW_i
+
+U_i comes from G_i alone, as before. Each module has the same say in V, for Adam's steps do not depend on |G_i| either:
+the gradient of k is often a small part of that of v, and V would be v's.
 
 A turn needs nothing for that. V never turns: what turns is the basis Q_R,i (p, p) of each module's own optimizer.
 
@@ -466,13 +469,12 @@ def orthonormal(size: int, count: int, random: torch.Generator) -> Tensor:
 
 
 def leading(found: Sequence[Triplets], p: int) -> Tensor:
-    """The p leading eigenvectors of sum_i G_i^T G_i, (n, p), from the leading singular triplets of each G_i.
+    """The p leading eigenvectors of sum_i G_i^T G_i / |G_i|^2, (n, p), from the leading singular triplets of each G_i.
 
-    They are the left singular vectors of [V_1 diag(S_1), V_2 diag(S_2), ...].
+    They are the left singular vectors of [V_1 diag(S_1) / |S_1|, V_2 diag(S_2) / |S_2|, ...].
     """
-    return torch.linalg.svd(torch.cat([triplets.V * triplets.S for triplets in found], 1), full_matrices=False)[0][
-        :, :p
-    ]
+    sides = torch.cat([triplets.V * (triplets.S / triplets.S.norm()) for triplets in found], 1)
+    return torch.linalg.svd(sides, full_matrices=False)[0][:, :p]
 
 
 def spectra(grams: Tensor) -> tuple[Tensor, Tensor]:
