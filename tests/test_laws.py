@@ -558,8 +558,10 @@ def test_sharded_steps_equal_one_process(lives, cell):
     if not rounded_anew:
         for name, wanted in reference.final.values.items():
             assert relative(life.final.values[name], wanted) <= 1e-3, name
-    # Measured 1.1e-4 (one such entry in float32) and 5.5e-2.
-    assert apart**0.5 <= (0.15 if rounded_anew else 5e-4) * moved**0.5
+    # Measured 1.1e-4 (one such entry in float32) and 5.5e-2; 0.24 where one V serves two modules: along a direction of
+    # the one the other's gradient may be rounding, and that is 3 of its 9 entries.
+    anew = 0.5 if method.startswith("core-shared") else 0.15
+    assert apart**0.5 <= (anew if rounded_anew else 5e-4) * moved**0.5
 
 
 @over([cell for cell in CELLS if cell[2] > 1])
