@@ -104,9 +104,9 @@ def codes_multiplied(model: nn.Module) -> Iterator[None]:
 def persistent_size(model: nn.Module) -> int:
     """Return the elements up to which ZeRO-3 may leave a parameter gathered between uses: trained or lent, but no W.
 
-    What layers borrow is frozen in some methods, and would travel once for each of them. A lender with `stays_gathered`
-    false wants that, because few layers borrow it. A trained parameter can be
-    larger than a W: LoSiA's rows of an output layer are larger than the projections of a small head.
+    What layers borrow is frozen in some methods, and would travel once for each of them. What few layers borrow may do
+    so: its lender has `stays_gathered` false. A trained parameter can be larger than a W: LoSiA's rows of an output
+    layer are larger than the projections of a small head.
     """
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     lenders = [lender for layer in layers for lender in layer.borrows if getattr(lender, "stays_gathered", True)]

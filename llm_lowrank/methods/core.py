@@ -265,7 +265,7 @@ class Core(Method):
 class Basis(Shared):
     """What modules that read the same x share: `Vt` = V^T (p, n), and with a bank its side of x, `bank_A` (k, n)."""
 
-    stays_gathered = False  # as many modules read it as stand beside it: ZeRO-3 has it travel with each, as their own
+    stays_gathered = False  # two or three modules read it, and it travels for each as an own V would
 
     def __init__(self, layers: Sequence[CoreLayer]) -> None:
         super().__init__()
