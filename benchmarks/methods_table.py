@@ -1,23 +1,19 @@
 """The table of docs/methods/comparison.md: what each method costs on one model, and what it learned on the small one.
 
-    python benchmarks/methods_table.py          writes it between the marks of the page
-
-The model is LLaMA-3.1-8B, built from its config without weights. Every method has its defaults, and rank 16 where pairs
-are trained and do not become fewer. Exact match comes from the runs of benchmarks/quality.py small.
+The model is LLaMA-3.1-8B, built from its config without weights. Every method has its defaults, but for CHANGED. Exact
+match comes from the runs of benchmarks/quality.py small. `python benchmarks/pages.py` writes the table.
 """
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 import torch
 
-from benchmarks.quality import PAGE, ROOT, TITLES, best, between_marks, of, rates_of, read_runs
+from benchmarks.quality import PAGE, ROOT, best, of, rates_of, read_runs
+from benchmarks.site import method_files, title_of
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
-from llm_lowrank.files import write_text
-from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.run.flops import full_shape, work_of
 from llm_lowrank.run.memory import sizes_of
@@ -25,61 +21,17 @@ from llm_lowrank.run.memory import sizes_of
 CONFIG = ROOT / "tests" / "configs" / "Llama-3.1-8B"
 TOKENS, STEPS = 2048, 3000
 RANK = 16
-ORDER = [
-    "lora",
-    "dora",
-    "pissa",
-    "lora_ga",
-    "lora_one",
-    "flat_lora",
-    "droplora",
-    "rasa",
-    "reslora",
-    "srlora",
-    "relora",
-    "cola",
-    "plora",
-    "squeeze",
-    "adalora",
-    "sora",
-    "beamlora",
-    "losia",
-    "lora_fa",
-    "miss",
-    "mora",
-    "sbora",
-    "vera",
-    "lora_xs",
-    "edora",
-    "osora",
-    "core",
-]
-NAMES = TITLES | {
-    "cola": "COLA",
-    "plora": "PeriodicLoRA",
-    "squeeze": "LoRA-Squeeze",
-    "adalora": "AdaLoRA",
-    "sora": "SoRA",
-    "beamlora": "BeamLoRA",
-    "lora_fa": "LoRA-FA",
-    "miss": "MiSS",
-    "mora": "MoRA",
-    "reslora": "ResLoRA",
-    "sbora": "SBoRA",
-    "vera": "VeRA",
-    "lora_xs": "LoRA-XS",
-    "edora": "EDoRA",
-    "osora": "OSoRA",
+# Beside their defaults: LoRA's rank, where a paper's default is another one
+CHANGED = {
+    "lora_ga": {"rank": RANK},
+    "lora_one": {"rank": RANK},
+    "sbora": {"rank": RANK},
+    "srlora": {"target_rank": 2 * RANK},
 }
 
 
 def method_of(name: str) -> Method:
-    """Return the method with its defaults, of rank 16 where pairs are trained."""
-    kind = Method.get_known_choices()[name]
-    if name == "srlora":
-        return SRLoRA(rank=RANK, target_rank=2 * RANK)
-    keeps = ("adalora", "sora", "squeeze", "miss", "mora", "vera", "lora_xs", "edora", "osora", "core", "losia")
-    return kind() if name in keeps else kind(rank=RANK)
+    return Method.get_known_choices()[name](**CHANGED.get(name, {}))
 
 
 def row(name: str, step_of_lora: float | None) -> tuple[str, float]:
@@ -91,7 +43,7 @@ def row(name: str, step_of_lora: float | None) -> tuple[str, float]:
     flops = work_of(model, recomputed=False).model(full_shape(1, TOKENS))
     exchanges = len(method.schedule(STEPS, adapters))
     cells = [
-        f"[{NAMES[name]}]({name}.md)",
+        f"[{title_of(name)}]({name}.md)",
         f"{trained / 1e6:.2f} M",
         gigabytes(sizes.parts[1]),
         gigabytes(sum(sizes.statistics)),
@@ -120,16 +72,8 @@ def table() -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     step_of_lora = None
-    for name in ORDER:
+    for name in method_files():
         line, flops = row(name, step_of_lora)
         step_of_lora = step_of_lora or flops
         lines.append(line)
     return "\n".join(lines)
-
-
-def main(page: Path = ROOT / "docs" / "methods" / "comparison.md") -> None:
-    write_text(page, between_marks(page.read_text(encoding="utf-8"), "methods", table()))
-
-
-if __name__ == "__main__":
-    main()

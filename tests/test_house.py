@@ -54,7 +54,8 @@ def test_no_function_of_the_package_is_longer_than_80_lines():
 
 def test_the_package_has_at_most_ten_rooms_none_of_which_holds_more_than_a_quarter_of_it():
     rooms = [path for path in PACKAGE.iterdir() if not path.name.startswith("__")]
-    assert len(rooms) <= 10, sorted(path.name for path in rooms)
+    assert sum(path.is_dir() for path in rooms) <= 10, sorted(path.name for path in rooms)
+    assert [path.name for path in rooms if path.is_file()] == ["files.py"]
     lines = {room.name: sum(map(line_count, [room] if room.is_file() else room.rglob("*.py"))) for room in rooms}
     assert max(lines.values()) <= sum(lines.values()) / 4, lines
 
@@ -179,11 +180,14 @@ def test_readme_commands_install_known_extras():
             assert set(extra.split(",")) <= EXTRAS.keys(), line
 
 
-def test_contributing_names_the_files_of_every_room():
+def test_contributing_names_the_files_of_every_room():  # but the methods, a file for each
     rows = re.findall(r"^\| `llm_lowrank/(\w+)/` \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     named = {room: set(re.findall(r"`(\w+\.py)`", files)) for room, files in rows}
     rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
-    assert named == {room.name: {p.name for p in room.glob("*.py")} - {"__init__.py"} for room in rooms}
+    assert named == {
+        room.name: set() if room.name == "methods" else {p.name for p in room.glob("*.py")} - {"__init__.py"}
+        for room in rooms
+    }
 
 
 @pytest.mark.parametrize(

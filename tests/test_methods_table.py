@@ -1,21 +1,24 @@
-"""docs/methods/comparison.md is what the code says, and every method is in it."""
+"""Pages that follow from the methods are what the code and the cards say, and every method is in them."""
 
 from __future__ import annotations
 
-from benchmarks import methods_table
-from benchmarks.quality import ROOT
+import llm_lowrank
+from benchmarks import methods_table, pages, site
 from llm_lowrank.adapters.method import Method
 
-PAGE = ROOT / "docs" / "methods" / "comparison.md"
+
+def test_the_pages_are_those_of_the_code():
+    for path, text in pages.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is old: run python benchmarks/pages.py"
 
 
-def test_the_page_has_the_table_of_the_code():
-    assert methods_table.table() in PAGE.read_text(encoding="utf-8"), "run python benchmarks/methods_table.py"
-
-
-def test_every_method_is_in_the_table():
-    known = Method.get_known_choices()
-    assert set(methods_table.ORDER) == {k for k in known if known[k].__module__.startswith("llm_lowrank.")}
+def test_a_method_is_found_by_its_registration():
+    """In a file that is called as the method is, without an import of the file."""
+    kinds = Method.get_known_choices()
+    ours = {name: kind for name, kind in kinds.items() if kind.__module__.startswith("llm_lowrank.")}
+    assert {f"llm_lowrank.methods.{name}" for name in ours} == {kind.__module__ for kind in ours.values()}
+    assert set(site.method_files()) == ours.keys()
+    assert all(getattr(llm_lowrank, kind.__name__) is kind for kind in ours.values())
 
 
 def test_what_is_frozen_beside_w_is_counted_without_w():

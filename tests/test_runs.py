@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -10,16 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.soak import live
-from llm_lowrank.adapters.method import Method
 from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests.test_launch import place, recipe, records, succeed  # noqa: F401 - place is a fixture
+from tests.test_laws import LAST, METHODS, RATES
 
 PAIRS = {"method.rank": 4}
-RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 steps
+RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 steps; of others the laws' settings
     "lora": ({**PAIRS, "method.rank_pattern": "{k_proj: 2}", "method.use_rslora": True}, 0),
     "pissa": ({**PAIRS, "method.svd_cache": ""}, 0),
-    "dora": (PAIRS, 0),
     "srlora": ({**PAIRS, "method.target_rank": 6, "method.svd_cache": ""}, 1),
     "relora": ({**PAIRS, "method.interval": 2, "method.restart_warmup": 1}, 2),
     "squeeze": ({**PAIRS, "method.target_rank": 2}, 2),
@@ -28,13 +28,7 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "adalora": ({**PAIRS, "method.target_rank": 2, "method.interval": 2, "learning_rate": 5e-2}, 2),
     "cola": ({**PAIRS, "method.links": 3}, 2),
     "plora": ({**PAIRS, "method.interval": 2}, 2),
-    "flat_lora": (PAIRS, 0),
-    "lora_fa": (PAIRS, 0),
     "lora_xs": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
-    "edora": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
-    "osora": ({"method.rank": 8, "method.svd_cache": "", "learning_rate": 5e-2}, 0),
-    "miss": (PAIRS, 0),
-    "mora": (PAIRS, 0),
     "sbora": ({**PAIRS, "method.variant": "fb"}, 0),
     "vera": ({"method.rank": 16, "method.d_initial": 1.0, "learning_rate": 5e-2, "gradient_checkpointing": True}, 0),
     "lora_ga": ({**PAIRS, "method.samples": 12, "method.svd_niter": 1}, 0),
@@ -55,6 +49,18 @@ RUNS: dict[str, tuple[dict[str, object], int]] = {  # settings, exchanges in 6 s
     "droplora": ({**PAIRS, "method.mask": "sample", "method.use_dora": True, "gradient_accumulation_steps": 2}, 0),
     "losia": ({"method.factor": 0.5, "method.output_factor": 0, "method.period": 2}, 2),
 }
+
+
+def of_the_laws(label: str) -> tuple[dict[str, object], int]:
+    """Settings that fit a tiny model, with four times the rate, and the exchanges of such a run."""
+    method = METHODS[label]
+    given = {name: value for name, value in vars(method).items() if value != getattr(type(method)(), name)}
+    named = {f"method.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    own = {"optim": "sgd"} if method.own_step else {}
+    return {**named, **own, "learning_rate": 4 * RATES.get(label, 1e-2)}, len(method.schedule(6))
+
+
+RUNS |= {name: of_the_laws(label) for name, label in LAST.items() if name not in RUNS}
 
 
 def settings(folder: Path, method: str, output: Path, **changes: object) -> list[str]:
@@ -80,12 +86,6 @@ def test_a_run_learns_and_hands_back_what_it_trained(place, tmp_path, method, co
         merged = AutoModelForCausalLM.from_pretrained(output / "merged")(tokens).logits
         adapted = peft.PeftModel.from_pretrained(base, output / "adapter")(tokens).logits
     assert (merged - adapted).abs().max() < 1e-4 and (merged - untouched).abs().max() > 1e-2
-
-
-def test_every_registered_method_has_a_run():
-    assert set(RUNS) == {
-        name for name, kind in Method.get_known_choices().items() if kind.__module__.startswith("llm_lowrank.")
-    }
 
 
 def test_losia_over_nf4_on_zero3(place, tmp_path):  # noqa: F811

@@ -11,31 +11,18 @@ from llm_lowrank.adapters.method import Method
 from llm_lowrank.codecs import Codec, Dense, Int8, Nf4, nf4
 from llm_lowrank.engines import Engine
 from llm_lowrank.engines.fsdp import FSDP
-from llm_lowrank.methods.adalora import AdaLoRA
-from llm_lowrank.methods.beamlora import BeamLoRA
-from llm_lowrank.methods.cola import COLA
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
-from llm_lowrank.methods.edora import EDoRA
 from llm_lowrank.methods.flat_lora import FlatLoRA
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.methods.lora_fa import LoRAFA
 from llm_lowrank.methods.lora_ga import LoRAGA
-from llm_lowrank.methods.lora_one import LoRAOne
 from llm_lowrank.methods.lora_xs import LoRAXS
 from llm_lowrank.methods.losia import LoSiA
-from llm_lowrank.methods.miss import MiSS
-from llm_lowrank.methods.mora import MoRA
-from llm_lowrank.methods.osora import OSoRA
 from llm_lowrank.methods.pissa import PiSSA
-from llm_lowrank.methods.plora import PLoRA
 from llm_lowrank.methods.rasa import RaSA
 from llm_lowrank.methods.relora import ReLoRA
 from llm_lowrank.methods.reslora import ResLoRA
-from llm_lowrank.methods.sbora import SBoRA
-from llm_lowrank.methods.sora import SoRA
-from llm_lowrank.methods.squeeze import Squeeze
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.methods.vera import VeRA
 from llm_lowrank.models import checkpoint, export
@@ -43,6 +30,8 @@ from llm_lowrank.run.recipe import parse
 from llm_lowrank.run.train import train
 from tests import ranks, simulated, tiny
 from tests.test_launch import place, records  # noqa: F401 - place is a fixture
+from tests.test_laws import LAST
+from tests.test_laws import METHODS as LAWS
 from tests.test_runs import settings
 
 METHODS: dict[str, Method] = {
@@ -56,23 +45,10 @@ METHODS: dict[str, Method] = {
     "relora-bank": ReLoRA(rank=4, interval=2, restart_warmup=0, into="bank"),
     "rasa": RaSA(rank=4),
     "reslora": ResLoRA(rank=4),
-    "squeeze": Squeeze(rank=4, target_rank=2),
-    "adalora": AdaLoRA(rank=4, target_rank=2, interval=2),
-    "beamlora": BeamLoRA(rank=4, interval=4, kept=0.7),
-    "sora": SoRA(rank=4),
-    "cola": COLA(rank=4),
-    "plora": PLoRA(rank=4, interval=2),
     "flat_lora": FlatLoRA(rank=4),
-    "lora_fa": LoRAFA(rank=4),
     "lora_xs": LoRAXS(rank=4, svd_cache=""),
-    "edora": EDoRA(rank=4, svd_cache=""),
-    "osora": OSoRA(rank=4, svd_cache=""),
     "vera": VeRA(rank=4),
-    "miss": MiSS(rank=4),
-    "mora": MoRA(rank=4),
-    "sbora": SBoRA(rank=4),
     "lora_ga": LoRAGA(rank=4, samples=6, svd_niter=1),
-    "lora_one": LoRAOne(rank=4, samples=6, svd_niter=1),
     "droplora-token": DropLoRA(rank=4, mask="token"),
     "droplora-sample": DropLoRA(rank=4, mask="sample"),
     "droplora-step": DropLoRA(rank=4, mask="step"),
@@ -83,6 +59,7 @@ METHODS: dict[str, Method] = {
     "lora-plus": LoRA(rank=4, b_rate=4.0),
     **{f"lora-{name}": LoRA(rank=4, direction=rule) for name, rule in tiny.DIRECTIONS.items()},
 }
+METHODS |= {name: LAWS[label] for name, label in LAST.items() if type(LAWS[label]) not in map(type, METHODS.values())}
 LAYERS, MODULES = 2, 14  # of the tiny model
 WAITS = 6  # for a module, of a direction: LoRA-RITE decomposes six matrices
 CODECS: dict[str, Codec] = {

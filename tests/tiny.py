@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,32 @@ def config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
+_KEPT: dict[tuple, tuple[LlamaForCausalLM, Tensor]] = {}  # building takes longer than a step of training
+
+
+def kept(build: Callable[..., LlamaForCausalLM], dtype: str, changes: dict[str, object]) -> LlamaForCausalLM:
+    """Build a model once in a process, and leave the random numbers where building leaves them. Not to be edited."""
+    key = (build, dtype, repr(sorted(changes.items())))
+    if key not in _KEPT:
+        if len(_KEPT) == 8:
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[key] = build(dtype, **changes), torch.get_rng_state()
+    model, state = _KEPT[key]
+    if build is _llama:  # a skeleton draws nothing
+        torch.set_rng_state(state)
+    return model
+
+
 def llama(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
+    return copy.deepcopy(kept(_llama, dtype, changes))
+
+
+def skeleton(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
+    """The same model without values."""
+    return copy.deepcopy(kept(_skeleton, dtype, changes))
+
+
+def _llama(dtype: str, **changes: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(**changes))
     for p in model.parameters():  # wider than the usual 0.02, so that layers matter and singular values differ
@@ -63,8 +89,7 @@ def llama(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
     return model
 
 
-def skeleton(dtype: str = "fp32", **changes: object) -> LlamaForCausalLM:
-    """The same model without values."""
+def _skeleton(dtype: str, **changes: object) -> LlamaForCausalLM:
     with init_empty_weights(include_buffers=False):
         model = LlamaForCausalLM._from_config(config(**changes), dtype=DTYPES[dtype])
     model.tie_weights()
@@ -160,7 +185,7 @@ class Trainee:
             samples,
             accumulation,
         )
-        self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
+        self.original = {k: v.clone() for k, v in kept(_llama, dtype, changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
         if isinstance(method, LoRA) and method.adapter:

@@ -121,7 +121,7 @@ def refusal(recipe: Recipe) -> str | None:
 def methods() -> Iterator[tuple[str, Method]]:
     """Yield every method with each of its options."""
     for name, kind in sorted(Method.get_known_choices().items()):
-        common, options = OPTIONS.get(name, (PAIRS, {"": {}}))
+        common, options = OPTIONS.get(name, (PAIRS if "rank" in kind.__dataclass_fields__ else {}, {"": {}}))
         for option, settings in options.items():
             yield f"{name} `{option}`" if option else name, kind(**{**common, **settings})
 
