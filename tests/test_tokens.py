@@ -29,6 +29,7 @@ from llm_lowrank.run.train import train
 from tests import ranks
 from tests.test_data import write_jsonl
 from tests.test_laws import METHODS
+from tests.test_offload import CPU
 from tests.tiny import VOCABULARY, Trainee, batch, llama
 
 METHOD = LoRA(rank=3, target_modules=["q_proj", "down_proj"])
@@ -96,8 +97,10 @@ def test_the_rows_train_as_those_of_resized_matrices(tied):
         assert torch.equal(t.model.state_dict()[k], before[k]), "the base's bytes change never"
 
 
-def losses(engine: str, dtype: str, tied: bool, method: object = METHOD) -> tuple[list[float], dict[str, Tensor]]:
-    t = Trainee(method, engine, dtype, tokens=TOKENS, tie_word_embeddings=tied)
+def losses(
+    engine: str, dtype: str, tied: bool, method: object = METHOD, offload: dict | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    t = Trainee(method, engine, dtype, tokens=TOKENS, tie_word_embeddings=tied, zero=offload)
     return [t.step(step) for step in range(STEPS)], t.values()
 
 
@@ -122,6 +125,22 @@ def test_the_rows_train_alike_on_every_engine(engine, world, dtype, tied):
         assert found == pytest.approx(wanted, rel=2e-6)
         for name in values:
             torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "engine, offload",
+    [
+        ("zero2", {"offload_optimizer": CPU}),
+        ("zero3", {"offload_optimizer": CPU, "offload_param": CPU}),
+        ("fsdp", {"cpu_offload": True}),
+    ],
+)
+def test_rows_that_lie_on_the_host_between_uses_train_alike(engine, offload):
+    wanted, values = ranks.run(1, losses, "plain", "nf4", False)[0]
+    found, others = ranks.run(2, losses, engine, "nf4", False, METHOD, offload)[0]
+    assert found == pytest.approx(wanted, rel=2e-6)
+    for name in values:
+        torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.wide
