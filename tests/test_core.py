@@ -336,8 +336,9 @@ def begun_anew(engine: str, into: str) -> tuple[dict[str, Tensor], ...]:
         t.step(step)
     went = {name: w - start[name] for name, w in maps(t).items()}
     state = llama().state_dict() | {f"{name}.weight": w.float() for name, w in start.items()}
+    model = loaded(state)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "llama", lambda *_, **__: loaded(state))
+        patch.setattr(tiny, "_llama", lambda *_, **__: model)
         patch.setattr(tiny, "CALIBRATION", CALIBRATION + EXCHANGE)  # the samples that come after the exchange
         new = Trainee(exchanging(into, ()), engine)
     before = maps(new)

@@ -209,11 +209,12 @@ def takes_pairs(method: str) -> bool:
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
     """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, nf4's for int8's, and a stored type
-    concerns no direction and no calibration: those run with -m wide.
+    concerns no direction and no calibration, and a shared V over a bank vouches for one over W: those run with -m wide.
     """
     wide = [
         ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
         or (cell[0].removeprefix("lora-") in THINNER and cell[3] not in ("fp32", "nf4"))
+        or cell[0] == "core-shared-weight"
         for cell in cells
     ]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
