@@ -59,7 +59,7 @@ _KEPT: dict[tuple, tuple[LlamaForCausalLM, Tensor]] = {}  # building takes longe
 
 def kept(build: Callable[..., LlamaForCausalLM], dtype: str, changes: dict[str, object]) -> LlamaForCausalLM:
     """Build a model once in a process, and leave the random numbers where building leaves them. Not to be edited."""
-    key = (build, dtype, repr(sorted(changes.items())))
+    key = (build, dtype, repr(sorted(changes.items())), torch.get_default_device(), torch.get_default_dtype())
     if key not in _KEPT:
         if len(_KEPT) == 8:
             _KEPT.pop(next(iter(_KEPT)))
