@@ -221,7 +221,9 @@ def test_a_run_is_asked_on_the_day_on_which_it_was_trained(dated, tmp_path, monk
         (task,) = prepare_tasks(Settings("x", (SUMS,), size=1), subject, [SUMS], tokenizer)
         shown = Date.fromisoformat(day).strftime("%d %b %Y")
         assert tokenizer.decode(task.questions[0].prompt_ids).startswith(f"<|start|>today\n{shown}<|end|>"), checkpoint
-        problem = coding.HumanEval(tokenizer, [], "chat", "", 1, (1,), 0.0, 8, 1, subject.date).question("def f(): ...")
+        asked = {"samples": 1, "pass_at": (1,), "temperature": 0.0, "max_new_tokens": 8, "batch_size": 1}
+        task = coding.HumanEval(tokenizer=tokenizer, problems=[], style="chat", system="", date=subject.date, **asked)
+        problem = task.question({"prompt": "def f(): ..."})
         assert tokenizer.decode(problem.prompt_ids).startswith(f"<|start|>today\n{shown}<|end|>")
     (tmp_path / "adapter/prompt_date.txt").write_text("5 November")
     with pytest.raises(ValueError, match=r"prompt_date.txt: '5 November' is no date; write the day of the training as"):

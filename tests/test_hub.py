@@ -104,6 +104,23 @@ def test_a_run_uploads_what_is_on_the_disk_with_cards_that_say_what_it_measured(
     assert "jane/mine-merged" in (out / "merged" / "README.md").read_text()
 
 
+def test_the_figures_of_a_card_are_those_of_the_state_that_was_kept():
+    kept = {"step": 6, "why": "Kept: 4"}
+    records = [{"step": 0, "loss": 2.5}, {"step": 4, "loss": 1.5}, {"step": 6, "loss": 1.75}]
+    facts = {"model": "some/base", "steps": 6, "batch": "8 samples", "held_out": 8, "engine": "Plain", "versions": {}}
+    settings = {"method.type": "srlora", "data.dataset": "alpaca"}
+
+    def text(evaluations: list[dict]) -> str:
+        made = Card.of(settings, changed={}, facts=facts, evaluations=evaluations, adapter={"r": 4})
+        return made.text()
+
+    assert "| loss per trained token | 2.5 | 1.75 |" in text(records)
+    chosen = text([*records, kept, {"step": 6, "of_step": 4, "loss": 1.5}])
+    assert "| loss per trained token | 2.5 | 1.5 |" in chosen and "\n- Kept: 4\n" in chosen
+    # a run whose first evaluation was lost has no figure from before
+    assert "| loss per trained token | - | 1.75 |" in text(records[2:])
+
+
 @pytest.mark.wide
 def test_of_two_ranks_one_talks_to_the_hub(place, tmp_path, hub):  # noqa: F811
     (port,) = free_ports(1)

@@ -62,7 +62,8 @@ class Card:
         """Return the card of a run.
 
         settings, changed: all of them, and those that differ from the defaults, by their dotted names. facts: what the
-        run recorded when it started. evaluations: its records of held-out figures. adapter: adapter_config.json.
+        run recorded when it started. evaluations: its records of held-out figures, and those about the state that it
+        kept, if it chose one. adapter: adapter_config.json.
         """
         kind, direction = str(settings["method.type"]), settings.get("method.direction.type") or "none"
         kinds: list[type] = [Method.get_choice_class(kind)]
@@ -72,6 +73,7 @@ class Card:
         for key, name in FIGURES.items():
             if found := [record for record in evaluations if record.get(key) is not None]:
                 figures[name] = (found[0][key] if found[0]["step"] == 0 else None, found[-1][key])
+        kept = [str(record["why"]) for record in evaluations if record.get("why")][-1:]
         names = Data(dataset=settings["data.dataset"]).names
         return cls(
             name=settings.get("hub_model_id") or HERE,
@@ -82,6 +84,7 @@ class Card:
             hub_datasets=[found for found in map(hub_dataset, names) if found],
             training=[
                 f"{facts['steps']} steps of {facts['batch']}, {facts['held_out']} held out",
+                *kept,
                 str(facts["engine"]),
             ],
             settings=named | dict(changed),

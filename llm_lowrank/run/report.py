@@ -115,7 +115,7 @@ def try_report(folder: Path) -> str:
             found.settings,
             changed=found.changed,
             facts=found.facts,
-            evaluations=found.of("eval"),
+            evaluations=found.of("eval") + found.of("kept"),
             adapter=found.adapter,
         )
         card.write(folder)
