@@ -5,7 +5,9 @@ Over every method, engine and stored type.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 from llm_lowrank.methods.losia import LoSiA
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.checkpoint import Checkpoint
-from tests import ranks
+from tests import ranks, tiny
 from tests.ranks import caught
 from tests.test_laws import FEWER, METHODS, MODULES, refused
 from tests.tiny import DTYPES, Trainee
@@ -151,16 +153,16 @@ def another_base(folder: str) -> str:
 
     def resume() -> None:
         torch.manual_seed(0)
-        import tests.tiny as tiny
-
-        original, tiny.llama = tiny.llama, lambda *a, **k: changed(original(*a, **k))
+        original, tiny.kept = tiny.kept, lambda build, *rest: changed(build, original(build, *rest))
         try:
             Trainee(METHODS["lora"], "plain", total=STEPS, resume_from=found)
         finally:
-            tiny.llama = original
+            tiny.kept = original
 
-    def changed(model: torch.nn.Module) -> torch.nn.Module:
-        model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+    def changed(build: Callable[..., torch.nn.Module], model: torch.nn.Module) -> torch.nn.Module:
+        model = copy.deepcopy(model)
+        if build is tiny._llama:  # a skeleton has no values
+            model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
         return model
 
     return caught(resume, ValueError)
