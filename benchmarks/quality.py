@@ -1,12 +1,15 @@
 """What the methods learn in the same steps.
 
-    python benchmarks/quality.py small | controls | remedies | scores | real | real_scores | table [--output FOLDER]
+    python benchmarks/quality.py WHAT [--output FOLDER]
 
     small   a LLaMA of 0.9 M parameters, pre-trained here on one family of string tasks, then adapted to a shifted one
     controls  CORE in the same setting, on ten other seeds, beside runs that take one of its parts away or spend what it
               spends in another way
     remedies  LoRA with exchanges by gradient energy, and with turns of its pairs, on the seeds of `controls`
     scores  SRLoRA with each of its scores, and how many fresh pairs every exchange replaces again
+    tables, places  some of these methods on two other families of string tasks
+    places_short  the same on `places` in a third of the steps, in which no method has learned everything
+    long    CORE with exchanges, in runs of twice the steps on `tables`
     real    SmolLM2-135M-Instruct, adapted to reasoning-gym:chain_sum with the settings of recipes/demo.yaml
     real_scores  SRLoRA with each of its scores on that model, in runs of a third of the steps
     table   writes the tables and the curves of docs/quality.md from the results of the runs
@@ -47,7 +50,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import draccus
 import torch
@@ -59,6 +62,7 @@ from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
 from benchmarks.remedies import REMEDIES, SCORES, Remedy, remedies, scores
 from llm_lowrank.adapters.adapter import Adapter, generator
 from llm_lowrank.adapters.direction import Direction
+from llm_lowrank.adapters.exchange import Into
 from llm_lowrank.adapters.method import ALL_LINEAR, Method, attach, find_targets, output_layer
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.codecs import Dense
@@ -123,6 +127,8 @@ CONTROLS = {
     "core_small_random": "CORE, p = 3 r, between random bases",
     "core_small_fixed": "CORE, p = 3 r, without turns",
     "core_small_exchanged": "CORE, p = 3 r, with an exchange after half of the steps",
+    "core_shared": "CORE, V shared by modules of one input",
+    "core_small_shared": "CORE, p = 3 r, V shared by modules of one input",
     "lora": "LoRA, rank r",
     "core_one_pass": "CORE, bases of one pass (svd_niter 0)",
     "core_exact": "CORE, bases to rounding (svd_niter 10)",
@@ -134,6 +140,14 @@ CONTROLS = {
     "losia": "LoSiA",
     "full_muon": "all weights of the linears, Muon",
     "full_soap": "all weights of the linears, SOAP",
+}
+LONG = {
+    "lora": "LoRA, rank r",
+    "once": "CORE, p = 2 r, without an exchange",
+    "one_into_weight": "CORE, p = 2 r, one exchange, into W",
+    "three_into_weight": "CORE, p = 2 r, three exchanges, into W",
+    "one_into_bank": "CORE, p = 2 r, one exchange, into the bank",
+    "three_into_bank": "CORE, p = 2 r, three exchanges, into the bank",
 }
 IN_FAMILIES = ("core", "core_small", "core_random", "lora", "dora", "losia")  # in the comparisons on other families
 CLIP = 1.0  # max_grad_norm
@@ -147,6 +161,7 @@ LATER: dict[str, Any] = {
     "score": "paper",
     "exchanges": [],
     "into": "auto",
+    "share_v": False,
 }
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
@@ -350,6 +365,8 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "core_small_random": Core(p=3 * rank, samples=0),
         "core_small_fixed": Core(p=3 * rank, interval=never),
         "core_small_exchanged": Core(p=3 * rank, exchanges=[steps // 2]),
+        "core_shared": Core(like_rank=rank, share_v=True),
+        "core_small_shared": Core(p=3 * rank, share_v=True),
         "lora": LoRA(rank=rank),
         "core_one_pass": Core(like_rank=rank, svd_niter=0),
         "core_exact": Core(like_rank=rank, svd_niter=10),
@@ -825,8 +842,21 @@ def in_families(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -
     return {name: known[name] for name in IN_FAMILIES}
 
 
+def exchanging(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
+    """Return the settings of CORE with exchanges after equal parts of the run, as `methods` does."""
+    counts = {"one": 1, "three": 3}
+    return {"lora": LoRA(rank=rank), "once": Core(p=2 * rank)} | {
+        f"{word}_into_{into}": Core(
+            p=2 * rank, into=into, exchanges=[steps * i // (count + 1) for i in range(1, count + 1)]
+        )
+        for into in get_args(Into)
+        if into != "auto"
+        for word, count in counts.items()
+    }
+
+
 def small_comparison(folder: Path, small: Small, among: Methods = methods) -> Comparison:
-    home = folder.with_name("small") if small.base.family == "digits" else folder
+    home = folder.with_name("small" if small.base.family == "digits" else small.base.family)
     checkpoint = pretrained(home / "pretrained", small.base)
     model = skeleton(checkpoint, torch.float32, "sdpa")
     settings = {k: draccus.encode(m) for k, m in among(model, small.rank, small.steps, "").items()}
@@ -851,6 +881,7 @@ CONTROL_GRID = {
 REMEDY_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 15))}
 SCORE_GRID = {"rates": [2.5e-3, 4e-3, 6e-3], "tuning_seeds": [100, 101], "seeds": list(range(5, 10))}
 FAMILY_GRID = {"rates": [1e-3, 2.5e-3, 6e-3, 1.6e-2], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
+LONG_GRID = {"rates": [2.5e-3, 1e-2, 1.6e-2, 2.5e-2], "tuning_seeds": [100], "seeds": [5, 6, 7]}
 REAL_GRID = {"rates": [5e-4, 1.5e-3, 5e-3], "tuning_seeds": [100], "seeds": [0, 1]}
 REAL_SCORE_GRID: dict[str, list[Any]] = {"rates": [1.5e-4], "tuning_seeds": [100], "seeds": []}
 
@@ -863,6 +894,7 @@ class SmallRuns(NamedTuple):
     among: Methods
     titles: dict[str, str]
     grid: dict[str, list[Any]]
+    steps: int = Small.steps
 
 
 SMALL: dict[str, SmallRuns] = {
@@ -872,6 +904,8 @@ SMALL: dict[str, SmallRuns] = {
     "scores": SmallRuns("digits", 900, scores, SCORES, SCORE_GRID),
     "tables": SmallRuns("tables", 2400, in_families, CONTROLS, FAMILY_GRID),
     "places": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID),
+    "places_short": SmallRuns("places", 900, in_families, CONTROLS, FAMILY_GRID, steps=100),
+    "long": SmallRuns("tables", 2400, exchanging, LONG, LONG_GRID, steps=600),
 }
 
 
@@ -884,13 +918,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=list(TITLES | CONTROLS | REMEDIES | SCORES),
+        choices=list(TITLES | CONTROLS | REMEDIES | SCORES | LONG),
         help="by default all; of `real` all but full",
     )
     parser.add_argument("--rates", nargs="+", type=float, help="the grid; by default that of docs/quality.md")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, help="seeds with which a rate is chosen")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds that are reported")
-    parser.add_argument("--steps", type=int, default=Small.steps, help="of `small`")
+    parser.add_argument("--steps", type=int, help="of the small model; by default those of docs/quality.md")
     parser.add_argument("--pretrain-steps", type=int, help="of the small model; by default those of docs/quality.md")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--page", type=Path, default=PAGE, help="of `table`: the page to write into")
@@ -912,7 +946,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         runs = SMALL[args.what]
         base = Base(steps=args.pretrain_steps or runs.pretrain_steps, family=runs.family)
-        comparison, default = small_comparison(folder, Small(base, steps=args.steps), runs.among), runs.grid
+        comparison, default = (
+            small_comparison(folder, Small(base, steps=args.steps or runs.steps), runs.among),
+            runs.grid,
+        )
     grid = {key: getattr(args, key) or values for key, values in default.items()}
     names = args.methods or list(comparison.settings)
     compare(comparison, names, grid["rates"], grid["tuning_seeds"], grid["seeds"], args.jobs)

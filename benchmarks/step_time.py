@@ -172,12 +172,14 @@ def own_rows(name: str, module: nn.Module, rows: dict[str, slice]) -> dict[str, 
     return {key: getattr(module, key).data[at] for key, at in rows.items()}
 
 
-def whole_steps(limit: nn.Module, rank: int, ids: Tensor, rounds: int) -> None:
-    """Time whole steps with every direction, and of CORE, and print the table."""
+def whole_steps(limit: nn.Module, rank: int, ids: Tensor, rounds: int, only: list[str] | None = None) -> None:
+    """Time whole steps with every direction, and of CORE, and print the table. only: rows to time beside LoRA's."""
     kinds = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
     methods: dict[str, Method] = {"lora": LoRA(rank=rank), "lora+": LoRA(rank=rank, b_rate=16.0)}
     methods |= {f"core {p}": Core(p=p) for p in (64, 128, 256)}
+    methods |= {f"core {p} one V": Core(p=p, share_v=True) for p in (64, 256)}
     methods |= {name: LoRA(rank=rank, direction=kind()) for name, kind in kinds.items()}
+    methods = {name: method for name, method in methods.items() if name == "lora" or not only or name in only}
     arms = {name: Stepped(shared(limit), method) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(rounds + 2):
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--directions", action="store_true", help="whole steps of LoRA with every direction instead")
-    parser.add_argument("--only", nargs="*", help="names of the rows to measure, beside the limit")
+    parser.add_argument("--only", nargs="*", help="names of the rows to measure, beside the reference")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
 
@@ -263,7 +265,7 @@ def main() -> None:
     if args.directions:
         shown = ("hidden", "layers", "tokens", "rank", "dtype", "threads", "rounds")
         print(*(f"{name}={getattr(args, name)}" for name in shown), cpu_name())
-        return whole_steps(limit, args.rank, torch.randint(VOCABULARY, (1, args.tokens)), args.rounds)
+        return whole_steps(limit, args.rank, torch.randint(VOCABULARY, (1, args.tokens)), args.rounds, args.only)
     models = arms(limit, args.rank)
     models = {name: model for name, model in models.items() if name == "limit" or not args.only or name in args.only}
     trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}

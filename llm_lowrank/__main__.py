@@ -5,6 +5,7 @@
     merge      write a trained adapter and its base model as one model
     inspect    look at the data before training
     ranks      plan how many pairs each module gets
+    push       upload the results of a run to the Hugging Face hub
     report     write the report of a run, again
     compare    put several runs on one page
     support    print which methods, engines and codecs do not go together
@@ -27,6 +28,7 @@ HOMES = {  # command -> the module whose `main` takes the arguments; it is impor
     "merge": "llm_lowrank.run.merge",
     "inspect": "llm_lowrank.run.inspect_data",
     "ranks": "llm_lowrank.run.ranks",
+    "push": "llm_lowrank.models.push",
     "report": "llm_lowrank.run.report",
     "compare": "llm_lowrank.run.report",
     "support": "llm_lowrank.run.support",

@@ -13,15 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_lowrank.adapters.direction import Update
+from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import Dense
+from llm_lowrank.engines.frozen import persistent_size
 from llm_lowrank.methods import core
 from llm_lowrank.methods.core import Core, CoreLayer
 from llm_lowrank.models import checkpoint
+from llm_lowrank.numerics.spectrum import Triplets
+from llm_lowrank.run.memory import sizes_of
 from tests import ranks, tiny
-from tests.tiny import CALIBRATION, Trainee, batch, llama
+from tests.tiny import CALIBRATION, Trainee, batch, llama, skeleton
 
 M, N, P = 30, 20, 6
 MODULES = ["k_proj", "up_proj", "down_proj"]
+SIBLINGS = ["k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]  # down_proj shares with no other
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -170,12 +175,88 @@ def test_the_bases_are_the_leading_directions_of_the_dense_gradient(engine, worl
                 assert float(cosines.min()) >= 0.99, (name, cosines)
 
 
+def shared(engine: str) -> dict[str, tuple[Tensor, Tensor]]:
+    t = Trainee(Core(p=5, samples=6, svd_niter=4, share_v=True, target_modules=SIBLINGS), engine)
+    return {a.name: (t.engine.whole(a.U).cpu(), t.engine.whole(a.right.Vt).cpu()) for a in t.adapters}
+
+
+@pytest.mark.parametrize(
+    "engine, world",
+    [
+        ("plain", 1),
+        *(pytest.param(engine, world, marks=pytest.mark.wide) for engine, world in (("fsdp", 2), ("zero3", 3))),
+    ],
+)
+def test_a_shared_v_has_the_leading_directions_of_all_that_read_it(engine, world):
+    model, tokens = llama("fp32"), batch(CALIBRATION)
+    logits = model(input_ids=tokens).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    gradients = {n: w.grad.double() for n, w in model.named_parameters() if w.grad is not None}
+    for found in ranks.run(world, shared, engine):
+        for name, (U, Vt) in found.items():
+            parent, _, word = name.rpartition(".")
+            words = next((words for words in core.READ_TOGETHER if word in words), (word,))
+            found_of = [gradients[f"{parent}.{w}.weight"] for w in words if w in SIBLINGS]
+            G = torch.cat([g / g.norm() for g in found_of])
+            for ours_, grams in ((Vt.double().T, G.T @ G), (U.double(), (own := gradients[f"{name}.weight"]) @ own.T)):
+                torch.testing.assert_close(ours_.T @ ours_, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
+                energy, most = (ours_.T @ grams @ ours_).trace(), torch.linalg.eigvalsh(grams)[-5:].sum()
+                assert 0.998 <= energy / most <= 1 + 1e-6, (name, energy, most)  # the fifth and sixth may be as large
+
+
+@pytest.mark.quick
+def test_the_leading_directions_of_several_matrices_are_those_of_the_sum_of_their_covariances():
+    matrices = [random(M, N, seed=1), 3 * random(M - 4, N, seed=2), random(2, N, seed=3)]
+    triplets = [Triplets(u, s, vt.T) for u, s, vt in (torch.linalg.svd(G, full_matrices=False) for G in matrices)]
+    wanted = torch.linalg.eigh(sum(G.T @ G / G.square().sum() for G in matrices))[1][:, -P:]
+    found = core.leading(triplets, P)
+    torch.testing.assert_close(found.T @ found, torch.eye(P, dtype=torch.float64))
+    torch.testing.assert_close(found @ found.T, wanted @ wanted.T)
+
+
+def attached(method: Core, **changes: object) -> tuple[torch.nn.Module, list[CoreLayer]]:
+    model = skeleton("fp32", **changes)
+    return model, [a for a in attach(model, method, Dense(torch.float32)) if isinstance(a, CoreLayer)]
+
+
+def test_what_shares_a_v_reads_the_same_x():
+    t, read = Trainee(Core(p=5, samples=0, share_v=True), "plain"), {}
+    for layer in t.adapters:
+        layer.register_forward_pre_hook(lambda module, args: read.setdefault(module.right, []).append(args[0]))
+    t.logits()
+    readers = [len(inputs) for basis, inputs in read.items() if isinstance(basis, core.Basis)]
+    assert readers == [3, 2] * 2 and len(read) == 2 * 4
+    assert all(x is inputs[0] for inputs in read.values() for x in inputs)
+
+
+def test_one_v_is_held_where_three_were():
+    (plain, _), (model, layers) = attached(Core(p=5)), attached(Core(p=5, share_v=True))
+    held = sum(size for size, _ in sizes_of(plain, Core(p=5)).bank) - sum(
+        size for size, _ in sizes_of(model, Core(p=5, share_v=True)).bank
+    )
+    assert held == 2 * (2 + 1) * 5 * 42  # two of q, k, v and one of gate and up, in each of two layers
+    assert len({id(layer.right) for layer in layers}) == 2 * 4
+    # no basis stays gathered between its uses
+    assert persistent_size(model) == persistent_size(plain) == 5 * 5
+
+
+def test_modules_of_another_p_keep_their_own_v():
+    _, layers = attached(Core(like_rank=2, share_v=True))
+    sharing = {layer.name.rpartition(".")[2] for layer in layers if layer.right is not layer}
+    assert sharing == {"k_proj", "v_proj", "gate_proj", "up_proj"}  # the p of q is another one
+    with pytest.raises(ValueError, match=r"method\.share_v: no two of the adapted modules share a V"):
+        attached(Core(p=5, share_v=True, target_modules=["q_proj", "up_proj"]))
+
+
 EXCHANGE, LAST = 3, 6
 SAVED = (2, EXCHANGE, 4)  # before, at and after the exchange
 
 
-def exchanging(into: str) -> Core:
-    return Core(p=5, samples=6, interval=2, exchanges=[EXCHANGE], into=into, target_modules=MODULES)
+def exchanging(into: str, exchanges: tuple[int, ...] = (EXCHANGE,)) -> Core:
+    """into: weight or bank, and `-shared` with a V that several modules share."""
+    where, _, shares = into.partition("-")
+    settings = dict(exchanges=list(exchanges), into=where, share_v=bool(shares))
+    return Core(p=5, samples=6, interval=2, target_modules=SIBLINGS if shares else MODULES, **settings)
 
 
 def train(t: Trainee, start: int, folder: Path | None = None) -> dict[str, Tensor]:
@@ -200,7 +281,16 @@ def continued(engine: str, into: str, folder: str) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "engine, world, into", [("plain", 1, "weight"), ("zero2", 2, "bank"), ("zero3", 2, "bank"), ("fsdp", 2, "weight")]
+    "engine, world, into",
+    [
+        ("plain", 1, "weight"),
+        ("zero2", 2, "bank"),
+        ("zero3", 2, "bank"),
+        ("fsdp", 2, "weight"),
+        ("plain", 1, "bank-shared"),
+        pytest.param("fsdp", 2, "bank-shared", marks=pytest.mark.wide),
+        pytest.param("zero3", 3, "bank-shared", marks=pytest.mark.wide),
+    ],
 )
 def test_a_run_resumed_before_at_and_after_an_exchange_is_the_uninterrupted_one_bitwise(engine, world, into, tmp_path):
     for found, whole in ranks.run(world, resumed, engine, into, str(tmp_path)):
@@ -249,7 +339,7 @@ def begun_anew(engine: str, into: str) -> tuple[dict[str, Tensor], ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "llama", lambda *_, **__: loaded(state))
         patch.setattr(tiny, "CALIBRATION", CALIBRATION + EXCHANGE)  # the samples that come after the exchange
-        new = Trainee(Core(p=5, samples=6, interval=2, target_modules=MODULES), engine)
+        new = Trainee(exchanging(into, ()), engine)
     before = maps(new)
     for step in range(EXCHANGE, LAST):
         new.forward_backward(step)
@@ -264,7 +354,15 @@ def loaded(state: dict[str, Tensor]) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "engine, world, into", [("plain", 1, "weight"), ("plain", 1, "bank"), ("zero3", 3, "bank"), ("fsdp", 2, "weight")]
+    "engine, world, into",
+    [
+        ("plain", 1, "weight"),
+        ("plain", 1, "bank"),
+        ("zero3", 3, "bank"),
+        ("fsdp", 2, "weight"),
+        ("plain", 1, "weight-shared"),
+        pytest.param("zero3", 3, "bank-shared", marks=pytest.mark.wide),
+    ],
 )
 def test_behind_an_exchange_the_run_is_a_new_run_over_the_changed_weights(engine, world, into):
     for start, went, wanted in ranks.run(world, begun_anew, engine, into):

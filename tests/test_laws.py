@@ -39,6 +39,7 @@ from tests.tiny import CODECS, DTYPES, Trainee, batch, llama
 STEPS = 4
 # 14 x 42, 42 x 42, 43 x 42, 42 x 43; the others stay plain linears
 MODULES = ["k_proj", "o_proj", "up_proj", "down_proj"]
+SIBLINGS = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]  # 14 x 42 twice, 42 x 42, 43 x 42 twice
 PAIRS = dict(rank=4, target_modules=MODULES)
 # Settings that fit a run of 4 steps; a method that is not here runs with its defaults. tests/test_runs.py and
 # tests/test_simulated.py take the last ones of a method for which they name no others.
@@ -62,6 +63,19 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "lora_one": {"lora_one": dict(PAIRS, alpha=6, samples=6, gamma=16.0, svd_niter=2)},
     "core": {
         "core": dict(p=6, samples=6, svd_niter=1, interval=2, target_modules=MODULES),
+        **{  # k and v share a basis, gate and up another one
+            f"core-shared-{into}": dict(
+                p=3,
+                samples=6,
+                svd_niter=2,
+                interval=2,
+                exchanges=[1, 3],
+                into=into,
+                share_v=True,
+                target_modules=SIBLINGS,
+            )
+            for into in ("weight", "bank")
+        },
         **{  # p = 3, as in bf16 the next directions of a gradient are its rounding
             f"core-{into}": dict(
                 p=3, samples=6, svd_niter=2, interval=2, exchanges=[1, 3], into=into, target_modules=MODULES
@@ -126,7 +140,7 @@ LAST = {  # of each method
 }
 # without a second moment a step is as long as the gradient is; a product of three small factors begins slowly; a weight
 # at one, and a gate of about one, move by the rate
-CORES = dict.fromkeys(("core-weight", "core-bank"), 1.3e-2)  # p = 3 moves little
+CORES = {f"core-{kind}": 1.3e-2 for kind in ("weight", "bank", "shared-weight", "shared-bank")}  # p = 3 moves little
 RATES = {"lora-altlora": 0.3, "sora": 3e-2, "adalora": 5e-2, "osora": 3e-2, **CORES}
 ENGINES = [(engine, world) for engine in tiny.ENGINES for world in (1, 2, 3)]
 # for methods whose way of moving is one of the others'
@@ -553,8 +567,10 @@ def test_sharded_steps_equal_one_process(lives, cell):
     if not rounded_anew:
         for name, wanted in reference.final.values.items():
             assert relative(life.final.values[name], wanted) <= 1e-3, name
-    # Measured 1.1e-4 (one such entry in float32) and 5.5e-2.
-    assert apart**0.5 <= (0.15 if rounded_anew else 5e-4) * moved**0.5
+    # Measured 1.1e-4 (one such entry in float32) and 5.5e-2; 0.24 where one V serves two modules: along a direction of
+    # the one the other's gradient may be rounding, and that is 3 of its 9 entries.
+    anew = 0.5 if method.startswith("core-shared") else 0.15
+    assert apart**0.5 <= (anew if rounded_anew else 5e-4) * moved**0.5
 
 
 @over([cell for cell in CELLS if cell[2] > 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
 from llm_lowrank.adapters.adapter import Adapter
@@ -19,7 +22,7 @@ from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.run.checks import validate
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.meter import Meter, log_step
-from llm_lowrank.run.metrics import Metrics
+from llm_lowrank.run.metrics import NAMED_BY, Metrics, chosen
 from llm_lowrank.run.recipe import Recipe
 
 pytestmark = pytest.mark.quick
@@ -29,7 +32,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def told(folder: Path, report_to: str, **settings: Any) -> None:
+def told(folder: Path, report_to: str | list[str], **settings: Any) -> None:
     with Metrics(folder, report_to, main=True, **settings) as metrics:
         metrics.write("train", 1, loss=2.0, learning_rate=1e-3)
         metrics.write("exchange", 2, what="exchange", pairs=4)
@@ -52,6 +55,65 @@ def test_a_tracker_hears_the_settings_and_every_number(tmp_path, monkeypatch, na
         ("finish",),
     ]
     assert len(records(tmp_path / "run")) == 3
+
+
+class Mlflow(ModuleType):
+    """What accelerate asks of mlflow, written down in the place of a server."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.heard: list[tuple] = []
+        self.utils = SimpleNamespace(
+            validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+        )
+
+    def search_experiments(self, filter_string: str) -> list:
+        assert filter_string == "name = 'llm_lowrank'"
+        return []
+
+    def create_experiment(self, name: str, **settings: Any) -> str:
+        return name
+
+    def start_run(self, **settings: Any) -> None:
+        self.heard.append(("run", settings["experiment_id"], settings["run_name"]))
+
+    def log_params(self, values: dict) -> None:
+        self.heard.append(("settings", values))
+
+    def log_metrics(self, values: dict, step: int) -> None:
+        self.heard.append((step, values))
+
+    def end_run(self) -> None:
+        self.heard.append(("finish",))
+
+
+def test_several_trackers_hear_the_same_and_accelerate_keeps_nothing(tmp_path, monkeypatch):
+    fake, other = Mlflow(), Mlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setitem(sys.modules, "wandb", other)
+    for name, of in (("init", "start_run"), ("log", "log_metrics"), ("finish", "end_run")):
+        setattr(other, name, getattr(other, of) if name != "init" else lambda **settings: None)
+    told(tmp_path / "run", ["mlflow", "wandb", "tensorboard", "mlflow"], settings={"seed": 42})
+    numbers = [(1, {"train/loss": 2.0, "train/learning_rate": 1e-3}), (2, {"exchange/pairs": 4})]
+    assert fake.heard == [("run", "llm_lowrank", "run"), ("settings", {"seed": 42}), *numbers, ("finish",)]
+    assert other.heard == [*numbers, ("finish",)] and (tmp_path / "run/tensorboard").is_dir()
+    assert not PartialState._shared_state
+    PartialState(cpu=True)  # of somebody else, in a notebook
+    try:
+        told(tmp_path / "again", "mlflow")
+        assert PartialState._shared_state
+    finally:
+        PartialState._reset_state()
+
+
+def test_all_trackers_are_those_that_are_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda found: found in ("tensorboard", "swanlab") or None)
+    assert chosen(["all"]) == ["tensorboard", "swanlab"] and chosen("none") == [] == chosen([])
+    assert chosen("wandb,mlflow") == ["wandb", "mlflow"]
+
+
+def test_accelerate_has_every_tracker_that_is_left_to_it():
+    assert set(NAMED_BY) <= LOGGER_TYPE_TO_CLASS.keys()
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):
@@ -102,8 +164,23 @@ def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(tmp_path):
     assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, install",
+    [
+        ("wandb", '"llm-lowrank[wandb]"'),
+        ("trackio", '"llm-lowrank[trackio]"'),
+        ("mlflow", "mlflow"),
+        ("comet_ml", "comet-ml"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, name, install):
     monkeypatch.setattr("importlib.util.find_spec", lambda found: None if found == name else object())
-    with pytest.raises(RecipeError, match=rf'report_to: {name} is not installed; pip install "llm-lowrank\[{name}\]"'):
-        validate(Recipe(output_dir=str(tmp_path / "out"), report_to=name, engine="plain"))
+    said = f"report_to: {name} is not installed; pip install {install} or --report_to none"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        validate(Recipe(output_dir=str(tmp_path / "out"), report_to=["tensorboard", name], engine="plain"))
+
+
+@pytest.mark.parametrize("given", ["tensorbord", "wandb,none", ["all", "wandb"]])
+def test_what_is_no_tracker_is_refused(tmp_path, given):
+    with pytest.raises(RecipeError, match="is no tracker; take some of tensorboard, wandb"):
+        validate(Recipe(output_dir=str(tmp_path / "out"), report_to=given, engine="plain"))

@@ -36,6 +36,6 @@ def test_the_notebook_shows_outputs_and_no_path_of_a_machine():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and all(cell.source and cell.execution_count for cell in code)
     said = printed(notebook)
-    assert "Neptune -> eighth" in said and "pairs exchanged" in NOTEBOOK.read_text()
+    assert "Neptune -> eighth" in said and "dotted lines are exchanges" in NOTEBOOK.read_text()
     assert not re.search(r"(?<![\w.])/(?:tmp|home|root|work)\b", NOTEBOOK.read_text())
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)

@@ -62,7 +62,7 @@ def step_of(prepared: Prepared, step: int) -> float:
     for ids in micro_batches(step, prepared):
         loss = prepared.model(input_ids=ids, labels=ids).loss
         prepared.backward(loss)
-        total += float(loss.detach()) / prepared._parts
+        total += float(loss.detach()) / prepared.parts
     prepared.optimizer.step()
     return float(prepared.engine.sum(torch.tensor(total)))
 
@@ -149,34 +149,33 @@ def test_a_method_that_looks_at_gradients_first_asks_for_them(model):
     method = LoRAGA(rank=4, samples=6, svd_niter=2)
     with pytest.raises(RecipeError, match=r"LoRAGA looks at gradients before its first step.*give prepare calibration"):
         prepare(model, method, **SETTINGS)
-    prepared = Prepared(model, method, settings=SETTINGS)
     ids = tiny.batch(0)
     made = []
 
-    def losses() -> Iterator[Tensor]:
+    def losses(model: torch.nn.Module) -> Iterator[Tensor]:
         made.append(True)
-        yield prepared.model(input_ids=ids, labels=ids).loss
+        yield model(input_ids=ids, labels=ids).loss
 
-    prepared.load(STEPS, calibration=losses)
+    prepared = prepare(model, method, calibration=losses, **SETTINGS)
     start = prepared.adapters[0].A.detach().clone()
     assert made and float(start.norm()) > 0
-    other = Prepared(model, method, settings=SETTINGS)
-    other.load(STEPS, calibration=lambda: iter([other.model(input_ids=ids.flip(0), labels=ids.flip(0)).loss]))
+    ids = ids.flip(0)  # the same samples in another order
+    other = prepare(model, method, calibration=losses, **SETTINGS)
     torch.testing.assert_close(other.adapters[0].A.detach(), start, rtol=1e-3, atol=1e-4)
 
 
 def test_a_core_is_calibrated_again_after_an_exchange(model):
     method = Core(p=6, samples=6, svd_niter=1, interval=2, exchanges=[2], into="bank")
-    prepared = Prepared(model, method, settings={**SETTINGS, "optim": "sgd"})
-    asked = []
+    asked, done = [], 0
 
-    def losses() -> Iterator[Tensor]:
-        asked.append(prepared.step)
-        ids = tiny.batch(prepared.step)
-        yield prepared.model(input_ids=ids, labels=ids).loss
+    def losses(model: torch.nn.Module) -> Iterator[Tensor]:
+        asked.append(done)
+        ids = tiny.batch(done)
+        yield model(input_ids=ids, labels=ids).loss
 
-    prepared.load(STEPS, calibration=losses)
+    prepared = prepare(model, method, calibration=losses, **{**SETTINGS, "optim": "sgd"})
     for step in range(STEPS):
+        done = step + 1
         step_of(prepared, step)
     assert set(asked) == {0, 2}
 

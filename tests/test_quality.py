@@ -198,3 +198,11 @@ def test_a_remedy_keeps_the_function_and_moves_the_moments(tmp_path, method):
             fresh, kept = now_a.value[went], a.value[stays]
             assert torch.allclose(fresh.norm(dim=1), torch.tensor(3**-0.5)) and (fresh @ kept.T).abs().max() < 1e-6
             assert len(adapter.ledger) == 1  # W took the old pairs
+
+
+def test_the_long_runs_exchange_after_equal_parts():
+    found = quality.exchanging(None, 8, 600, "")
+    assert set(found) == set(quality.LONG)
+    assert found["three_into_bank"].exchanges == [150, 300, 450] and found["one_into_weight"].exchanges == [300]
+    assert not found["once"].exchanges
+    assert all(method.into == name.rpartition("_")[2] for name, method in found.items() if "_into_" in name)

@@ -1,8 +1,9 @@
-"""Label smoothing is transformers' and the noise is NEFTune's; both are on while a run trains, and at no other time."""
+"""Label smoothing is transformers', the noise NEFTune's, DFT its paper's; they are on in the steps of a run alone."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,11 +36,32 @@ def some_batch() -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    mean = LabelSmoother(epsilon=smoothing)({"logits": logits}, labels, shift_labels=True)
+    return mean * (labels[:, 1:] != IGNORE).sum()
+
+
+def dft(logits: Tensor, labels: Tensor) -> Tensor:
+    """Equation 9 of arXiv 2508.05629, from the whole distribution of every position."""
+    trained = labels[:, 1:] != IGNORE
+    p = logits[:, :-1][trained].double().softmax(-1).gather(-1, labels[:, 1:][trained][:, None])
+    return -(p.detach() * p.log()).sum()
+
+
+LOSSES = {  # what is asked for, and the loss from whole logits
+    "nll": ({}, partial(smoothed, smoothing=0.0)),
+    "smoothed": ({"smoothing": 0.1}, partial(smoothed, smoothing=0.1)),
+    "very smooth": ({"smoothing": 0.7}, partial(smoothed, smoothing=0.7)),
+    "dft": ({"kind": "dft"}, dft),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("modules", [["k_proj"], ["k_proj", "lm_head"]], ids=["frozen head", "adapted head"])
 @pytest.mark.parametrize("rows", [None, 3, 1000], ids=["whole logits", "in blocks", "in one block"])
-def test_the_smoothed_loss_and_its_gradients_are_those_of_transformers(rows, modules, smoothing):
+def test_the_loss_and_its_gradients_are_those_of_whole_logits(rows, modules, kind):
     tokens, labels = some_batch()
+    settings, wanted = LOSSES[kind]
     found, gradients = [], []
     for ours in (True, False):
         model = llama(tie_word_embeddings=False)
@@ -49,11 +71,9 @@ def test_the_smoothed_loss_and_its_gradients_are_those_of_transformers(rows, mod
                 nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
         if ours:
             with blocks_of(rows or 1):
-                loss = sum_loss(model, {"input_ids": tokens}, labels, model.lm_head if rows else None, smoothing)
+                loss = sum_loss(model, {"input_ids": tokens}, labels, model.lm_head if rows else None, **settings)
         else:
-            logits = model(input_ids=tokens).logits
-            mean = LabelSmoother(epsilon=smoothing)({"logits": logits}, labels, shift_labels=True)
-            loss = mean * (labels[:, 1:] != IGNORE).sum()
+            loss = wanted(model(input_ids=tokens).logits, labels)
         loss.backward()
         found.append(loss.item())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -98,6 +118,7 @@ def test_the_length_is_that_of_the_sample_and_padding_has_no_noise():
 def test_what_cannot_be_is_refused(tmp_path):
     for words, says in (
         (["--data.packing", "true", "--neftune_noise_alpha", "5"], "depends on the length of each"),
+        (["--loss_type", "dft", "--label_smoothing", "0.1"], "gives it several labels"),
         (["--label_smoothing", "1"], "label_smoothing must be at least 0 and below 1"),
         (["--neftune_noise_alpha", "-1"], "neftune_noise_alpha must be at least 0"),
     ):
@@ -132,9 +153,17 @@ def test_a_run_with_both_resumes_bitwise(place, tmp_path, engine):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("engine", ["deepspeed", "plain", "fsdp"])
-@pytest.mark.parametrize("name", ["label_smoothing", "neftune_noise_alpha"])
-def test_the_steps_have_it_and_the_held_out_loss_does_not(place, tmp_path, engine, name):
-    with_both = run(place, tmp_path / "with", engine)
-    without = run(place, tmp_path / "without", engine, **{name: 0})
+@pytest.mark.parametrize(
+    "on, off",
+    [
+        ({}, {"label_smoothing": 0}),
+        ({}, {"neftune_noise_alpha": 0}),
+        ({"label_smoothing": 0, "loss_type": "dft"}, {"label_smoothing": 0}),
+    ],
+    ids=["label_smoothing", "neftune_noise_alpha", "loss_type"],
+)
+def test_the_steps_have_it_and_the_held_out_loss_does_not(place, tmp_path, engine, on, off):
+    with_both = run(place, tmp_path / "with", engine, **on)
+    without = run(place, tmp_path / "without", engine, **off)
     assert with_both.held_out[0] == without.held_out[0]  # before the training
     assert all(abs(a - b) > 1e-4 for a, b in zip(with_both.train, without.train, strict=True))

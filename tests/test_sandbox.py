@@ -1,10 +1,12 @@
 """The sandbox: only a program that reaches its end has passed, and what it tries on the way there is refused or ended.
 
-Where something is refused the program itself says so by passing.
+Where something is refused the program itself says so by passing. What does not depend on the files of the machine is
+tested under bubblewrap too, which root installs from Debian's package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -20,6 +22,32 @@ import pytest
 
 from llm_lowrank.evaluation import sandbox
 from llm_lowrank.evaluation.sandbox import Outcome, run, run_all
+from tests.debian import need
+
+BUBBLEWRAP = sandbox.bubblewrap
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch) -> None:
+    """No test but those that ask for it runs programs under bubblewrap, whether it is installed or not."""
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: ((), "not asked for"))
+
+
+@pytest.fixture
+def wrapped(plain, monkeypatch) -> None:
+    """Programs run under bubblewrap."""
+    need(["bwrap"], ["bubblewrap"])
+    BUBBLEWRAP.cache_clear()
+    if reason := BUBBLEWRAP()[1]:
+        pytest.skip(reason)
+    monkeypatch.setattr(sandbox, "bubblewrap", BUBBLEWRAP)
+
+
+@pytest.fixture(params=["plain", "wrapped"])
+def either(request) -> None:
+    """Programs run in both ways."""
+    request.getfixturevalue(request.param)
+
 
 REFUSED = """
 def refused(attempt):
@@ -67,7 +95,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("case", ENDINGS)
-def test_only_a_program_that_reaches_its_end_has_passed(case):
+def test_only_a_program_that_reaches_its_end_has_passed(case, either):
     code, status, message = ENDINGS[case]
     found = run(code)
     assert found.status == status and re.search(message, found.message), found
@@ -86,7 +114,7 @@ def test_an_endless_program_is_killed(tmp_path, code):
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
-def test_it_starts_nothing_and_signals_nobody():
+def test_it_starts_nothing_and_signals_nobody(either):
     """So there is no child that could outlive it."""
     ways = [
         "os.fork()",
@@ -131,7 +159,7 @@ def test_it_has_no_network(tmp_path):
             listening.accept()[0].close()
 
 
-def test_other_ways_to_the_network_are_closed():
+def test_other_ways_to_the_network_are_closed(either):
     calls = [
         "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
         "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
@@ -183,6 +211,82 @@ def test_several_run_at_once_and_are_told_apart(tmp_path, monkeypatch):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     found = run_all([meet.format(mine=a, other=b), meet.format(mine=b, other=a), "assert False", "pass"])
     assert [outcome.passed for outcome in found] == [True, True, False, True]
+
+
+# Under bubblewrap
+
+
+def test_a_program_reads_files_and_changes_none(tmp_path_factory, wrapped):
+    here = str(sandbox.PROGRAM)  # a file of this library, which may lie in /tmp
+    before = sandbox.PROGRAM.read_bytes()
+    for attempt in ("os.remove(path)", "os.rename(path, path + '2')", "open(path, 'a')", "os.chmod(path, 0o777)"):
+        found = run(f"import os\npath = {here!r}\nopen(path, 'rb').close()\n{attempt}")
+        assert re.search("Read-only file system|Permission denied|busy|cross-device", found.message), (attempt, found)
+    assert sandbox.PROGRAM.read_bytes() == before
+    mine = tmp_path_factory.mktemp("mine") / "mine"
+    mine.write_text("kept")
+    reason = "FileNotFoundError" if str(mine).startswith("/tmp/") else "Read-only file system"
+    assert reason in run(f"import os\nos.remove({str(mine)!r})").message and mine.read_text() == "kept"
+    assert run("open('/etc/passwd').read()\nopen('/dev/null', 'w').write('x')") == Outcome("passed")
+
+
+def test_what_a_program_writes_is_its_own_and_little(wrapped):
+    folder = f"/tmp/of-{os.getpid()}"
+    assert run(f"import os\nos.mkdir({folder!r})\nopen({folder!r} + '/a', 'w').write('x')\nopen('b', 'w')").passed
+    assert not Path(folder).exists()
+    for place in ("/dev/shm/a", "/dev/a", "/proc/a", "/a"):
+        assert not run(f"open({place!r}, 'w')").passed
+    if "--size" in BUBBLEWRAP()[0]:
+        found = run(f"for k in range(100):\n    open(str(k), 'wb').write(b'0' * {sandbox.FILE - 1})")
+        assert "No space left on device" in found.message
+
+
+def test_a_program_cannot_undo_the_walls(wrapped):
+    undo = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.unshare(0x10000000 | 0x20000)  # a user and a mount namespace of its own, where the kernel lets it
+libc.mount(None, b"/", None, 0x20 | 0x1000, None)  # remounted, and no longer read-only
+libc.umount2(b"/tmp", 2)
+open("/etc/of-a-program", "w")
+"""
+    found = run(undo)
+    assert re.search("Read-only file system|Permission denied", found.message), found
+    assert not Path("/etc/of-a-program").exists()
+
+
+def test_an_endless_program_is_killed_with_all_of_bubblewrap(wrapped):
+    began = time.monotonic()
+    found = run("while True:\n    pass", timeout=1.537)  # a number by which its processes are found
+    assert found == Outcome("timed out", "killed after 1.537 s") and time.monotonic() - began < 10
+    deadline = time.monotonic() + 5
+    while (left := with_argument("1.537")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def with_argument(word: str) -> list[Path]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [process] if word.encode() in process.read_bytes().split(b"\0") else []
+    return found
+
+
+def test_a_bubblewrap_that_is_not_there_or_does_not_work_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    BUBBLEWRAP.cache_clear()
+    assert BUBBLEWRAP() == ((), "bubblewrap (bwrap) is not installed")
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    BUBBLEWRAP.cache_clear()
+    reason = "bubblewrap does not work here: bwrap: No permissions to create a new namespace"
+    assert BUBBLEWRAP() == ((), reason)
+    monkeypatch.setattr(sandbox, "bubblewrap", BUBBLEWRAP)
+    assert sandbox.describe_walls().endswith(f"may write and delete the files that you may: {reason}")
+    assert run("pass") == Outcome("passed")  # as ever
+    BUBBLEWRAP.cache_clear()
 
 
 # The filter, read as the kernel reads it: also for the machine that this one is not.

@@ -58,7 +58,7 @@ def test_nothing_that_a_run_writes_is_pickled(written):
     output, _ = written
     files = [path for path in output.rglob("*") if path.is_file()]
     kinds = {path.suffix for path in files if "tfevents" not in path.name}
-    assert kinds == {".safetensors", ".json", ".jsonl", ".yaml", ".html", ""}, kinds  # "": LATEST
+    assert kinds == {".safetensors", ".json", ".jsonl", ".yaml", ".html", ".md", ""}, kinds  # "": LATEST
     assert {"adapter", "merged", "checkpoints", "tensorboard"} <= {path.relative_to(output).parts[0] for path in files}
     for path in files:
         assert not zipfile.is_zipfile(path) and not unpickles(path.read_bytes()), path

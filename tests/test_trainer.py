@@ -29,7 +29,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from llm_lowrank.adapters.method import Method
-from llm_lowrank.integrations.own_loop import Prepared, prepare
+from llm_lowrank.engines.fsdp import Sharding
+from llm_lowrank.integrations.own_loop import prepare
 from llm_lowrank.integrations.trainer import lowrank
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
@@ -204,6 +205,34 @@ def test_so_it_does_over_nf4_on_every_engine_that_the_arguments_name(model, tmp_
     check_alike(by_rank[0], reference(method, "nf4"))
 
 
+def launched(model: str, folder: str, environment: dict[str, str]) -> tuple[str, Any, list[float]]:
+    """The engine that the environment chooses, its settings, and the losses of a run."""
+    with mock.patch.dict(os.environ, environment):
+        trainer = trainer_of(SFTTrainer, model, folder, SR, "nf4")
+        trainer.train()
+        assert not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
+    _forget()
+    engine = trainer.prepared.engine
+    settings = getattr(engine, "sharding", None) or engine.stage
+    return type(engine).__name__, settings, [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize(
+    "environment, engine",
+    [
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            ("FSDP", Sharding(reshard_after_forward=False)),
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("Zero", 3)),
+    ],
+)
+def test_what_accelerate_launch_sets_chooses_the_engine(model, tmp_path, environment, engine):
+    by_rank = ranks.run(2, launched, str(model), str(tmp_path), environment, timeout=120)
+    assert by_rank[0][:2] == engine
+    assert by_rank[0][2] == pytest.approx(reference(SR, "nf4")[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_trls_trainer_trains_the_same_with_its_own_loss(model, tmp_path, engine):
     world = ENGINES[engine][0]
@@ -324,9 +353,12 @@ def test_the_short_last_step_of_an_epoch(model, tmp_path):
 def test_a_method_that_looks_at_gradients_first_sees_the_first_samples(model, tmp_path, method):
     found = trained(Trainer, str(model), str(tmp_path), method, "dense", "", optim="sgd")
     settings = {"learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.5}
-    own = Prepared(str(model), method, settings={**settings, "seed": 0, "optim": "sgd", "max_steps": STEPS})
     ids = tiny.batch(0)
-    own.load(STEPS, calibration=lambda: (own.model(input_ids=ids, labels=ids).loss for _ in range(1)))
+
+    def first(model: torch.nn.Module) -> Iterator[Tensor]:
+        yield model(input_ids=ids, labels=ids).loss
+
+    own = prepare(str(model), method, max_steps=STEPS, calibration=first, seed=0, optim="sgd", **settings)
     losses = []
     for step in range(STEPS):
         batch = tiny.batch(step)

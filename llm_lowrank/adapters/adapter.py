@@ -62,8 +62,9 @@ def uniform_rows(r: int, n: int, random: torch.Generator) -> Tensor:
 class Shared(nn.Module):
     """Parameters that several adapters use. The optimizer, the gradient norm and a checkpoint have each of them once.
 
-    One module outside of the decoder layers owns the parameters (FSDP2 shards them with the root). A layer names this
-    module in `borrows` and calls `read` at each forward, because engines swap parameters.
+    One module owns the parameters, outside of the decoder layers (FSDP2 shards them with the root) or in the one that
+    has all of these adapters. An adapter names this module in `borrows` and calls `read` at each forward, because
+    engines swap parameters; what is never trained it may read as it is.
 
     Reentrant checkpointing runs a separate backward for every layer, so that the gradient of a shared parameter would
     arrive once per layer. DDP and ZeRO-2/3 fail if a parameter's gradient arrives twice. During recomputation every
@@ -72,6 +73,7 @@ class Shared(nn.Module):
     """
 
     groups: Mapping[str, int] = {}  # as of an Adapter
+    stays_gathered = True  # ZeRO-3 may leave what is as small gathered between uses, see engines.frozen.persistent_size
 
     def __init__(self) -> None:
         super().__init__()

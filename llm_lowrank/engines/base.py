@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -133,6 +134,10 @@ def _not_met(error: dist.DistError) -> Exception:
 def send(t: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the host on the device. It leaves from pinned memory, so that the host need not wait."""
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
+# what an engine has of a model while it is wrapped
+OF_MODEL = ("params", "settings", "optimizer", "model", "groups", "ddp", "ds", "zero", "init")
 
 
 class Engine(ABC):
@@ -509,6 +514,14 @@ class Engine(ABC):
             raise error
         if first is not None:
             raise RankError(f"rank {first}: {messages[first]}")
+
+    def unload(self) -> None:
+        """Let go of the wrapped model and of its optimizer, so that their memory is free and another can be wrapped."""
+        for name in OF_MODEL:
+            self.__dict__.pop(name, None)
+        gc.collect()  # hooks refer to their modules, and modules to their hooks
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Leave the process group, so that no process or thread stays behind."""

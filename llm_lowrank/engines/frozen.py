@@ -104,11 +104,13 @@ def codes_multiplied(model: nn.Module) -> Iterator[None]:
 def persistent_size(model: nn.Module) -> int:
     """Return the elements up to which ZeRO-3 may leave a parameter gathered between uses: trained or lent, but no W.
 
-    What layers borrow is frozen in some methods, and would travel once for each of them. A trained parameter can be
-    larger than a W: LoSiA's rows of an output layer are larger than the projections of a small head.
+    What layers borrow is frozen in some methods, and would travel once for each of them. What few layers borrow may do
+    so: its lender has `stays_gathered` false. A trained parameter can be larger than a W: LoSiA's rows of an output
+    layer are larger than the projections of a small head.
     """
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
-    lent = [p for layer in layers for lender in layer.borrows for p in lender.parameters()]
+    lenders = [lender for layer in layers for lender in layer.borrows if getattr(lender, "stays_gathered", True)]
+    lent = [p for lender in lenders for p in lender.parameters()]
     wanted = max((p.numel() for p in [*lent, *(p for p in model.parameters() if p.requires_grad)]), default=0)
     weights = [max(part.numel() for part in m.parts()) for m in layers]
     return max(0, min([wanted, *(size - 1 for size in weights)]))

@@ -111,11 +111,14 @@ class Plain(TorchEngine):
         super().forget()
         self._reduce_at_boundary()
 
+    def unload(self) -> None:
+        if (ddp := getattr(self, "ddp", None)) is not None:
+            ddp.reducer = ddp.logger = None
+        super().unload()
+
     def close(self) -> None:
         # DDP's reducer would hold the process group longest. When it is freed, it joins gloo's threads and keeps the
         # interpreter lock that they may be waiting for: now and then a rank hung at its end. Without the reducer the
         # group is freed first.
-        ddp = getattr(self, "ddp", None)
-        if ddp is not None:
-            ddp.reducer = ddp.logger = None
+        self.unload()
         super().close()

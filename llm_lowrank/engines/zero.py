@@ -302,9 +302,16 @@ class Zero(Engine):
             self.zero.optimizer.state[partition] = initial_state(partition.detach(), steps, self.settings)
         self._link()
 
-    def close(self) -> None:
+    def unload(self) -> None:
         if hasattr(self, "ds"):
             self.ds.destroy()
+            if self.stage == 3:  # hooks of autograd refer to the model, where no garbage collector sees them
+                for p in self.ds.module.parameters():
+                    p.data, p.ds_tensor.data = p.new_empty(0), p.ds_tensor.new_empty(0)
+        super().unload()
+
+    def close(self) -> None:
+        self.unload()
         # not torch's call: DeepSpeed keeps groups of its own, which a second run in this process would use
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()

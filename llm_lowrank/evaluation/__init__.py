@@ -4,6 +4,7 @@
 
 questions    the held-out examples of a run; questions of reasoning-gym tasks
 human_eval   programs, which run in the sandbox
+mbpp         the same for MBPP
 harness      all other tasks, by EleutherAI's lm-eval
 
 Whatever a user can have wrong is reported before the weights are read.

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="A,B",
         help="held_out (the default: the examples that the run kept out of its training), reasoning-gym:NAME, "
-        "human-eval, or names of lm-eval's tasks.",
+        "human-eval, mbpp:PATH (a file or folder of the published dataset), or names of lm-eval's tasks.",
     )
     parser.add_argument(
         "--output",
@@ -86,7 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     gym.add_argument(
         "--task_settings", type=mapping, default={}, metavar="YAML", help="Settings of the task: '{min_terms: 2}'."
     )
-    code = parser.add_argument_group("human-eval")
+    _add_code(parser)
+    _add_harness(parser)
+    return parser
+
+
+def _add_code(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tasks that run programs."""
+    code = parser.add_argument_group("human-eval and mbpp:PATH")
     code.add_argument("--samples", type=int, default=1, help="Number of programs for each problem.")
     code.add_argument("--pass_at", type=numbers, default=(1,), metavar="1,10", help="The k of pass@k.")
     code.add_argument("--temperature", type=float, default=0.0, help="0: the most likely program.")
@@ -95,11 +102,27 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Run the programs that the model writes; those of lm-eval's tasks run without a sandbox.",
     )
+    code.add_argument(
+        "--sandbox",
+        choices=["auto", "bubblewrap"],
+        default="auto",
+        help="auto: programs run under bubblewrap where it works, which keeps them from your files. bubblewrap: no "
+        "program runs without it.",
+    )
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    """Add the options of lm-eval's tasks."""
     harness = parser.add_argument_group("lm-eval")
+    harness.add_argument(
+        "--backend",
+        choices=["hf", "vllm"],
+        default="hf",
+        help="What runs the model: transformers, or vLLM, which is not installed with this library.",
+    )
     harness.add_argument("--num_fewshot", type=int, help="Examples in the prompt. By default as the task says.")
     harness.add_argument("--apply_chat_template", action="store_true", help="Ask in a chat.")
     harness.add_argument("--include_path", metavar="FOLDER", help="A folder with task files of your own (.yaml).")
-    return parser
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -16,9 +16,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase
 
+from llm_lowrank.data.templates import with_date
+from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.evaluation.task import Metrics, TaskResult
+from llm_lowrank.files import read_object
+from llm_lowrank.models.export import in_vllm
+from llm_lowrank.models.foreign import CONFIG
+from llm_lowrank.models.stopping import GENERATION
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,16 @@ class Harness:
     batch_size: int
     seed: int
 
-    def run(self, model: PreTrainedModel) -> TaskResult:
+    def run(self, model: Any) -> TaskResult:
+        """model: of transformers, or one of lm-eval's own (load_vllm)."""
         import lm_eval
+        from lm_eval.api.model import LM
         from lm_eval.models.huggingface import HFLM
 
+        if not isinstance(model, LM):
+            model = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
         report = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size),
+            model=model,
             tasks=self.tasks,
             task_manager=self.manager,
             num_fewshot=self.num_fewshot,
@@ -57,6 +68,42 @@ class Harness:
         # groups have metrics and no number of questions
         counts: dict[str, Metrics] = {name: {"n": count["effective"]} for name, count in report["n-samples"].items()}
         return TaskResult({name: metrics(values) | counts.get(name, {}) for name, values in report["results"].items()})
+
+
+def vllm_arguments(
+    subject: Subject, tokenizer: PreTrainedTokenizerBase, dtype: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Return the arguments of lm-eval's class for vLLM. ValueError if vLLM is missing or does not serve the adapter.
+
+    folder: gets the tokenizer, with the chat template and the date of the run, as vLLM reads it from a disk.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("--backend vllm needs vLLM, which is not installed: pip install vllm")
+    with_date(tokenizer, subject.date).save_pretrained(folder)
+    arguments: dict[str, Any] = {
+        "pretrained": str(subject.source.path),
+        "tokenizer": str(folder),
+        "dtype": dtype,
+        "seed": seed,
+        "batch_size": "auto",
+        "tensor_parallel_size": max(1, torch.cuda.device_count()),
+    }
+    if (beside := subject.beside()) is not None and (beside / GENERATION).is_file():
+        arguments["generation_config"] = str(beside)  # where the answers of the run end
+    if subject.adapter is not None:
+        config = read_object(subject.adapter / CONFIG)
+        served = in_vllm(config["r"], bool(config.get("use_dora")), bool(config.get("trainable_token_indices")))
+        if not served.startswith("for vLLM"):
+            raise ValueError(f"--backend vllm: {served}, --use merged")
+        arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": int(served.rpartition(" ")[2])}
+    return arguments
+
+
+def load_vllm(arguments: dict[str, Any]) -> Any:
+    """Load a model into lm-eval's class for vLLM."""
+    from lm_eval.api.registry import get_model
+
+    return get_model("vllm")(**arguments)
 
 
 def metrics(values: dict[str, Any]) -> Metrics:

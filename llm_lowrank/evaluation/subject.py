@@ -86,7 +86,7 @@ class Subject:
         """
         if self.use == "merged":
             return tokenizer_of(self.source.path)
-        folder = self._beside()
+        folder = self.beside()
         if self.adapter is not None and self._rows() and (self.adapter / "tokenizer_config.json").is_file():
             return tokenizer_of(self.adapter)  # with the tokens that the training added
         if folder is not None and (folder / TEMPLATE).is_file():
@@ -112,7 +112,7 @@ class Subject:
         """The day that a chat template which writes the date takes for today: that of the training, for the base model
         of a run too; without a training that says one, the day it is. ValueError if the file says no day.
         """
-        beside = self.source.path if self.use == "merged" else self._beside() or self.source.path
+        beside = self.source.path if self.use == "merged" else self.beside() or self.source.path
         for folder in (beside, self.output):
             if folder is not None and (folder / DATE).is_file():
                 said = (folder / DATE).read_text(encoding="utf-8").strip()
@@ -125,8 +125,8 @@ class Subject:
                     ) from error
         return Date.today().isoformat()
 
-    def _beside(self) -> Path | None:
-        """The folder of the adapter that is evaluated, or that the run has beside the evaluated weights."""
+    def beside(self) -> Path | None:
+        """Return the folder of the adapter that is evaluated, or that the run has beside the evaluated weights."""
         return self.adapter or (self.output / "adapter" if self.output else None)
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -143,7 +143,7 @@ class Subject:
             # the base model with PEFT's layers in it looks like an ordinary model to the tasks
             model = PeftModel.from_pretrained(model, str(self.adapter)).get_base_model()
         # the base of a run is asked as the trained model is
-        if (folder := self._beside()) is not None:
+        if (folder := self.beside()) is not None:
             stop_at(model, read_ends(folder))
         return model.eval()
 

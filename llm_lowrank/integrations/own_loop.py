@@ -54,9 +54,10 @@ SETTINGS = {
     *("deepspeed", "fsdp", "ddp_timeout", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("learning_rate", "lr_scheduler_type", "min_lr_rate", "warmup_steps", "warmup_ratio"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "min_lr_rate", "warmup_steps", "warmup_ratio"),
 }
-Losses = Callable[[], Iterator[Tensor]]
+# of a model: this rank's loss of each micro-batch of one or more whole steps, each made when it is asked for
+Losses = Callable[[nn.Module], Iterator[Tensor]]
 
 
 def prepare(
@@ -74,14 +75,12 @@ def prepare(
 
     model: a folder, a hub name, or a model that transformers loaded from one of these and nobody changed since. codec:
     dense, nf4 or int8. engine: plain, fsdp or deepspeed. max_steps: optimizer steps of the whole run. resume_from: a
-    folder that `Prepared.save` wrote. calibration: for a method that looks at gradients before its first step, see
-    `Prepared.calibrate`. settings: of a recipe, by their names there (learning_rate, dtype,
-    gradient_accumulation_steps, ...).
+    folder that `Prepared.save` wrote. calibration: for a method that looks at gradients before its first step, a
+    function of the model that yields the mean loss of each micro-batch of some whole steps. settings: of a recipe, by
+    their names there (learning_rate, dtype, gradient_accumulation_steps, ...).
 
     RecipeError, a ValueError, names what does not fit, before a weight is read. Under a launcher every rank calls it.
     """
-    if unknown := sorted(settings.keys() - SETTINGS):
-        raise RecipeError(f"{unknown[0]} is no setting of prepare; there are {', '.join(sorted(SETTINGS))}")
     prepared = Prepared(model, method, codec, engine, {**settings, "max_steps": max_steps})
     prepared.load(max_steps, resume_from, calibration)
     return prepared
@@ -94,6 +93,16 @@ class Prepared:
     """The module to call, with the engine around it."""
     optimizer: torch.optim.Optimizer
     """Its step makes the optimizer's step with everything that the method does between two steps."""
+    step: int
+    """Steps that are done, of a resumed run those before it included."""
+    micro: int
+    """Micro-batches since the last step."""
+    exchanges: list[tuple[int, Exchanged]]
+    """The step after which each exchange came, and its report."""
+    base: PreTrainedModel
+    """The model without the engine around it."""
+    loaded: loading.Loaded | None = None
+    """What loading did; None before it."""
 
     def __init__(
         self,
@@ -108,6 +117,9 @@ class Prepared:
         name = str(model if given is None else given.config._name_or_path)
         if not name:
             raise RecipeError("model: it was not loaded from a folder or the hub; save it and give its folder")
+        settings = settings or {}
+        if unknown := sorted(settings.keys() - SETTINGS):
+            raise RecipeError(f"{unknown[0]} is no setting of prepare; there are {', '.join(sorted(SETTINGS))}")
         self.recipe = Recipe(
             **{
                 "model_name_or_path": name,
@@ -118,7 +130,7 @@ class Prepared:
                 "overwrite_output_dir": True,
                 "report_to": "none",
                 "save_merged": False,
-                **(settings or {}),
+                **settings,
             }
         )
         validate(self.recipe)
@@ -132,7 +144,6 @@ class Prepared:
             if given is not None:
                 check_untouched(given, tensors, name)
         self.tensors = tensors
-        self.loaded: loading.Loaded | None = None  # a report, once there are values
 
     # ---- load
 
@@ -142,12 +153,12 @@ class Prepared:
         self.total_steps, self.micro, self.skipped_in_a_row = max_steps, 0, 0
         self.rate: Callable[[int], float] = schedule_of(self.recipe, max_steps).rate  # of a 0-based step
         self.exchange_steps = self.method.schedule(max_steps, self.adapters)
-        self.exchanges: list[tuple[int, Exchanged]] = []  # the step after which, and its report
+        self.exchanges = []
         self.calibration = calibration
         if self.method.calibration and calibration is None and (resume_from is None or self.method.recalibrates):
             raise RecipeError(
                 f"method: {type(self.method).__name__} looks at gradients before its first step, and there are none: "
-                "give prepare calibration, a function that returns an iterator over losses of some micro-batches"
+                "give prepare calibration, a function of the model that yields the losses of some micro-batches"
             )
         if self.recipe.gradient_checkpointing:
             self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -172,11 +183,7 @@ class Prepared:
             self.calibrate()
 
     def calibrate(self) -> None:
-        """Let a method that asks for it look at gradients of `calibration`, which are then forgotten. Collective.
-
-        calibration(): yields this rank's loss of each micro-batch of one or more whole steps, as `backward` takes it,
-        each made when it is asked for.
-        """
+        """Let a method that asks for it look at gradients of `calibration`, which are then forgotten. Collective."""
         if not self.method.calibration:
             return
         losses = self.calibration
@@ -184,7 +191,7 @@ class Prepared:
         self._announce(())
 
         def shares() -> Iterator[Tensor]:
-            return (loss / self._parts for loss in losses())
+            return (loss / self.parts for loss in losses(self.model))
 
         calibrate_on(self.engine, self.model, self.method, self.adapters, shares)
 
@@ -200,7 +207,7 @@ class Prepared:
         The gradient of a step is that of the mean over ranks and micro-batches, as with DistributedDataParallel and
         accelerate.
         """
-        self.accumulate(loss / self._parts)
+        self.accumulate(loss / self.parts)
 
     def accumulate(self, share: Tensor) -> None:
         """Accumulate the gradient of this rank's share of a loss: shares of ranks and micro-batches are summed."""
@@ -260,7 +267,7 @@ class Prepared:
         return self.method.rates(self.adapters, self.step, self.total_steps, self.rate)
 
     @property
-    def _parts(self) -> int:
+    def parts(self) -> int:
         """How many micro-batches of all ranks make a step."""
         return self.engine.world * self.recipe.gradient_accumulation_steps
 
@@ -333,7 +340,7 @@ class Prepared:
             "template": None,
             "examples": [],
             "split": "",
-            "global_batch": self._parts * self.recipe.per_device_train_batch_size,
+            "global_batch": self.parts * self.recipe.per_device_train_batch_size,
             "total_steps": self.total_steps,
         }
 

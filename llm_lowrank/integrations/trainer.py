@@ -101,7 +101,7 @@ class _Lowrank(Trainer):
         settings |= {key: others.pop(key) for key in ("fsdp", "deepspeed") if key in others}
         with take_engine(args, engine) as (engine, found):
             self.prepared = Prepared(model, method, codec, engine, settings | found)
-        self.told = 0  # exchanges that the log has
+        self.logged = 0  # exchanges that the log has
         args._n_gpu = min(1, args.n_gpu)  # one process drives one device
         super().__init__(self.prepared.base, args, **others)
         if "forward" in vars(self.prepared.base):
@@ -147,10 +147,10 @@ class _Lowrank(Trainer):
         self.prepared.load(max_steps, resume_from, self._calibration)
         self.model_wrapped = self.prepared.model
 
-    def _calibration(self) -> Iterator[Tensor]:
+    def _calibration(self, model: nn.Module) -> Iterator[Tensor]:
         """This rank's losses of the samples that come next, as many steps as the method's samples take."""
         prepared, accumulation = self.prepared, self.args.gradient_accumulation_steps
-        samples = self.args.per_device_train_batch_size * prepared._parts
+        samples = self.args.per_device_train_batch_size * prepared.parts
         count = -(-prepared.method.calibration // samples) * accumulation
         with same_random_numbers(prepared.engine.device):
             loader = self.get_train_dataloader()
@@ -165,7 +165,7 @@ class _Lowrank(Trainer):
             )
         for batch in batches:
             with self.compute_loss_context_manager():
-                outputs = prepared.model(**self._prepare_inputs(batch))
+                outputs = model(**self._prepare_inputs(batch))
             yield outputs.loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -221,7 +221,7 @@ class _Lowrank(Trainer):
         if "loss" in logs and prepared.loaded is not None:
             found = prepared.method.metrics(prepared.adapters, prepared.engine)
             logs |= {f"method/{name}": value for name, value in found.items()}
-            news, self.told = prepared.exchanges[self.told :], len(prepared.exchanges)
+            news, self.logged = prepared.exchanges[self.logged :], len(prepared.exchanges)
             if news:
                 logs["exchange/pairs"] = sum(event.pairs for _, event in news)
                 logs["exchange/drift"] = max(event.drift for _, event in news)

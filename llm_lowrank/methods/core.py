@@ -21,6 +21,15 @@ function is kept bitwise and no shard is rewritten.
 
 The change of W is a LoRA of rank p, with B = U S and A = V^T.
 
+Modules i that read the same x may share V (`share_v`), one frozen matrix in place of one for each:
+
+    y_i = W_i x + U_i S_i V^T x        V: leading eigenvectors of sum_i G_i^T G_i / |G_i|^2,  G_i = dL/dW_i
+
+U_i comes from G_i alone, as before. Each module has the same say in V, for Adam's steps do not depend on |G_i| either:
+the gradient of k is often a small part of that of v, and V would be v's.
+
+A turn needs nothing for that. V never turns: what turns is the basis Q_R,i (p, p) of each module's own optimizer.
+
 A long run may leave the first subspace. At the steps that `exchanges` names, these p pairs freeze, and training starts
 again between new bases:
 
@@ -31,6 +40,7 @@ again between new bases:
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,7 +48,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from llm_lowrank.adapters.adapter import Adapter, Whole, generator
+from llm_lowrank.adapters.adapter import Adapter, Shared, Whole, fill_, generator
 from llm_lowrank.adapters.direction import Update
 from llm_lowrank.adapters.exchange import Exchanged, Into, check_drift, into_weight_, needs_bank, probe
 from llm_lowrank.adapters.method import Method
@@ -48,9 +58,12 @@ from llm_lowrank.engines.base import Engine
 from llm_lowrank.numerics.functional import Product, adapter_linear
 from llm_lowrank.numerics.gram import eigh_on_host, in_one_copy
 from llm_lowrank.numerics.pairs import Pairs
+from llm_lowrank.numerics.spectrum import Triplets
 
 FLOOR = 1e-3  # of the mean second moment, added to each: a direction without a gradient is not divided by zero
 COLUMNS = 1.5  # of a product with dL/dW, for each direction that is wanted
+# last words of the names of siblings that read the same x
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 Memory = dict[str, Tensor]
 
 
@@ -71,6 +84,9 @@ class Core(Method):
     before and after."""
     interval: int = 15
     """Steps after which the optimizer's basis turns."""
+    share_v: bool = False
+    """Share V between q_proj, k_proj and v_proj of a layer, and between its gate_proj and up_proj, where p is the same:
+    fewer frozen bases."""
     exchanges: list[int] = field(default_factory=list)
     """Exchange steps, in ascending order: U S V^T freezes, and S starts at zero between new bases; by default none."""
     into: Into = "auto"
@@ -130,6 +146,29 @@ class Core(Method):
         bank = p * len(self.exchanges) if needs_bank(self.into, codec) else 0
         return CoreLayer(name, linear, codec, seed, p, self, bank=bank)
 
+    def link(self, model: nn.Module, adapters: list[Adapter]) -> None:
+        if not self.share_v:
+            return
+        groups: dict[tuple[str, int, int], list[CoreLayer]] = defaultdict(list)
+        for layer in _cores(adapters):
+            parent, _, word = layer.name.rpartition(".")
+            for number, words in enumerate(READ_TOGETHER):
+                if word in words:
+                    groups[parent, number, layer.p].append(layer)
+        together = {key: layers for key, layers in groups.items() if len(layers) > 1}
+        if not together:
+            named = "; ".join(", ".join(words) for words in READ_TOGETHER)
+            raise ValueError(
+                f"method.share_v: no two of the adapted modules share a V. These could, where p is the same: {named}. "
+                "Leave it out"
+            )
+        for (parent, _, _), layers in together.items():
+            # the modules' own parent owns the basis, so that an engine shards and gathers it with their layer
+            basis, word = Basis(layers), layers[0].name.rpartition(".")[2]
+            model.get_submodule(parent).add_module(f"v_of_{word}", basis)
+            for layer in layers:
+                layer.join(basis)
+
     def schedule(self, total_steps: int, adapters: Sequence[Adapter] = ()) -> tuple[int, ...]:
         if late := [step for step in self.exchanges if step >= total_steps]:
             raise ValueError(
@@ -144,20 +183,37 @@ class Core(Method):
             layers,
             engine,
             backward,
-            [layer.p for layer in layers],
+            # a direction that is none of the first p of each module may be one of all together
+            [layer.p if layer.right is layer else min(_columns(layer), *layer.shape) for layer in layers],
             columns=[_columns(layer) for layer in layers],
             niter=self.svd_niter,
         )
+        lent: dict[Basis, list[Triplets]] = defaultdict(list)
         for layer, triplets in zip(layers, found, strict=True):
             if triplets.S[0] == 0:
                 continue  # the samples do not reach this layer; its bases stay random
-            with engine.edit(layer.U, layer.Vt) as (u, vt):
-                u.value.copy_(triplets.U)
-                vt.value.copy_(triplets.V.T)
+            if isinstance(layer.right, Basis):
+                lent[layer.right].append(triplets)
+            with engine.edit(*layer.bases()) as (u, *vt):
+                u.value.copy_(triplets.U[:, : layer.p])
+                for own in vt:
+                    own.value.copy_(triplets.V.T)
+        # ranks may round a decomposition differently: all take that of rank 0
+        shared = engine.broadcast(lambda: [leading(found, basis.p) for basis, found in lent.items()]) if lent else []
+        for basis, V in zip(lent, shared, strict=True):
+            with engine.edit(basis.Vt) as (vt,):
+                vt.value.copy_(V.T)
 
     def exchange(self, adapters: list[Adapter], engine: Engine, step: int, total_steps: int) -> Exchanged | None:
-        number = self.exchanges.index(step)
-        return Exchanged.total([freeze_(engine, layer, number, step) for layer in _cores(adapters)])
+        number, layers = self.exchanges.index(step), _cores(adapters)
+        events = [freeze_(engine, layer, number, step) for layer in layers]
+        # last, as U S V^T is zero by now in all modules that read such a V
+        lent = dict.fromkeys(layer.right for layer in layers if isinstance(layer.right, Basis))
+        fresh = engine.broadcast(lambda: [basis.afresh(step) for basis in lent]) if lent else []
+        for basis, new in zip(lent, fresh, strict=True):
+            with engine.edit(basis.Vt) as (vt,):
+                vt.value.copy_(new)
+        return Exchanged.total(events)
 
     def steps_since(self, step: int) -> int:
         """The steps that were done before this 0-based one since the start or the last exchange."""
@@ -206,10 +262,37 @@ class Core(Method):
             memory[f"core_{name}"].zero_()
 
 
+class Basis(Shared):
+    """What modules that read the same x share: `Vt` = V^T (p, n), and with a bank its side of x, `bank_A` (k, n)."""
+
+    stays_gathered = False  # two or three modules read it, and it travels for each as an own V would
+
+    def __init__(self, layers: Sequence[CoreLayer]) -> None:
+        super().__init__()
+        first = layers[0]
+        self.n, self.bank_room = first.shape[1], first.bank_room
+        self.name = "+".join([first.name, *(layer.name.rpartition(".")[2] for layer in layers[1:])])
+        self.seed, self.p = first.seed, first.p
+        self.Vt = first.factor(self.p, self.n, trained=False)
+        self.bank_A = first.factor(self.bank_room, self.n, trained=False) if self.bank_room else None
+        fill_(self)
+
+    def initial(self) -> dict[str, Tensor]:
+        """The starting values: a random V, which `calibrate` replaces."""
+        with torch.device("cpu"):
+            bank = {"bank_A": torch.zeros(self.bank_room, self.n)} if self.bank_room else {}
+        return {"Vt": self.afresh()} | bank
+
+    def afresh(self, step: int = 0) -> Tensor:
+        """A random V^T on the host. step: the exchange step, or 0 for the start."""
+        return orthonormal(self.n, self.p, generator(self.seed, self.name, step)).T.contiguous()
+
+
 class CoreLayer(Adapter):
     """A frozen linear with U S V^T beside it: `U` (m, p) and `Vt` = V^T (p, n) are frozen, `S` (p, p) is trained.
 
-    The bank has room for the p pairs of each exchange: `bank_B` (m, k), `bank_A` (k, n).
+    The bank has room for the p pairs of each exchange: `bank_B` (m, k), `bank_A` (k, n). A layer that shares V has
+    neither Vt nor bank_A: `right` has them.
     """
 
     directed = ("S",)
@@ -227,24 +310,45 @@ class CoreLayer(Adapter):
         self.bank_A = self.factor(bank, n, trained=False) if bank else None
         self.bank_B = self.factor(m, bank, trained=False) if bank else None
 
+    def join(self, basis: Basis) -> None:
+        """Read V^T and the bank's A of this basis from now on, in place of its own."""
+        del self.Vt, self.bank_A
+        self.borrows = (basis,)
+
+    @property
+    def right(self) -> CoreLayer | Basis:
+        """Whose Vt and bank_A the layer reads: its own, or those that it shares."""
+        return next((lender for lender in self.borrows if isinstance(lender, Basis)), self)
+
+    def bases(self) -> list[nn.Parameter]:
+        """U and, if the layer does not share it, Vt."""
+        return [self.U, *([self.Vt] if self.right is self else [])]
+
+    def bank(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """bank_A and bank_B, or None without a bank."""
+        A, B = self.right.bank_A, self.bank_B
+        return None if A is None or B is None else (A, B)
+
     def initial(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The starting values: random bases, which `calibrate` replaces, and S = 0: the function starts as it was."""
         assert pairs is None, "core takes no pairs out of W"
         (m, n), k = self.shape, self.bank_room
         with torch.device("cpu"):
-            bank = {"bank_A": torch.zeros(k, n), "bank_B": torch.zeros(m, k)} if k else {}
+            bank = {"bank_B": torch.zeros(m, k)} if k else {}
+            bank |= {"bank_A": torch.zeros(k, n)} if k and self.right is self else {}
         return self.afresh() | bank
 
     def afresh(self, step: int = 0) -> dict[str, Tensor]:
-        """Random U and V^T, and S = 0, on the host. step: the exchange step, or 0 for the start."""
-        random = generator(self.seed, self.name, step)
+        """S = 0 and random U and own V^T, on the host. step: the exchange step, or 0 for the start."""
+        (m, n), random = self.shape, generator(self.seed, self.name, step)
+        U = orthonormal(m, self.p, random)
+        right = {"Vt": orthonormal(n, self.p, random).T.contiguous()} if self.right is self else {}
         with torch.device("cpu"):
-            U, V = (torch.linalg.qr(torch.randn(size, self.p, generator=random))[0] for size in self.shape)
-            return {"U": U, "Vt": V.T.contiguous(), "S": torch.zeros(self.p, self.p)}
+            return {"S": torch.zeros(self.p, self.p), "U": U} | right
 
     def forward(self, x: Tensor) -> Tensor:
-        core = Product(self.Vt, self.U, core=self.S)
-        banked = [] if self.bank_A is None or self.bank_B is None else [Product(self.bank_A, self.bank_B)]
+        core = Product(self.right.Vt, self.U, core=self.S)
+        banked = [] if (bank := self.bank()) is None else [Product(*bank)]
         return adapter_linear(
             x,
             self.parts(),
@@ -276,13 +380,14 @@ class CoreLayer(Adapter):
 
     def pairs(self, whole: Whole) -> Pairs:
         """The p pairs of U S V^T. Collective."""
-        return Pairs(whole(self.U) @ whole(self.S), whole(self.Vt))
+        return Pairs(whole(self.U) @ whole(self.S), whole(self.right.Vt))
 
     def change(self, whole: Whole) -> Pairs:
         """U S V^T and the bank."""
-        if self.bank_A is None or self.bank_B is None:
+        if (bank := self.bank()) is None:
             return self.pairs(whole)
-        return Pairs.cat([self.pairs(whole), Pairs(whole(self.bank_B), whole(self.bank_A))])
+        A, B = bank
+        return Pairs.cat([self.pairs(whole), Pairs(whole(B), whole(A))])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}, bank={self.bank_room}"
@@ -291,6 +396,8 @@ class CoreLayer(Adapter):
 @torch.no_grad()
 def freeze_(engine: Engine, layer: CoreLayer, number: int, step: int) -> Exchanged:
     """Freeze U S V^T and start S at zero between random bases; the function does not change. Collective.
+
+    A V that the layer shares stays, for others still read it.
 
     number: of the exchange, from 0. step: so many steps are done.
     """
@@ -305,20 +412,20 @@ def freeze_(engine: Engine, layer: CoreLayer, number: int, step: int) -> Exchang
     B, *fresh = engine.broadcast(lambda: [trained.B, *layer.afresh(step).values()])
     trained = Pairs(B, trained.A)
     # the trained pairs go into W, or into their place in the bank
-    if layer.bank_A is None or layer.bank_B is None:
+    if (place := layer.bank()) is None:
         lost = into_weight_(engine, layer, trained.take(trained.B.any(0)))
     else:
-        with engine.edit(layer.bank_A, layer.bank_B) as (a, b):
+        with engine.edit(*place) as (a, b):  # modules that share bank_A leave the same there
             bank, where = Pairs(b.value, a.value), torch.arange(layer.p, device=engine.device) + number * layer.p
             assert not bank.B[:, where].any(), f"{layer.name}: the bank's place of exchange {number + 1} is not empty"
             bank.put_(where, trained)
-    # U, V^T and S start again, and Adam with them: `memory_of` makes its state at the next step
-    with engine.edit(layer.U, layer.Vt, layer.S) as slots:
+    # S, U and an own V^T start again, and Adam with them: `memory_of` makes its state at the next step
+    with engine.edit(layer.S, *layer.bases()) as slots:
         for slot, value in zip(slots, fresh, strict=True):
             slot.value.copy_(value)
     layer.memory.clear()
     layer.stacked = None
-    into_bank = layer.bank_A is not None
+    into_bank = place is not None
     drift = check_drift(layer, before, answer(), exact=into_bank)
     engine.release(4 * math.prod(layer.shape))  # as float32
     # time and traffic are measured around the whole hook, see measure_exchange
@@ -353,6 +460,21 @@ def memory_of(cores: Sequence[CoreLayer], like: Tensor) -> Memory:
         for i, layer in enumerate(cores):
             layer.memory |= {name: value[i] for name, value in first.stacked.items()}
     return first.stacked
+
+
+def orthonormal(size: int, count: int, random: torch.Generator) -> Tensor:
+    """Random orthonormal columns, (size, count), on the host."""
+    with torch.device("cpu"):
+        return torch.linalg.qr(torch.randn(size, count, generator=random))[0]
+
+
+def leading(found: Sequence[Triplets], p: int) -> Tensor:
+    """The p leading eigenvectors of sum_i G_i^T G_i / |G_i|^2, (n, p), from the leading singular triplets of each G_i.
+
+    They are the left singular vectors of [V_1 diag(S_1) / |S_1|, V_2 diag(S_2) / |S_2|, ...].
+    """
+    sides = torch.cat([triplets.V * (triplets.S / triplets.S.norm()) for triplets in found], 1)
+    return torch.linalg.svd(sides, full_matrices=False)[0][:, :p]
 
 
 def spectra(grams: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ class Writing:
         return self.thread.is_alive()
 
     def finish(self) -> Path:
-        """Wait for all ranks' files, give the folder its name, remove all but the newest, and return the folder.
+        """Wait for all ranks' files, give the folder its name, remove all but the newest and the best, and return it.
 
         Collective.
         """
@@ -120,8 +120,15 @@ class Writing:
         os.replace(self.aside, self.folder)
         sync(self.folder.parent)
         write_text(self.folder.parent / LATEST, self.folder.name + "\n")
+        best = folder_of(self.folder.parent.parent, (self.state["best"] or {"step": 0})["step"])
         for old in complete_checkpoints(self.folder.parent.parent)[self.keep :]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
+
+
+def folder_of(output: Path, step: int) -> Path:
+    """The checkpoint after so many steps of the run in an output folder."""
+    return output / FOLDER / f"step-{step:06d}"
 
 
 def save(
@@ -136,13 +143,15 @@ def save(
     base: str,
     data: dict[str, Any],
     keep: int,
+    best: dict[str, Any] | None = None,
 ) -> Writing:
     """Copy the run's state and begin to write output/checkpoints/step-...; the caller calls `finish`. Collective.
 
     step: completed steps, `skipped` of them without an update. base, data: the fingerprint of the weights, and facts
-    about model and data, which a resuming run compares. keep: the number of checkpoints that stay.
+    about model and data, which a resuming run compares. keep: the number of checkpoints that stay. best: what is to be
+    known of the best state so far, with its step, whose checkpoint stays too.
     """
-    folder = output / FOLDER / f"step-{step:06d}"
+    folder = folder_of(output, step)
     aside = folder.with_name(f"{folder.name}.tmp")
     with engine.together():
         if engine.main:
@@ -171,6 +180,7 @@ def save(
         "format": FORMAT,
         "step": step,
         "skipped": skipped,
+        "best": best,
         "world": engine.world,
         "engine": type(engine).__name__,
         "base": base,

@@ -53,14 +53,19 @@ class SavedAdapter:
     @property
     def in_vllm(self) -> str:
         """The option with which vLLM takes this adapter, or why it does not."""
-        if self.dora:
-            return "vLLM does not serve DoRA adapters: serve the merged model"
-        if self.tokens:
-            return "vLLM serves no adapter with rows of tokens: serve the merged model"
-        option = next((rank for rank in VLLM_RANKS if rank >= self.rank), None)
-        if option is None:
-            return f"vLLM serves no rank above {VLLM_RANKS[-1]}: serve the merged model"
-        return f"for vLLM: --max-lora-rank {option}"
+        return in_vllm(self.rank, self.dora, bool(self.tokens))
+
+
+def in_vllm(rank: int, dora: bool, tokens: bool) -> str:
+    """The option with which vLLM takes an adapter, or why it does not. tokens: whether it has rows of tokens."""
+    if dora:
+        return "vLLM does not serve DoRA adapters: serve the merged model"
+    if tokens:
+        return "vLLM serves no adapter with rows of tokens: serve the merged model"
+    option = next((most for most in VLLM_RANKS if most >= rank), None)
+    if option is None:
+        return f"vLLM serves no rank above {VLLM_RANKS[-1]}: serve the merged model"
+    return f"for vLLM: --max-lora-rank {option}"
 
 
 def delta(engine: Engine, adapter: Adapter) -> Pairs | None:

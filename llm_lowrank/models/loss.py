@@ -23,6 +23,9 @@ bfloat16, and on CPUs it makes a float32 copy of the weight.
 With label smoothing e the loss of a position is (1 - e) of this plus e / |v| sum_v (log sum_u exp(z_tu) - z_tv): the
 cross entropy with a share e spread over the vocabulary. https://arxiv.org/abs/1512.00567 section 7
 
+DFT, dynamic fine-tuning, multiplies the loss of a position by the probability of its label, which counts as a constant:
+p_t (-log p_t), so that the gradient is that of -log p_t times p_t. https://arxiv.org/abs/2508.05629 equation 9
+
 Some models change the logits after the layer (Gemma 2 squashes them, Granite and Cohere scale them). `loss_layer`
 checks this before a run.
 """
@@ -32,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,21 +56,31 @@ BLOCK, BLOCK_ON_ACCELERATOR, TILE = 2**25, 2**27, 256
 PROBE = 8  # tokens of the input with which `loss_layer` checks a model
 
 Forward = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (t, v), labels (t,) -> the summed loss ()
+LossType = Literal["nll", "dft"]
 
 
 def sum_loss(
-    model: nn.Module, inputs: dict[str, Any], labels: Tensor, layer: nn.Module | None, smoothing: float = 0.0
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    layer: nn.Module | None,
+    smoothing: float = 0.0,
+    kind: LossType = "nll",
 ) -> Tensor:
     """Return the negative log-likelihood of all labels that are not IGNORE, summed, at least in float32.
 
     A label is predicted from the tokens before it. labels (batch, length) are not shifted and on the host, where they
     can be counted without waiting for the device. layer: the result of `loss_layer`; None computes all logits.
-    smoothing: the share of every label that is spread over the vocabulary.
+    smoothing: the share of every label that is spread over the vocabulary. kind dft: weighted as DFT does, without
+    smoothing.
     """
+    assert not (smoothing and kind == "dft")
+    loss = dft if kind == "dft" else partial(nll, smoothing=smoothing)
     if layer is None:
         logits = model(**inputs, use_cache=False).logits
-        return nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), smoothing)
-    with answering(layer, labels, smoothing):
+        return loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+    with answering(layer, labels, loss):
         return model(**inputs, use_cache=False).logits.sum()
 
 
@@ -77,19 +90,26 @@ def nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
 
 
+def dft(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy weighted by the probability of each label: logits (t, v), labels (t,) -> ()."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (t,), 0 without a label
+    return (loss * loss.detach().neg().exp()).sum()
+
+
 @contextmanager
-def answering(layer: nn.Module, labels: Tensor, smoothing: float = 0.0) -> Iterator[None]:
+def answering(layer: nn.Module, labels: Tensor, loss: Loss = nll) -> Iterator[None]:
     """Within this block the layer returns the summed loss in the place of logits."""
     assert "forward" not in vars(layer), "the output layer has a forward of its own already"
     forward: Forward = layer.forward
-    layer.forward = partial(_answer, layer, forward, labels, smoothing)
+    layer.forward = partial(_answer, layer, forward, labels, loss)
     try:
         yield
     finally:
         del layer.forward  # the object's attribute; the class still has its forward
 
 
-def _answer(layer: nn.Module, forward: Forward, labels: Tensor, smoothing: float, x: Tensor) -> Tensor:
+def _answer(layer: nn.Module, forward: Forward, labels: Tensor, of_logits: Loss, x: Tensor) -> Tensor:
     """The summed loss, with as many axes as logits have: x (batch, length, n) -> (1, 1, 1)."""
     assert x.shape[:2] == labels.shape, (x.shape, labels.shape)
     # the rows of x that predict a trained label: the label behind position `before` of a sample
@@ -102,7 +122,7 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, smoothing: float
     size = block_rows(vocabulary, x.device)
 
     def loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return nll(forward(rows), wanted, smoothing)
+        return of_logits(forward(rows), wanted)
 
     # one block, or no backward at all: autograd may keep the logits
     plain = len(rows) <= size or not torch.is_grad_enabled()

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from llm_lowrank.codecs import CODECS
+from llm_lowrank.data import Corpus
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import liger
+from llm_lowrank.models.hub import name_errors
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
 from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.metrics import NAMED_BY, TRACKERS, chosen
 from llm_lowrank.run.recipe import Recipe
 
 Check = tuple[str, Callable[[Any], bool]]
@@ -28,7 +31,7 @@ RANGES: dict[str, Check] = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), POSITIVE
     ),
     **dict.fromkeys(("logging_steps", "save_total_limit", "nodes"), POSITIVE),
-    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed"), NATURAL),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "save_steps", "seed", "early_stopping_patience"), NATURAL),
     **dict.fromkeys(("learning_rate", "adam_epsilon", "num_train_epochs", "ddp_timeout"), ABOVE_ZERO),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "neftune_noise_alpha"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing"), DECAY),
@@ -50,6 +53,12 @@ def validate(recipe: Recipe) -> None:
     errors += _token_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     errors += profile_errors(recipe, recipe.max_steps)
+    if recipe.push_to_hub:
+        named = name_errors(recipe.hub_model_id, recipe.save_merged)
+        errors += named if recipe.hub_model_id else ["push_to_hub: true needs hub_model_id, such as OWNER/NAME"]
+    elif recipe.hub_model_id or recipe.hub_private_repo is not None:
+        errors.append("hub_model_id and hub_private_repo are for push_to_hub: true; set it, or remove them")
+    errors += best_errors(recipe, recipe.max_steps)
     for key, given in (("gpu", recipe.gpu != "none"), ("nodes", recipe.nodes is not None)):
         if given and not recipe.dry_run:
             errors.append(f"{key} is for a dry run, which predicts with it; add --dry_run or remove {key}")
@@ -77,6 +86,11 @@ def validate(recipe: Recipe) -> None:
             "activations, and kernels inside of a compiled layer would not be those that the run has compared; set one "
             "of them to false"
         )
+    if recipe.loss_type == "dft" and recipe.label_smoothing:
+        errors.append(
+            "loss_type: dft weighs a token by the probability of its label, and label_smoothing gives it several "
+            "labels; set label_smoothing: 0 or loss_type: nll"
+        )
     if recipe.data.packing and (setting := recipe.method.tells_samples_apart):
         errors.append(
             f"data.packing: true puts several samples into a row, where {setting} cannot tell them apart; change one "
@@ -93,11 +107,7 @@ def validate(recipe: Recipe) -> None:
         errors.append(f"the settings under fsdp are for engine: fsdp, not {recipe.engine}")
     if recipe.engine == "deepspeed":
         errors += _deepspeed_errors(recipe)
-    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
-        extra = {"tensorboard": "track"}.get(recipe.report_to, recipe.report_to)
-        errors.append(
-            f'report_to: {recipe.report_to} is not installed; pip install "llm-lowrank[{extra}]" or --report_to none'
-        )
+    errors += _tracker_errors(recipe)
     errors += _path_errors(recipe)
     if errors:
         raise RecipeError("\n".join(errors))
@@ -113,6 +123,39 @@ def profile_errors(recipe: Recipe, total: int) -> list[str]:
     if 1 <= total < asked[1]:
         return [f"profile_steps: {asked} ends behind the run, which has {total} steps; name earlier steps"]
     return []
+
+
+def best_errors(recipe: Recipe, total: int, corpus: Corpus | None = None) -> list[str]:
+    """What is wrong with the choice of the best state in a run of `total` steps; -1 and None are not known yet."""
+    chosen = "load_best_model_at_end: true"
+    if not recipe.load_best_model_at_end:
+        keys = ("metric_for_best_model", "early_stopping_patience")
+        set_ = [key for key in keys if getattr(recipe, key) != getattr(Recipe, key)]
+        return [f"{key} is for {chosen}; add that, or remove {key}" for key in set_]
+    errors, every = [], recipe.eval_steps
+    if not every or 1 <= total <= every:
+        run = f"the run, which has {total} steps" if total > 0 else "the run"
+        errors.append(
+            f"{chosen} compares evaluations, of which eval_steps: {every} makes none within {run}; set eval_steps"
+        )
+    if not (recipe.data.held_out if corpus is None else len(corpus.held_out)):
+        errors.append(f"{chosen} compares evaluations on held-out examples, and there are none; set data.held_out")
+    elif recipe.metric_for_best_model == "exact_match" and corpus is not None and not corpus.questions:
+        errors.append("metric_for_best_model: exact_match is of data with questions, and these have none; take loss")
+    return errors
+
+
+def _tracker_errors(recipe: Recipe) -> list[str]:
+    errors = []
+    for name in chosen(recipe.report_to):
+        if name not in TRACKERS:
+            lone = f"; {name} stands alone" if name in ("all", "none") else ""
+            errors.append(f"report_to: {name} is no tracker; take some of {', '.join(TRACKERS)}, or all, or none{lone}")
+        elif importlib.util.find_spec(name) is None:
+            extra = {"tensorboard": "track"}.get(name, name)
+            package = name.replace("_", "-") if name in NAMED_BY else f'"llm-lowrank[{extra}]"'
+            errors.append(f"report_to: {name} is not installed; pip install {package} or --report_to none")
+    return errors
 
 
 def _optimizer_errors(recipe: Recipe) -> list[str]:

@@ -13,7 +13,7 @@ from llm_lowrank.data import Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.models.attention import joins_rows
 from llm_lowrank.models.generate import accuracy
-from llm_lowrank.models.loss import sum_loss
+from llm_lowrank.models.loss import LossType, sum_loss
 from llm_lowrank.models.noise import noisy
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
@@ -28,19 +28,20 @@ def batch_loss(
     layer: nn.Module | None = None,
     flat: bool = False,
     smoothing: float = 0.0,
+    kind: LossType = "nll",
 ) -> Tensor:
     """Negative log-likelihood of the trained tokens, summed, so that shares of a global batch add up to its mean.
 
-    layer, smoothing: see models/loss.py. flat: see models/packing.py.
+    layer, smoothing, kind: see models/loss.py. flat: see models/packing.py.
     """
-    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer, smoothing)
+    return sum_loss(model, batch.inputs(device, flat), batch.targets(flat), layer, smoothing, kind)
 
 
 def training_loss(run: Run, model: nn.Module, batch: MicroBatch) -> Tensor:
-    """The summed loss of a batch that is trained on: with the recipe's label smoothing and noise on the embeddings."""
-    recipe, device = run.recipe, run.engine.device
+    """The summed loss of a batch that is trained on: of the recipe's loss_type, with its smoothing and its noise."""
+    recipe, device, flat = run.recipe, run.engine.device, joins_rows(run.model)
     with noisy(run.model, recipe.neftune_noise_alpha, batch.attention_mask):
-        return batch_loss(model, batch, device, run.loss_layer, joins_rows(run.model), recipe.label_smoothing)
+        return batch_loss(model, batch, device, run.loss_layer, flat, recipe.label_smoothing, recipe.loss_type)
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ def answer_room(examples: Sequence[Example]) -> int:
     return max(example.trained for example in examples) + 4
 
 
-def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluation:
+def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics, kept: bool = False) -> Evaluation:
     """Return the loss on the held-out examples and, if the data has questions, the answers to them. Collective.
 
-    model: the wrapped one. Both results are written to `metrics` under `step`.
+    model: the wrapped one. Both results are written to `metrics` under `step`. kept: the model is what it was after
+    run.best.step, an earlier one, and the results are of another kind.
     """
+    kind, state = ("kept", run.best.step) if kept else ("eval", step)
     examples, engine, batch_size = run.corpus.held_out, run.engine, run.recipe.per_device_eval_batch_size
     if not len(examples):
         return Evaluation(None)
@@ -106,8 +109,8 @@ def evaluate(run: Run, model: nn.Module, step: int, metrics: Metrics) -> Evaluat
             synced=engine.shards_parameters and engine.world > 1,
         )
         evaluation = Evaluation(loss, report.exact_match, report.count, tuple(report.samples))
-        metrics.write("eval", step, exact_match=report.exact_match, mean_score=report.mean_score)
-        metrics.write("samples", step, answers=report.samples[:LOGGED])
+        metrics.write(kind, step, exact_match=report.exact_match, mean_score=report.mean_score)
+        metrics.write("samples", state, answers=report.samples[:LOGGED])
     model.train()
-    metrics.write("eval", step, loss=loss)
+    metrics.write(kind, step, loss=loss)
     return evaluation

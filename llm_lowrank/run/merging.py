@@ -81,7 +81,7 @@ def merged_gaps(run: Run, model: nn.Module, metrics: Metrics) -> str:
     lines = []
     for base, gap in zip(merges, gaps(run.model, model, inputs, list(merges.values())), strict=True):
         if gap is not None:
-            metrics.write("gap", run.total_steps, base=base, logits=gap.logits, agreement=gap.agreement)
+            metrics.write("gap", run.made, base=base, logits=gap.logits, agreement=gap.agreement)
             chosen = " (merge_base)" if base == run.recipe.merge_base else ""
             lines.append(f"merged into the {base} weights: {gap}{chosen}")
     return "\n".join(lines)

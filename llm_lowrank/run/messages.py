@@ -182,6 +182,13 @@ def log_exchange(metrics: Metrics, step: int, event: Exchanged) -> str:
     )
 
 
+def log_kept(metrics: Metrics, run: Run) -> str:
+    """Record which state the run keeps, and return the line that says so and why the run ended."""
+    best, why = run.best, run.best.verdict(run.made, run.total_steps)
+    metrics.write("kept", run.made, of_step=best.step or run.made, early=best.exhausted, why=why)
+    return why
+
+
 def describe_skipped_step(run: Run, step: int, norm: float, *, in_a_row: int) -> str:
     """Return the line about a step without a finite gradient; raise FloatingPointError if the step ends the run."""
     what = f"step {step}: the gradient norm is {norm}"

@@ -1,17 +1,25 @@
-"""What a run leaves to look at: metrics.jsonl, one record a line, and the same numbers for a tracker."""
+"""What a run leaves to look at: metrics.jsonl, one record a line, and the same numbers for trackers."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
 from llm_lowrank.files import write_text
 
 PROJECT = "llm_lowrank"
+
+
+# accelerate's trackers, and what they call the name of a run
+NAMED_BY = {"mlflow": "run_name", "comet_ml": "", "clearml": "task_name", "swanlab": "experiment_name"}
+TRACKERS = ("tensorboard", "wandb", "trackio", *NAMED_BY)
 
 
 class Tracker(Protocol):
@@ -37,22 +45,44 @@ class TensorBoard:
         self.board.close()
 
 
-def tracker(report_to: str, folder: Path, resume_step: int | None, settings: dict[str, Any]) -> Tracker | None:
-    """Return the tracker that report_to names.
+class Accelerated:
+    """A tracker of accelerate. These ask accelerate's state which process they are in: it is made here, if none is."""
 
-    wandb and trackio have the same functions. Where they upload, and whether, is set in their own environment.
-    """
-    if report_to == "none":
-        return None
-    if report_to == "tensorboard":
+    def __init__(self, name: str, folder: Path, settings: dict[str, Any]) -> None:
+        self.made_state = not PartialState._shared_state
+        PartialState(cpu=True)  # the device is not accelerate's business
+        self.tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **({at: folder.name} if (at := NAMED_BY[name]) else {}))
+        self.tracker.start()
+        self.tracker.store_init_configuration(settings)
+        self.log = self.tracker.log
+
+    def finish(self) -> None:
+        self.tracker.finish()
+        if self.made_state:  # an Accelerator that comes later must find the devices itself
+            PartialState._reset_state()
+
+
+def chosen(report_to: str | Sequence[str]) -> list[str]:
+    """Return the trackers that report_to names, each once: `all` are those that are installed."""
+    names = report_to.split(",") if isinstance(report_to, str) else report_to
+    if list(names) == ["all"]:
+        return [name for name in TRACKERS if importlib.util.find_spec(name)]
+    return [] if list(names) == ["none"] else list(dict.fromkeys(names))
+
+
+def tracker(name: str, folder: Path, resume_step: int | None, settings: dict[str, Any]) -> Tracker:
+    """Return a tracker. Where it uploads, and whether, is set in its own environment."""
+    if name == "tensorboard":
         return TensorBoard(folder, resume_step)
-    module = importlib.import_module(report_to)
+    if name in NAMED_BY:
+        return Accelerated(name, folder, settings)
+    module = importlib.import_module(name)  # wandb and trackio have the same functions
     module.init(project=PROJECT, name=folder.name, config=settings)
     return module
 
 
 class Metrics:
-    """Appends records to output_dir/metrics.jsonl and reports their numbers to a tracker.
+    """Appends records to output_dir/metrics.jsonl and reports their numbers to trackers.
 
     Ranks other than 0 do nothing.
     """
@@ -60,13 +90,13 @@ class Metrics:
     def __init__(
         self,
         output_dir: str | Path,
-        report_to: str,
+        report_to: str | Sequence[str],
         main: bool,
         resume_step: int | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         """`resume_step`: the step from which the run resumes; records of later steps are dropped."""
-        self.file = self.tracker = None
+        self.file, self.trackers = None, list[Tracker]()
         if not main:
             return
         folder = Path(output_dir)
@@ -76,7 +106,7 @@ class Metrics:
             write_text(path, "".join(_up_to(resume_step, path.read_text(encoding="utf-8"))))
         mode = "w" if resume_step is None else "a"
         self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line at a time: readable while it runs
-        self.tracker = tracker(report_to, folder, resume_step, settings or {})
+        self.trackers = [tracker(name, folder, resume_step, settings or {}) for name in chosen(report_to)]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Write one record: its kind (train, eval, exchange, ...), the completed steps, and named values.
@@ -86,8 +116,8 @@ class Metrics:
         if self.file is not None:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
-        if self.tracker is not None and numbers:
-            self.tracker.log(numbers, step=step)
+        for tracker in self.trackers if numbers else ():
+            tracker.log(numbers, step=step)
 
     def __enter__(self) -> Metrics:
         return self
@@ -97,8 +127,8 @@ class Metrics:
     ) -> None:
         if self.file is not None:
             self.file.close()
-        if self.tracker is not None:
-            self.tracker.finish()
+        for tracker in reversed(self.trackers):
+            tracker.finish()
 
 
 def _up_to(step: int, text: str) -> Iterator[str]:

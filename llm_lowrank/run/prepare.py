@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
@@ -19,14 +21,16 @@ from llm_lowrank.data import Batches, Corpus, StreamBatches
 from llm_lowrank.engines import Engine
 from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
+from llm_lowrank.models.best import Best
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.compiling import compile_layers
+from llm_lowrank.models.hub import open_repositories, repositories
 from llm_lowrank.models.inherited import check_base, open_adapter
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of, use_kernels
-from llm_lowrank.run.checks import profile_errors
+from llm_lowrank.run.checks import best_errors, profile_errors
 from llm_lowrank.run.command_line import RecipeError
 from llm_lowrank.run.flops import Work, work_of
 from llm_lowrank.run.recipe import Recipe
@@ -52,10 +56,12 @@ class Run:
     unused: list[str]  # tensors of the checkpoint that the model has no place for
     work: Work  # what the model multiplies a token by
     facts: dict[str, Any]  # about the model and the data; a run that resumes must find the same ones
+    best: Best  # evaluation so far
     kernels: str = ""  # a sentence about Liger's kernels, if they are used
     resume_from: Checkpoint | None = None
     loss_layer: nn.Module | None = None  # the layer inside of which the loss can be made; None: from whole logits
     notes: list[str] = field(default_factory=list)  # what a user should know before the run starts
+    made: int = 0  # steps made so far
     skipped: int = 0  # steps without an update so far, as their gradients were not finite
 
     @property
@@ -110,24 +116,15 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
     source = Source.open(recipe.model_name_or_path, recipe.model_revision)
     tokenizer, corpus, batches = read_data(recipe, source.path, engine.rank, engine.world, date)
     total = recipe.max_steps if recipe.max_steps > 0 else batches.total_steps
-    model, adapters = build_model(recipe, source.path)
-    if recipe.method.inherits:
-        check_base(open_adapter(recipe.method.inherits), source)
     schedule = schedule_of(recipe, total)
-    if errors := profile_errors(recipe, total):
+    if errors := [*profile_errors(recipe, total), *best_errors(recipe, total, corpus)]:
         raise RecipeError("\n".join(errors))
-    exchange_steps = recipe.method.schedule(total, adapters)
-    tensors = source.in_model(model)
-    unused = loading.bind(model, adapters, tensors)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kernels = use_kernels(recipe, source.path, model, adapters, engine.device) if recipe.use_liger_kernel else ""
-    if recipe.torch_compile:
-        compile_layers(model)
-    model.train()
-    stop_at(model, corpus.ends)
+    model, adapters, tensors, unused, kernels = build(recipe, source, corpus.ends, engine.device)
     if engine.main:
         check_writable(recipe.output)
+        if recipe.push_to_hub:
+            open_repositories(repositories(recipe.hub_model_id, recipe.save_merged), recipe.hub_private_repo)
+    metric = recipe.metric_for_best_model if recipe.load_best_model_at_end else ""
     return Run(
         recipe=recipe,
         engine=engine,
@@ -139,17 +136,41 @@ def prepare(recipe: Recipe, engine: Engine, date: str = "") -> Run:
         batches=batches,
         total_steps=total,
         schedule=schedule,
-        exchange_steps=exchange_steps,
+        exchange_steps=recipe.method.schedule(total, adapters),
         tensors=tensors,
         unused=unused,
         work=work_of(model, recipe.gradient_checkpointing),
         kernels=kernels,
+        best=Best(recipe.output, metric, recipe.early_stopping_patience),
         facts={
             "global_batch": batches.global_batch,
             "total_steps": total,
             **facts_of(source, tokenizer, corpus, recipe.method.inherits),
         },
     )
+
+
+Built = tuple[transformers.PreTrainedModel, list[Adapter], InModel, list[str], str]
+
+
+def build(recipe: Recipe, source: Source, ends: Iterable[int], device: torch.device) -> Built:
+    """Return a model without values: model, adapters, tensors, unused and kernels of a Run. No communication.
+
+    ends: the tokens that end the answers of the data.
+    """
+    model, adapters = build_model(recipe, source.path)
+    if recipe.method.inherits:
+        check_base(open_adapter(recipe.method.inherits), source)
+    tensors = source.in_model(model)
+    unused = loading.bind(model, adapters, tensors)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kernels = use_kernels(recipe, source.path, model, adapters, device) if recipe.use_liger_kernel else ""
+    if recipe.torch_compile:
+        compile_layers(model)
+    model.train()
+    stop_at(model, ends)
+    return model, adapters, tensors, unused, kernels
 
 
 def find_checkpoint(run: Run) -> None:
@@ -167,6 +188,8 @@ def find_checkpoint(run: Run) -> None:
     with engine.together():
         if isinstance(path, str) and not engine.main:
             run.resume_from = Checkpoint.open(Path(path), checked=True)
+    if run.resume_from is not None:
+        run.notes += run.best.resume(engine, run.resume_from)
 
 
 def check_resumable(recipe: Recipe, source: Source, facts: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:

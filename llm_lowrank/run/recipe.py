@@ -20,6 +20,7 @@ from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
+from llm_lowrank.models.loss import LossType
 from llm_lowrank.models.vocabulary import Start
 from llm_lowrank.numerics.optimizers import OptimizerName
 from llm_lowrank.numerics.schedule import Shape
@@ -62,6 +63,13 @@ class Recipe:
     merge_base: Literal["original", "dequantized"] = "original"
     """The weights that a run with codec nf4 or int8 merges into: the checkpoint's own, or the quantized ones that it
     trained on, decoded. The run prints how far either merged model is from the trained one."""
+    push_to_hub: bool = False
+    """At the end, upload adapter/ to the Hugging Face hub, and merged/ to a repository of its own, hub_model_id with
+    -merged behind it. The token is that of HF_TOKEN or hf auth login."""
+    hub_model_id: str = ""
+    """The repository of push_to_hub, OWNER/NAME; without an owner it is yours. It is created before the run."""
+    hub_private_repo: bool | None = None
+    """Whether repositories that are created are private; by default as their owner has set it, else public."""
     dry_run: bool = False
     """Print the resolved recipe, parameter counts, the schedule of exchanges and the expected memory, and exit."""
     gpu: GpuName = "none"
@@ -146,6 +154,9 @@ class Recipe:
     """Steps of linear warm-up to the peak; by default 5, or half of the run if it has fewer than 10 steps."""
     warmup_ratio: float | None = None
     """The warm-up as a share of the run, in place of warmup_steps, which counts by default."""
+    loss_type: LossType = "nll"
+    """The loss of a trained token. nll: its negative log-likelihood. dft: that times the token's probability, held
+    constant (arXiv 2508.05629), so that unlikely tokens teach less. The held-out loss is always nll."""
     label_smoothing: float = 0.0
     """Share of every trained label that is spread over the vocabulary (arXiv 1512.00567). The held-out loss has
     none."""
@@ -158,8 +169,17 @@ class Recipe:
     eval_steps: int = 0
     """Measure the loss on the held-out examples and answer the held-out questions every so many steps. 0: only before
     and after training."""
-    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """The tracker that gets the numbers. metrics.jsonl is written in any case."""
+    load_best_model_at_end: bool = False
+    """Export the state of the best evaluation, in place of the last one. Each new best state is saved as a checkpoint,
+    and at the end of the run the model is loaded anew from it."""
+    metric_for_best_model: Literal["loss", "exact_match"] = "loss"
+    """What is the best evaluation: the lowest held-out loss, or the most held-out questions answered exactly."""
+    early_stopping_patience: int = 0
+    """With load_best_model_at_end: end the run when so many evaluations in a row were no better than the best one
+    before. 0: make all steps."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """The trackers that get the numbers: tensorboard, wandb, trackio, mlflow, comet_ml, clearml, swanlab; all: those
+    that are installed; none. metrics.jsonl is written in any case."""
     profile_steps: list[int] = field(default_factory=list)
     """The first and the last step to trace on rank 0, such as 10,12: output_dir/profile/ gets a trace of torch's
     profiler (Chrome's JSON), and the heaviest operations are printed. Empty: none."""

@@ -24,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 from llm_lowrank.files import write_text
+from llm_lowrank.models.card import Card
 from llm_lowrank.models.checkpoint import whole_shape
 from llm_lowrank.models.loading import Loaded
+from llm_lowrank.models.push import push
 from llm_lowrank.models.source import Source
 from llm_lowrank.run import forecast, report_page
 from llm_lowrank.run.hardware import Gpu, find
@@ -35,7 +37,7 @@ from llm_lowrank.run.messages import describe_batch
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe
-from llm_lowrank.run.results import read_results
+from llm_lowrank.run.results import Results, read_results
 
 REPORT = "report.html"
 PACKAGES = (
@@ -89,18 +91,35 @@ def versions() -> dict[str, str]:
 
 
 def merge_and_report(recipe: Recipe, source: Source) -> None:
-    """Write output_dir/merged if the recipe asks for it, and output_dir/report.html in any case. Call on rank 0."""
+    """Write output_dir/merged if the recipe asks for it, the model cards and output_dir/report.html in any case, and
+    upload what is to be uploaded. Call on rank 0. ValueError says what was not done; all else is on the disk then.
+    """
     try:
         if recipe.save_merged:
             tqdm.write(f"merged:  {merge_adapter(recipe, source)}")
     finally:
         tqdm.write(try_report(recipe.output))
+    if recipe.push_to_hub:
+        try:
+            tqdm.write("\n".join(push(recipe.output, recipe.hub_model_id, recipe.hub_private_repo)))
+        except ValueError as error:
+            again = f"llm-lowrank push {shlex.quote(str(recipe.output))} tries again"
+            raise ValueError(f"the run is done and saved, but not uploaded: {error} {again}") from error
 
 
 def try_report(folder: Path) -> str:
-    """Write the report of a finished run and return a line about it. A fault here is a warning: the run is done."""
+    """Write cards and report of a finished run and return a line about it. A fault is a warning: the run is done."""
     try:
-        return f"report:  {write_report(folder)}"
+        found = read_results(folder)
+        card = Card.of(
+            found.settings,
+            changed=found.changed,
+            facts=found.facts,
+            evaluations=found.of("eval"),
+            adapter=found.adapter,
+        )
+        card.write(folder)
+        return f"report:  {write_report(found)}"
     except Exception as error:
         return (
             f"warning: the run is done and saved, but its report was not written: {type(error).__name__}: {error}; "
@@ -111,9 +130,9 @@ def try_report(folder: Path) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(run: str | Path | Results) -> Path:
     """Write report.html into an output folder and return its path. ValueError if the folder is no run's."""
-    results = read_results(folder)
+    results = run if isinstance(run, Results) else read_results(run)
     path = results.folder / REPORT
     write_text(path, report_page.report(results))
     return path

@@ -81,6 +81,8 @@ def state(results: Results) -> str:
     total = results.facts.get("steps")
     if not isinstance(total, int):
         return f"{done:,} steps"
+    if results.kept.get("early") and results.of("memory"):
+        return str(results.kept["why"])
     if done < total or not results.of("memory"):
         return f"{done:,} of {total:,} steps were made when this page was written; the run has not finished"
     return f"finished, {total:,} steps"
@@ -89,7 +91,7 @@ def state(results: Results) -> str:
 def tiles(results: Results) -> Iterable[Html]:
     """The figures that a reader looks for first."""
     for key, label, show in (("loss", "held-out loss", number), ("exact_match", "exact match, held out", _percent)):
-        found = results.of("eval", key)
+        found = results.evaluations(key)
         if found:
             values = [show(found[0][key]), *([show(found[-1][key])] if len(found) > 1 else [])]
             yield _tile(" \u2192 ".join(values), label)
@@ -227,7 +229,8 @@ def held_out(results: Results) -> Content:
     heads = ["after step", "loss", "exact match", "mean score"][: len(rows[0])]
     count = results.facts.get("held_out")
     said = tag("p", f"{count} examples that the run did not train on.", class_="soft") if count else None
-    return [said, table(heads, rows)]
+    why = tag("p", f"{results.kept['why']}.") if results.kept else None
+    return [said, why, table(heads, rows)]
 
 
 def samples(results: Results) -> Content:
@@ -397,7 +400,7 @@ def figures(runs: Sequence[Results]) -> Content:
     heads += ["after", "effective rank, median", "tokens/s, median", "peak memory, GB"]
     rows: list[list[Content]] = []
     for name, run in zip(_names(runs), runs, strict=True):
-        loss, exact = (run.of("eval", key) for key in ("loss", "exact_match"))
+        loss, exact = (run.evaluations(key) for key in ("loss", "exact_match"))
         memory = run.of("memory", "measured_gb")
         ranks = [module.effective_rank for module in run.learned.values()]
         rows.append(

@@ -65,6 +65,17 @@ class Results:
         return dict(found[-1]["facts"]) if found else {}
 
     @property
+    def kept(self) -> dict[str, Any]:
+        """What was recorded about the state that was kept, if the run chose one; empty otherwise."""
+        found = self.of("kept", "why")
+        return found[-1] if found else {}
+
+    def evaluations(self, name: str) -> list[dict[str, Any]]:
+        """The evaluations that have this value, at last that of what was exported."""
+        found, kept = self.of("eval", name), self.of("kept", name)
+        return found + kept[-1:]
+
+    @property
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults."""
         return {name: value for name, value in self.settings.items() if value != self.defaults.get(name)}

@@ -22,12 +22,12 @@ import yaml
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from llm_lowrank.data import Corpus
+from llm_lowrank.data.identity import identity_of, tokenizer_digest
 from llm_lowrank.engines import Engine
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.inherited import adapter_digest
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.command_line import RecipeError
-from llm_lowrank.run.identity import identity_of, tokenizer_digest
 from llm_lowrank.run.recipe import Recipe
 
 # Settings that may differ when a run resumes: where and how it computes, not what it learns. on_nan is among them, as a
@@ -37,6 +37,9 @@ FREE = {
     "overwrite_output_dir",
     "save_merged",
     "merge_base",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
     "dry_run",
     "gpu",
     "nodes",
@@ -56,6 +59,9 @@ FREE = {
     "gradient_accumulation_steps",
     "logging_steps",
     "eval_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "early_stopping_patience",
     "report_to",
     "save_steps",
     "save_total_limit",

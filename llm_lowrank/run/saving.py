@@ -49,6 +49,7 @@ class Saving:
             base=run.source.fingerprint,
             data=run.facts,
             keep=run.recipe.save_total_limit,
+            best=run.best.state,
         )
         self.waited = time.perf_counter() - began
 

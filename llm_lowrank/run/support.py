@@ -128,7 +128,7 @@ def methods() -> Iterator[tuple[str, Method]]:
 
 def exceptions() -> dict[tuple[str, str], list[str]]:
     """Return what is refused: (reason, with which codecs and engines) -> the settings."""
-    base = Recipe(output_dir=str(SHIPPED / "output" / "none-of-this-is-written"), report_to="none")
+    base = Recipe(output_dir=str(SHIPPED / "output" / "none-of-this-is-written"), report_to=["none"])
     engines, codecs = variants("engine", ENGINES, ENGINE_VARIANTS), variants("codec", CODECS, CODEC_VARIANTS)
     rows: list[tuple[str, Settings]] = [
         (name, {"method": method, **({"optim": "sgd"} if method.own_step else {})}) for name, method in methods()

@@ -94,6 +94,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "lr_scheduler_type": "lr_scheduler scheduler schedule lr_schedule learning_rate_scheduler",
         "adam_beta1 and adam_beta2": "betas adam_betas",
         "adam_epsilon": "eps epsilon adam_eps",
+        "loss_type dft": "use_dft_loss",
         "label_smoothing": "label_smoothing_factor",
         "neftune_noise_alpha": "noisy_embedding_alpha",
         "warmup_steps": "warmup num_warmup_steps",
@@ -129,6 +130,11 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "checkpoint_interval ckpt_interval",
         "logging_steps": "logging_strategy logging_first_step log_every log_interval log_freq log_steps",
         "report_to wandb": "use_wandb",
+        "report_to mlflow": "use_mlflow",
+        "report_to swanlab": "use_swanlab",
+        "report_to": "log_with",
+        "load_best_model_at_end": "load_best save_best_model keep_best",
+        "early_stopping_patience": "early_stopping_steps early_stopping",
         "resume_from_checkpoint auto": "resume auto_resume_from_checkpoints",
         # engines
         "deepspeed": "deepspeed_config ds_config",
@@ -181,8 +187,6 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the optimizers are adamw and lion; betas, epsilon and decay are settings of their own": "optim_args "
         "adam_beta3",
         "there is one learning rate; a method may scale it after an exchange": "embedding_lr lr_groups",
-        "the loss is the cross-entropy of the trained tokens, with label_smoothing if it is set": "use_dft_loss "
-        "loss_type",
         "logits are never built as a whole, with any model; use_liger_kernel takes Liger's other kernels": ""
         "liger_kernel_config cut_cross_entropy",
         "checkpointing is always the non-reentrant kind": "gradient_checkpointing_kwargs use_reentrant_gc",
@@ -235,13 +239,12 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "launch/train.py trains, launch/evaluate.py evaluates": "do_train do_eval do_predict predict_with_generate",
         "there is one kind of training, supervised fine-tuning": "stage rl pref_beta dpo_beta beta kl_coef dpo "
         "kto orpo grpo ppo rlhf ref_model reward_model",
-        "the last state is kept; compare checkpoints with launch/evaluate.py": "load_best_model_at_end "
-        "metric_for_best_model early_stopping_patience early_stopping_steps",
+        "a lower loss is better, and more exact matches are; any improvement counts": "greater_is_better "
+        "early_stopping_threshold",
         "a run has the name of its output_dir, in the project llm_lowrank": "run_name project wandb_project wandb_name",
-        "the trackers are tensorboard, wandb and trackio; see report_to": "use_swanlab use_mlflow",
         "metrics.jsonl and TensorBoard's files are written to output_dir": "logging_dir plot_loss",
-        "upload the folder output_dir/adapter or output_dir/merged with Hugging Face's own command": "push_to_hub "
-        "hub_model_id hub_strategy hub_token hub_revision hub_private_repo hub_always_push",
+        "push_to_hub uploads once, at the end of the run, to the main branch, with the token of HF_TOKEN": ""
+        "hub_strategy hub_token hub_revision hub_always_push",
         "every file of weights is safetensors": "save_safetensors",
         "a checkpoint always holds what a resume needs; adapter/ holds the adapter alone": "save_only_model",
         "a run saves at SIGTERM or SIGUSR1, in any case": "enable_jit_checkpoint",

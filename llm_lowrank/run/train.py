@@ -5,31 +5,29 @@ from __future__ import annotations
 from functools import partial
 
 import draccus
-import torch
 from torch import nn
 
 from llm_lowrank.adapters.exchange import measure_exchange
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.data import MicroBatch, Stream
 from llm_lowrank.engines import Engine
-from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.source import Source
 from llm_lowrank.run.ahead import Ahead
-from llm_lowrank.run.build import codec, optimization
+from llm_lowrank.run.build import codec
 from llm_lowrank.run.calibration import calibrate, exchange
 from llm_lowrank.run.deterministic import algorithms
 from llm_lowrank.run.held_out import Evaluation, evaluate, training_loss
+from llm_lowrank.run.load import load, load_best
 from llm_lowrank.run.memory import compare, predict
 from llm_lowrank.run.merging import export_adapter, merged_gaps
-from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, opening
+from llm_lowrank.run.messages import HOPELESS, describe_skipped_step, describe_stream, log_exchange, log_kept, opening
 from llm_lowrank.run.meter import Meter, log_step, meter_of, progress_bar
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run, agree_on_date, find_checkpoint, make_engine, prepare
 from llm_lowrank.run.profiling import profiled
-from llm_lowrank.run.proofs import look_at
 from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.report import log_start, merge_and_report
-from llm_lowrank.run.saving import Saving, prepare_output
+from llm_lowrank.run.saving import Saving
 from llm_lowrank.run.signals import Preempted, Signals
 from llm_lowrank.run.trained import Trained
 
@@ -72,54 +70,32 @@ def _train(recipe: Recipe, engine: Engine, signals: Signals) -> tuple[Source, Tr
             before = evaluate(run, model, 0, metrics)
             run.say(f"before training: {before}")
             calibrate(run, model)
-        train_steps(run, model, metrics, signals)
-        evaluation = after(run, model, metrics, before)
-        run.say(compare(engine, predicted, metrics, run.total_steps))
-    return run.source, Trained(recipe, run.total_steps, before, evaluation)
-
-
-# --- load -------------------------------------------------------------------------------------------------------------
-
-
-def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
-    """Load, shard and, if the run resumes, restore the model; prepare output_dir. Collective.
-
-    Returns the wrapped model, which is the one to call, and what loading did.
-    """
-    recipe, engine = run.recipe, run.engine
-    engine.at("loading the model")
-    model, loaded = loading.load(
-        engine,
-        run.model,
-        adapters=run.adapters,
-        method=recipe.method,
-        tensors=run.tensors,
-        settings=optimization(recipe),
-        resume_from=run.resume_from,
-    )
-    run.say(str(loaded))
-    torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
-    if run.resume_from is not None:
-        engine.at(f"restoring {run.resume_from.path}")
-        checkpoint.restore(engine, run.model, run.adapters, run.resume_from)
-        run.skipped = run.resume_from.skipped
-    signals.check(engine)
-    look_at(run, model)
-    if engine.main:
-        prepare_output(run)
-    return model, loaded
+        last = train_steps(run, model, metrics, signals)
+        if run.best.metric:
+            run.say(log_kept(metrics, run))
+        if run.best.is_before(run.made):
+            del model
+            model, last = load_best(run), None
+        evaluation = after(run, model, metrics, before, last)
+        run.say(compare(engine, predicted, metrics, run.made))
+    return run.source, Trained(recipe, run.made, run.best.step or run.made, before, evaluation)
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
-def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) -> None:
-    """Make every step that is left, with what follows a step: exchange, report, evaluation, checkpoint. Collective."""
-    recipe, engine, total = run.recipe, run.engine, run.total_steps
+def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) -> Evaluation | None:
+    """Make every step that is left, with what follows a step: exchange, evaluation, report, checkpoint. Collective.
+
+    Returns the evaluation after the last step, if there was one.
+    """
+    recipe, engine, total, best = run.recipe, run.engine, run.total_steps, run.best
     saving, meter = Saving(run, metrics), meter_of(run)
-    skipped_in_a_row = 0
+    skipped_in_a_row, evaluation = 0, None
+    run.made = run.resume_step or 0
+    steps = range(run.made + 1, run.made if best.exhausted else total + 1)
     with progress_bar(run) as bar, Ahead(run.batches, total, engine.device) as ahead:
-        for step in profiled(run, range((run.resume_step or 0) + 1, total + 1)):
+        for step in profiled(run, steps):
             engine.at(f"step {step}")
             rates, norm, good = optimizer_step(run, model, step, ahead.step(step - 1), meter)
             skipped_in_a_row = 0 if good else skipped_in_a_row + 1
@@ -134,24 +110,31 @@ def train_steps(run: Run, model: nn.Module, metrics: Metrics, signals: Signals) 
                 if (event := measure_exchange(engine, hook, recipe.method.changes_function)) is not None:
                     run.say(log_exchange(metrics, step, event))
             bar.update()
-            if step % recipe.logging_steps == 0 or step == total:
-                log_step(run, metrics, meter, step, rate=recipe.method.logged_rate(rates), norm=norm, bar=bar)
-            if recipe.eval_steps and step % recipe.eval_steps == 0 and step < total:
+            run.made, evaluation, better = step, None, False
+            due = recipe.eval_steps and step % recipe.eval_steps == 0
+            if best.metric if step == total else due:  # the last state is evaluated later, unless it may be the best
                 engine.at(f"the evaluation after step {step}")
                 with meter.paused():
-                    run.say(f"step {step}: {evaluate(run, model, step, metrics)}")
+                    evaluation = evaluate(run, model, step, metrics)
+                better = best.hear(engine, step, getattr(evaluation, recipe.metric_for_best_model))
+                run.say(f"step {step}: {evaluation}{', the best so far' * better}")
+            last = step == total or best.exhausted  # saved too, as the export can fail
+            if step % recipe.logging_steps == 0 or last:
+                log_step(run, metrics, meter, step, rate=recipe.method.logged_rate(rates), norm=norm, bar=bar)
             stop, writing = signals.anywhere(engine, saving=saving.busy)
             if not writing:
                 saving.finish()
-            last = step == total  # saved too, as the export can fail
-            if stop or (recipe.save_steps and (last or step % recipe.save_steps == 0)):
+            if stop or (better and not last) or (recipe.save_steps and (last or step % recipe.save_steps == 0)):
                 saving.begin(step)
             if stop and not last:
                 saving.finish()
                 raise Preempted(
                     f"stopped by a signal after step {step} of {total}; resume with --resume_from_checkpoint auto"
                 )
+            if last:
+                break
     saving.finish()
+    return evaluation
 
 
 def optimizer_step(
@@ -182,13 +165,19 @@ def optimizer_step(
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def after(run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | None) -> Evaluation:
-    """Evaluate the trained model, export its adapter, measure what a merge would change. Collective."""
+def after(
+    run: Run, model: nn.Module, metrics: Metrics, before: Evaluation | None, evaluation: Evaluation | None
+) -> Evaluation:
+    """Evaluate the trained model, export its adapter, measure what a merge would change. Collective.
+
+    evaluation: that of this state, if it is known.
+    """
     recipe, engine = run.recipe, run.engine
     if isinstance(run.corpus.train, Stream):
         run.say(describe_stream(run.corpus.train, dict(run.corpus.dropped)))
     engine.at("the evaluation after training")
-    evaluation = evaluate(run, model, run.total_steps, metrics)
+    if evaluation is None:
+        evaluation = evaluate(run, model, run.made, metrics, kept=run.best.is_before(run.made))
     for question, answer, expected, score in evaluation.samples[:SAMPLES]:
         run.say(f"  {question!r}\n    answered {answer!r}, expected {expected!r}, score {score:g}")
     run.say(f"before training: {before}\nafter training:  {evaluation}" if before else f"after training:  {evaluation}")

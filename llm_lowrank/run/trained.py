@@ -18,10 +18,12 @@ class Trained:
     recipe: Recipe
     steps: int
     """Optimizer steps of the whole run, those before a resume included."""
+    kept: int
+    """The step after which the model was what is exported: the last one, or with load_best_model_at_end the best."""
     before: Evaluation | None
     """The evaluation before training: loss, exact_match, count, samples. None if the run resumed."""
     after: Evaluation
-    """The same after training."""
+    """The same after training, of what is exported."""
 
     @property
     def output(self) -> Path:
