@@ -185,7 +185,7 @@ class Trainee:
             samples,
             accumulation,
         )
-        self.original = {k: v.clone() for k, v in kept(_llama, dtype, changes).state_dict().items()}
+        self.original = {k: v.clone() for k, v in llama(dtype, **changes).state_dict().items()}
         self.model = skeleton(dtype, **changes)
         self.adapters: list[Adapter] = attach(self.model, method, codec or CODECS[dtype], seed=0)
         if isinstance(method, LoRA) and method.adapter:
