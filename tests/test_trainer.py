@@ -233,7 +233,9 @@ def test_what_accelerate_launch_sets_chooses_the_engine(model, tmp_path, environ
     assert by_rank[0][2] == pytest.approx(reference(SR, "nf4")[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [name if name in ("zero3", "fsdp") else pytest.param(name, marks=pytest.mark.wide) for name in ENGINES]
+)
 def test_trls_trainer_trains_the_same_with_its_own_loss(model, tmp_path, engine):
     world = ENGINES[engine][0]
     by_rank = ranks.run(world, trained, SFTTrainer, str(model), str(tmp_path), SR, "nf4", engine, timeout=120)
@@ -271,7 +273,9 @@ def resumed(model: str, folder: str, engine: str, rest: bool) -> tuple[list[floa
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], found
 
 
-@pytest.mark.parametrize("engine", ["", *ENGINES])
+@pytest.mark.parametrize(
+    "engine", ["", "zero3", *(pytest.param(name, marks=pytest.mark.wide) for name in ENGINES if name != "zero3")]
+)
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(model, tmp_path, engine):
     world = ENGINES[engine][0] if engine else 1
     run = ranks.run if engine else lambda world, body, *args, timeout: [body(*args)]
