@@ -47,11 +47,11 @@ from llm_lowrank.adapters.method import attach
 from llm_lowrank.codecs import make
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.fsdp import FSDP
-from llm_lowrank.files import stream_safetensors
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.source import SINGLE, Source
+from llm_lowrank.numerics.files import stream_safetensors
 
 ENGINES, CODECS = ("deepspeed", "fsdp"), ("dense", "nf4")
 LOADING, EXCHANGE = 128e6, 64e6

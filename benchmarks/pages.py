@@ -16,7 +16,7 @@ import llm_lowrank
 from benchmarks import methods_table
 from benchmarks.quality import between_marks
 from benchmarks.site import CARDS, ROOT, method_files, title_of
-from llm_lowrank.files import write_text
+from llm_lowrank.numerics.files import write_text
 from llm_lowrank.run import support
 
 HEAD = "| what is trained | exported as | rank of the export |\n|---|---|---|\n"

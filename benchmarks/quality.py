@@ -70,7 +70,6 @@ from llm_lowrank.data import IGNORE, Batches, Example, MicroBatch
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.plain import Plain
 from llm_lowrank.evaluation.record import origin
-from llm_lowrank.files import write_json, write_text
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.dora import DoRA
 from llm_lowrank.methods.droplora import DropLoRA
@@ -86,6 +85,7 @@ from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.numerics.files import write_json, write_text
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model
 from llm_lowrank.run.calibration import calibrate_on, first_samples

@@ -73,10 +73,10 @@ from benchmarks.quality import (
 from benchmarks.quality import methods as all_methods
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import Data, Example, load_corpus, tokenizer_of
-from llm_lowrank.files import write_json, write_text
 from llm_lowrank.methods.core import Core
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import DEMO, Source
+from llm_lowrank.numerics.files import write_json, write_text
 from llm_lowrank.run.calibration import calibrate
 from llm_lowrank.run.held_out import evaluate, held_out_loss
 from llm_lowrank.run.metrics import Metrics

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from launch import merge as launcher
-from llm_lowrank import files
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import Dense
 from llm_lowrank.engines.plain import Plain
@@ -28,6 +27,7 @@ from llm_lowrank.models.export import delta, save_adapter
 from llm_lowrank.models.foreign import CONFIG, WEIGHTS, Lora, Update
 from llm_lowrank.models.merging import add_rounded, merge
 from llm_lowrank.models.source import INDEX, SINGLE, Source
+from llm_lowrank.numerics import files
 from llm_lowrank.numerics.pairs import Pairs
 from tests.tiny import batch, llama
 

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 import llm_lowrank
 from llm_lowrank import LoRA, Prepared, SRLoRA, prepare
+from llm_lowrank.engines.base import RankError
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.methods.core import Core
 from llm_lowrank.methods.lora_ga import LoRAGA
@@ -247,6 +248,38 @@ def test_a_model_that_is_loaded_already(model):
         prepare(loaded, METHOD, **SETTINGS)
     with pytest.raises(RecipeError, match="model: it was not loaded from a folder"):
         prepare(tiny.llama(), METHOD, **SETTINGS)
+
+
+def test_an_adapter_of_another_model_is_refused_and_one_that_changed_is_not_resumed_with(model, tmp_path):
+    other = tiny.llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    prepare(str(tmp_path / "other"), LoRA(rank=4), **SETTINGS).save_adapter(tmp_path / "strange")
+    with pytest.raises(ValueError, match="strange"):
+        prepare(model, LoRA(rank=4, adapter=str(tmp_path / "strange")), **SETTINGS)
+    first = prepare(model, LoRA(rank=4), **SETTINGS)
+    step_of(first, 0)
+    first.save_adapter(tmp_path / "mine")
+    second = prepare(model, LoRA(rank=4, adapter=str(tmp_path / "mine")), **SETTINGS)
+    second.save(tmp_path)
+    step_of(first, 1)
+    first.save_adapter(tmp_path / "mine")
+    with pytest.raises(RecipeError, match=r"method.adapter: .*the weights are not those of the checkpoint"):
+        prepare(model, LoRA(rank=4, adapter=str(tmp_path / "mine")), resume_from=tmp_path, **SETTINGS)
+
+
+def from_its_own_folder(folders: list[str]) -> str:
+    return ranks.caught(lambda: prepare(folders[int(os.environ["RANK"])], METHOD, **SETTINGS), ValueError, RankError)
+
+
+def test_nodes_with_different_copies_of_a_model_are_told(model, tmp_path):
+    other = tiny.llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path)
+    said = ranks.run(2, from_its_own_folder, [model, str(tmp_path)])
+    assert all("rank 0 and rank 1 do not read the same" in line for line in said), said
 
 
 def test_the_names_that_a_notebook_needs_are_at_the_top():

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llm_lowrank.adapters.exchange import Exchanged
-from llm_lowrank.files import write_json, write_safetensors
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.numerics.files import write_json, write_safetensors
 from llm_lowrank.numerics.pairs import Pairs
 from llm_lowrank.numerics.spectrum import effective_rank
 from llm_lowrank.run import drawing, dry_run, memory, report

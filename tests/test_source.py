@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_lowrank import files
-from llm_lowrank.files import raw_bytes, sha256, stream_safetensors, write_json, write_safetensors, write_text
 from llm_lowrank.models import source
 from llm_lowrank.models.source import DEMO, INDEX, SINGLE, Source
+from llm_lowrank.numerics import files
+from llm_lowrank.numerics.files import raw_bytes, sha256, stream_safetensors, write_json, write_safetensors, write_text
 from tests import ranks
 from tests.tiny import DTYPES, llama
 

@@ -417,6 +417,16 @@ def test_two_engines_and_fsdps_first_version_are_refused(model, tmp_path):
     args.fsdp_plugin_args = {"fsdp_version": 1}
     with pytest.raises(RecipeError, match="set fsdp_version: 2"):
         lowrank(Trainer)(str(model), args, method=LoRA(rank=4))
+    args.fsdp_plugin_args = {"fsdp_version": 2, "activation_checkpointing": True}
+    with pytest.raises(
+        RecipeError, match=r"activation_checkpointing is accelerate's.* set gradient_checkpointing: true"
+    ):
+        lowrank(Trainer)(str(model), args, method=LoRA(rank=4))
+
+
+def test_packed_samples_that_a_method_must_tell_apart_are_refused(model, tmp_path):
+    with pytest.raises(RecipeError, match=r"^packing, padding_free: .*cannot tell them apart"):
+        trainer_of(SFTTrainer, model, tmp_path, DropLoRA(**PAIRS, p=0.5, mask="sample"), "dense", packing=True)
 
 
 def test_an_adapter_that_trls_loss_goes_around_is_refused(tmp_path):

@@ -34,7 +34,7 @@ from llm_lowrank.data.settings import Data
 from llm_lowrank.data.sources import MadeRows, OpenDataset, check_formats, check_settings, open_dataset
 from llm_lowrank.data.streaming import Stream
 from llm_lowrank.data.workers import encode_all
-from llm_lowrank.files import cache_dir, sync, writable_folder, write_json
+from llm_lowrank.numerics.files import cache_dir, sync, writable_folder, write_json
 
 NAMED = 5  # bad rows that an error names
 

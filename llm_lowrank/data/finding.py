@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from llm_lowrank.data.reading import COMPRESSED, KINDS, File, kind_of
-from llm_lowrank.files import cache_dir, writable_folder, write_aside
+from llm_lowrank.numerics.files import cache_dir, writable_folder, write_aside
 
 SPLITS = {  # split -> the words for it in the names of folders and files
     "train": ("train", "training"),

@@ -19,7 +19,7 @@ from llm_lowrank.data.finding import Found, find
 from llm_lowrank.data.formats import FORMATS, PRESETS, Preset, Row, format_of
 from llm_lowrank.data.reading import TYPED, File, damage, features, read, schema, survey
 from llm_lowrank.data.settings import Data
-from llm_lowrank.files import cache_dir, writable_folder, write_json
+from llm_lowrank.numerics.files import cache_dir, writable_folder, write_json
 
 REASONING_GYM = "reasoning-gym:"
 MOVED = {  # datasets that older versions had -> what to do instead

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from llm_lowrank.engines.frozen import FrozenLinear
 from llm_lowrank.engines.watch import Watch
 from llm_lowrank.engines.weight import Weight
-from llm_lowrank.files import raw_bytes
+from llm_lowrank.numerics.files import raw_bytes
 from llm_lowrank.numerics.optimizers import Optimization, check_state, initial_state, penalize
 
 TIMEOUT = 1800.0  # seconds without progress after which a guarded run ends

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from llm_lowrank.data.templates import with_date
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.evaluation.task import Metrics, TaskResult
-from llm_lowrank.files import read_object
 from llm_lowrank.models.export import in_vllm
 from llm_lowrank.models.foreign import CONFIG
 from llm_lowrank.models.stopping import GENERATION
+from llm_lowrank.numerics.files import read_object
 
 
 @dataclass(frozen=True)

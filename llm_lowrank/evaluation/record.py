@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llm_lowrank.evaluation.task import TaskResult
-from llm_lowrank.files import write_json, write_text
+from llm_lowrank.numerics.files import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (

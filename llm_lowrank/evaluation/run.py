@@ -20,7 +20,7 @@ from llm_lowrank.evaluation.mbpp import MBPP, Mbpp
 from llm_lowrank.evaluation.questions import HELD_OUT, HeldOut, ReasoningGym, is_reasoning_gym
 from llm_lowrank.evaluation.subject import Subject, Use
 from llm_lowrank.evaluation.task import Task, TaskResult
-from llm_lowrank.files import check_writable
+from llm_lowrank.numerics.files import check_writable
 
 SAMPLES = 5  # answers that are printed
 Kind = Literal["held_out", "reasoning-gym", "human-eval", "mbpp", "lm-eval"]

@@ -15,11 +15,11 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_lowrank.data import Limits, tokenizer_of
-from llm_lowrank.files import file_sha256, read_object
 from llm_lowrank.models.architectures import limits_of, skeleton
 from llm_lowrank.models.foreign import ALL, CONFIG, DATE, TEMPLATE, WEIGHTS
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import read_ends, stop_at
+from llm_lowrank.numerics.files import file_sha256, read_object
 
 Use = Literal["merged", "adapter", "base"]
 

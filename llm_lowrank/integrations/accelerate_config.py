@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.files import write_json
+from llm_lowrank.numerics.files import write_json
 from llm_lowrank.run.command_line import RecipeError
 
 USE_DEEPSPEED, USE_FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
@@ -56,9 +56,15 @@ def _sharding(plugin: dict[str, Any] | None) -> Sharding:
         "fsdp_version": os.environ.get("FSDP_VERSION", "1"),
         "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true"),
         "cpu_offload": os.environ.get("FSDP_OFFLOAD_PARAMS", "false"),
+        "activation_checkpointing": os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false"),
     }
     if int(plugin.get("fsdp_version", 1)) != 2:
         raise RecipeError("fsdp_version: 1 cannot hold quantized weights beside trained ones; set fsdp_version: 2")
+    if _truth(plugin.get("activation_checkpointing", False)):
+        raise RecipeError(
+            "fsdp_config: activation_checkpointing is accelerate's, which does not wrap the model here; set "
+            "gradient_checkpointing: true in the arguments instead"
+        )
     return Sharding(
         reshard_after_forward=_truth(plugin.get("reshard_after_forward", True)),
         cpu_offload=_truth(plugin.get("cpu_offload", False)),

@@ -25,21 +25,23 @@ from llm_lowrank.adapters.exchange import Exchanged, measure_exchange
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.redirect import make_step
 from llm_lowrank.engines import Engine
-from llm_lowrank.files import read_object
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.checkpoint import Checkpoint
 from llm_lowrank.models.export import SavedAdapter, save_adapter
+from llm_lowrank.models.inherited import adapter_digest
 from llm_lowrank.models.merging import Merged, merge
 from llm_lowrank.models.source import InModel, Source
-from llm_lowrank.run.build import build_model, optimization, schedule_of
+from llm_lowrank.numerics.files import read_object
+from llm_lowrank.run.build import schedule_of
 from llm_lowrank.run.calibration import calibrate_on
 from llm_lowrank.run.checks import validate
 from llm_lowrank.run.command_line import RecipeError
+from llm_lowrank.run.load import load_model
 from llm_lowrank.run.messages import HOPELESS
-from llm_lowrank.run.prepare import make_engine
+from llm_lowrank.run.prepare import build, make_engine
 from llm_lowrank.run.recipe import Recipe
-from llm_lowrank.run.resuming import check_same_run
+from llm_lowrank.run.resuming import check_ranks_alike, check_same_run
 
 # Settings of a recipe that mean something without its data, its evaluation and its files.
 SETTINGS = {
@@ -137,13 +139,10 @@ class Prepared:
         self.engine: Engine = make_engine(self.recipe)
         with self.engine.together():
             self.source = Source.open(name, self.recipe.model_revision)
-            self.base, self.adapters = build_model(self.recipe, self.source.path)
+            self.base, self.adapters, self.tensors, *_ = build(self.recipe, self.source, (), self.engine.device)
             self.base.config._name_or_path = name
-            tensors = self.source.in_model(self.base)
-            loading.bind(self.base, self.adapters, tensors)
             if given is not None:
-                check_untouched(given, tensors, name)
-        self.tensors = tensors
+                check_untouched(given, self.tensors, name)
 
     # ---- load
 
@@ -160,26 +159,13 @@ class Prepared:
                 f"method: {type(self.method).__name__} looks at gradients before its first step, and there are none: "
                 "give prepare calibration, a function of the model that yields the losses of some micro-batches"
             )
-        if self.recipe.gradient_checkpointing:
-            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.base.train()
+        check_ranks_alike(self.engine, self.source, self._facts)
         resuming = self._open(resume_from)
         self.step, self.skipped = (0, 0) if resuming is None else (resuming.step, resuming.skipped)
         self.base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self.model, self.loaded = loading.load(
-            self.engine,
-            self.base,
-            adapters=self.adapters,
-            method=self.method,
-            tensors=self.tensors,
-            settings=optimization(self.recipe),
-            resume_from=resuming,
-        )
+        self.model, self.loaded = load_model(self.recipe, self.engine, self.base, self.adapters, self.tensors, resuming)
         self.optimizer = Step(self)
-        torch.manual_seed(self.recipe.seed * 1000 + self.engine.rank)  # dropout differs between ranks
-        if resuming is not None:
-            checkpoint.restore(self.engine, self.base, self.adapters, resuming)
-        else:
+        if resuming is None:
             self.calibrate()
 
     def calibrate(self) -> None:
@@ -334,7 +320,9 @@ class Prepared:
     @property
     def _facts(self) -> dict[str, Any]:
         """What must be the same when a run resumes, beside the settings. The data is the loop's own business."""
+        adapter = self.method.inherits
         return {
+            **({"adapter": adapter_digest(adapter)} if adapter else {}),
             "config": read_object(self.source.path / "config.json"),
             "tokenizer": "",
             "template": None,

@@ -97,6 +97,12 @@ class _Lowrank(Trainer):
                 raise RecipeError(f"{name}: the model is made by lowrank(), from method and codec; leave it out")
         if any(others.get("optimizers", (None, None))):
             raise RecipeError("optimizers: the optimizer belongs to the engine; choose it and its schedule in args")
+        packed = any(getattr(args, name, False) for name in ("packing", "padding_free"))
+        if packed and (joined := method.tells_samples_apart):
+            raise RecipeError(
+                f"packing, padding_free: they put several samples into a row, where {joined} cannot tell them apart; "
+                "change one of them"
+            )
         settings = settings_of(args) | {"dtype": dtype or ("bfloat16" if args.bf16 else "float32")}
         settings |= {key: others.pop(key) for key in ("fsdp", "deepspeed") if key in others}
         with take_engine(args, engine) as (engine, found):

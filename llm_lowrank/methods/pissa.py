@@ -18,8 +18,8 @@ from torch import Tensor
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, as_pair_adapters
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.files import cache_dir
 from llm_lowrank.methods.lora import LoRA
+from llm_lowrank.numerics.files import cache_dir
 from llm_lowrank.numerics.pairs import Pairs
 from llm_lowrank.numerics.spectrum import Triplets, cached_triplets
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.codecs import Codec, make
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.files import stored_names, write_safetensors
 from llm_lowrank.models.loading import blocks, encode_rows
+from llm_lowrank.numerics.files import stored_names, write_safetensors
 from llm_lowrank.numerics.pairs import Pairs
 
 BACKBONE = "backbone.safetensors"

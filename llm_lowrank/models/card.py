@@ -20,9 +20,9 @@ from llm_lowrank.adapters.direction import Direction
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.data import PRESETS, Data
 from llm_lowrank.data.reading import kind_of
-from llm_lowrank.files import write_text
 from llm_lowrank.models.export import in_vllm
 from llm_lowrank.models.hub import repositories
+from llm_lowrank.numerics.files import write_text
 
 README = "README.md"
 HERE = "PATH-OR-NAME"  # in the place of the repository's name, as long as nobody has given one

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.adapters.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
 from llm_lowrank.engines.base import Engine, Slot
-from llm_lowrank.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
+from llm_lowrank.numerics.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.numerics.pairs import Block, Change, Pairs
 
 # 1: without skipped steps; memory in one file. 2: spans were called runs. 3: without what tells a moved model and moved

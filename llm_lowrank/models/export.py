@@ -22,8 +22,8 @@ from llm_lowrank.adapters.adapter import Adapter, PairAdapter
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.tokens import TokenRows
 from llm_lowrank.engines.base import Engine
-from llm_lowrank.files import file_sha256, write_json, write_safetensors
 from llm_lowrank.models.foreign import ALL, CONFIG, PREFIX, TOKENS, WEIGHTS
+from llm_lowrank.numerics.files import file_sha256, write_json, write_safetensors
 from llm_lowrank.numerics.pairs import Pairs
 
 PEFT_VERSION = "0.21.2"  # whose format is written

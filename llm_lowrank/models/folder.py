@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_lowrank.files import read_object
+from llm_lowrank.numerics.files import read_object
 
 OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 TEXTS = ("tokenizer.json", "chat_template.jinja")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_lowrank.adapters.method import match_pattern
-from llm_lowrank.files import file_sha256, read_object, stored_names
+from llm_lowrank.numerics.files import file_sha256, read_object, stored_names
 from llm_lowrank.numerics.pairs import Pairs
 
 CONFIG = "adapter_config.json"

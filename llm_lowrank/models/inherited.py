@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from llm_lowrank.adapters.adapter import Adapter, Inherited, PairAdapter, Place
-from llm_lowrank.files import file_sha256
 from llm_lowrank.models.foreign import ALL, CONFIG, WEIGHTS, Lora
 from llm_lowrank.models.source import Source, download_adapter
+from llm_lowrank.numerics.files import file_sha256
 from llm_lowrank.numerics.pairs import Pairs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly

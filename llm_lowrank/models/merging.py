@@ -24,12 +24,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_lowrank.engines.frozen import FrozenLinear
-from llm_lowrank.files import read_object, stream_safetensors, sync, write_json
 from llm_lowrank.models.backbone import Backbone
 from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora, Update
 from llm_lowrank.models.prequantized import without_announcement
 from llm_lowrank.models.source import INDEX, SINGLE, Source
 from llm_lowrank.models.stopping import GENERATION, read_ends, with_ends
+from llm_lowrank.numerics.files import read_object, stream_safetensors, sync, write_json
 
 # The share of the whole update that rounding may take. With more of it gone the merged model is not the trained one.
 LOST = 0.5

@@ -24,12 +24,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_lowrank.files import DTYPES, cache_dir, raw_bytes, read_object, stored_names, writable_folder
 from llm_lowrank.models import architectures
 from llm_lowrank.models.folder import check_small_files
 from llm_lowrank.models.part import refuse_codes
 from llm_lowrank.models.prequantized import Nf4Weight, announcement, decode_all
 from llm_lowrank.models.scaled import ScaledWeight
+from llm_lowrank.numerics.files import DTYPES, cache_dir, raw_bytes, read_object, stored_names, writable_folder
 
 DEMO = "smollm2-135m-instruct"
 SINGLE = "model.safetensors"

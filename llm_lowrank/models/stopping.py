@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_lowrank.files import read_object
+from llm_lowrank.numerics.files import read_object
 
 GENERATION = "generation_config.json"
 

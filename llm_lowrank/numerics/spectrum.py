@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_lowrank.files import sha256, write_safetensors
+from llm_lowrank.numerics.files import sha256, write_safetensors
 
 OVERSAMPLE = 8  # extra random directions; Halko et al. recommend 5 to 10
 Many = Callable[[list[Tensor]], list[Tensor]]  # one product with each of many matrices

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from llm_lowrank.data import ExampleTable, describe_unused
-from llm_lowrank.files import cache_dir
 from llm_lowrank.models.source import config_folder
+from llm_lowrank.numerics.files import cache_dir
 from llm_lowrank.run.build import read_data
 from llm_lowrank.run.command_line import CONFIG, RecipeError
 from llm_lowrank.run.recipe import Recipe, parse

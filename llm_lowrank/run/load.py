@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from llm_lowrank.adapters.adapter import Adapter
+from llm_lowrank.engines import Engine
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.checkpoint import Checkpoint
+from llm_lowrank.models.source import InModel
 from llm_lowrank.run.build import optimization
 from llm_lowrank.run.prepare import Run, build
 from llm_lowrank.run.proofs import look_at
+from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.saving import prepare_output
 from llm_lowrank.run.signals import Signals
 
@@ -28,24 +33,37 @@ def load(run: Run, signals: Signals) -> tuple[nn.Module, loading.Loaded]:
 
 
 def _load(run: Run, point: Checkpoint | None) -> tuple[nn.Module, loading.Loaded]:
-    recipe, engine = run.recipe, run.engine
+    model, loaded = load_model(run.recipe, run.engine, run.model, run.adapters, run.tensors, point)
+    run.say(str(loaded))
+    if point is not None:
+        run.skipped = point.skipped
+    return model, loaded
+
+
+def load_model(
+    recipe: Recipe,
+    engine: Engine,
+    model: PreTrainedModel,
+    adapters: list[Adapter],
+    tensors: InModel,
+    point: Checkpoint | None,
+) -> tuple[nn.Module, loading.Loaded]:
+    """Load and shard a model that was built without values, and restore it if there is a checkpoint. Collective."""
     engine.at("loading the model")
-    model, loaded = loading.load(
+    wrapped, loaded = loading.load(
         engine,
-        run.model,
-        adapters=run.adapters,
+        model,
+        adapters=adapters,
         method=recipe.method,
-        tensors=run.tensors,
+        tensors=tensors,
         settings=optimization(recipe),
         resume_from=point,
     )
-    run.say(str(loaded))
     torch.manual_seed(recipe.seed * 1000 + engine.rank)  # dropout differs between ranks
     if point is not None:
         engine.at(f"restoring {point.path}")
-        checkpoint.restore(engine, run.model, run.adapters, point)
-        run.skipped = point.skipped
-    return model, loaded
+        checkpoint.restore(engine, model, adapters, point)
+    return wrapped, loaded
 
 
 def load_best(run: Run) -> nn.Module:

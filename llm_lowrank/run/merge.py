@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from llm_lowrank.files import read_object
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.foreign import CONFIG
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.files import read_object
 
 
 def main(argv: list[str]) -> int:

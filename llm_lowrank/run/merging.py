@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from llm_lowrank.data import Batches
-from llm_lowrank.files import write_json, write_text
 from llm_lowrank.models.architectures import tied_modules
 from llm_lowrank.models.backbone import BACKBONE, Backbone
 from llm_lowrank.models.export import SavedAdapter, save_adapter
@@ -14,6 +13,7 @@ from llm_lowrank.models.merging import Merged, Merging, copy_tokenizer, gaps, me
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import GENERATION, with_ends
 from llm_lowrank.models.vocabulary import token_rows
+from llm_lowrank.numerics.files import write_json, write_text
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import Recipe

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from llm_lowrank.files import write_text
+from llm_lowrank.numerics.files import write_text
 
 PROJECT = "llm_lowrank"
 

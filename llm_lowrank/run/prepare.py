@@ -19,7 +19,6 @@ from llm_lowrank import engines
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.data import Batches, Corpus, StreamBatches
 from llm_lowrank.engines import Engine
-from llm_lowrank.files import check_writable
 from llm_lowrank.models import checkpoint, loading
 from llm_lowrank.models.best import Best
 from llm_lowrank.models.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from llm_lowrank.models.hub import open_repositories, repositories
 from llm_lowrank.models.inherited import check_base, open_adapter
 from llm_lowrank.models.source import InModel, Source
 from llm_lowrank.models.stopping import stop_at
+from llm_lowrank.numerics.files import check_writable
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run.build import build_model, engine_settings, read_data, schedule_of, use_kernels
 from llm_lowrank.run.checks import best_errors, profile_errors

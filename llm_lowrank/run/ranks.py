@@ -39,11 +39,11 @@ from llm_lowrank import engines
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.data import IGNORE, MicroBatch
 from llm_lowrank.engines import Engine
-from llm_lowrank.files import write_text
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.models import loading
 from llm_lowrank.models.source import Source
 from llm_lowrank.numerics.budget import check_budget, intrinsic_dimension, share_out, share_out_components, stable_rank
+from llm_lowrank.numerics.files import write_text
 from llm_lowrank.numerics.spectrum import Matrix, top_triplets
 from llm_lowrank.run.build import build_model, optimization, read_data
 from llm_lowrank.run.calibration import calibrate_on, first_samples

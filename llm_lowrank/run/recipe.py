@@ -18,10 +18,10 @@ from llm_lowrank.data import Data
 from llm_lowrank.engines import EngineName
 from llm_lowrank.engines.base import TIMEOUT
 from llm_lowrank.engines.fsdp import Sharding
-from llm_lowrank.files import write_text
 from llm_lowrank.methods.srlora import SRLoRA
 from llm_lowrank.models.loss import LossType
 from llm_lowrank.models.vocabulary import Start
+from llm_lowrank.numerics.files import write_text
 from llm_lowrank.numerics.optimizers import OptimizerName
 from llm_lowrank.numerics.schedule import Shape
 from llm_lowrank.run.command_line import help_text, read

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_lowrank.files import write_text
 from llm_lowrank.models.card import Card
 from llm_lowrank.models.checkpoint import whole_shape
 from llm_lowrank.models.loading import Loaded
 from llm_lowrank.models.push import push
 from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.files import write_text
 from llm_lowrank.run import forecast, report_page
 from llm_lowrank.run.hardware import Gpu, find
 from llm_lowrank.run.memory import Predicted

@@ -7,10 +7,10 @@ import time
 
 import draccus
 
-from llm_lowrank.files import write_text
 from llm_lowrank.models import checkpoint
 from llm_lowrank.models.backbone import BACKBONE
 from llm_lowrank.models.foreign import DATE
+from llm_lowrank.numerics.files import write_text
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
 from llm_lowrank.run.recipe import save
