@@ -151,6 +151,7 @@ def exported(folder: Path, recipe: Recipe, out: Path) -> tuple[Tensor, Source]:
         path=out / "adapter",
         base_model_name_or_path=source.name,
         outer_name=source.outer_name,
+        model=model,
     )
     return answers(model), source
 

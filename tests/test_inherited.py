@@ -260,7 +260,7 @@ def started(adapter: Path, method: LoRA) -> None:
         ({}, {"target_modules": ["up_proj"], "alpha": 6.0}, "k_proj.*does not adapt.*target_modules k_proj,up_proj"),
         ({"use_dora": True}, {}, "DoRA adapter.*launch/merge.py"),
         ({"bias": "lora_only"}, {}, "bias"),
-        ({"modules_to_save": ["norm"]}, {}, "modules_to_save"),
+        ({"modules_to_save": ["norm"]}, {}, "brings weights of its own, .*norm.weight.*start from the merged model"),
         ({"target_modules": ["k_proj", "up_proj", "lm_head"]}, {}, "brings weights|lm_head"),
         ({"target_modules": ["k_proj", "up_proj", "embed_tokens"]}, {}, "embed_tokens"),
         ({"trainable_token_indices": [3, 5]}, {}, "brings rows of tokens, of .*embed_tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -83,19 +84,29 @@ def lived(model: str, folder: str, engine: str, codec: str, **settings: Any) -> 
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 @pytest.mark.parametrize(
-    "engine, world, codec",
-    [("plain", 1, "dense"), ("plain", 2, "nf4"), ("fsdp", 2, "nf4"), ("zero2", 2, "dense"), ("zero3", 3, "nf4")],
+    "engine, world, codec, modules",
+    [
+        ("plain", 1, "dense", []),
+        ("plain", 2, "nf4", []),
+        ("fsdp", 2, "nf4", []),
+        ("zero2", 2, "dense", ["embed_tokens", "norm"]),
+        ("zero3", 3, "nf4", []),
+    ],
 )
-def test_a_loop_of_ones_own_trains_what_our_loop_trains(model, tmp_path, engine, world, codec):
-    t = tiny.Trainee(METHOD, "plain", "fp32" if codec == "dense" else codec, max_grad_norm=0.5, total=STEPS)
+def test_a_loop_of_ones_own_trains_what_our_loop_trains(model, tmp_path, engine, world, codec, modules):
+    dtype = "fp32" if codec == "dense" else codec
+    t = tiny.Trainee(METHOD, "plain", dtype, max_grad_norm=0.5, total=STEPS, modules=modules)
     wanted = []
     for step in range(STEPS):
         wanted.append(t.step(step, RATE))
         if step + 1 in METHOD.schedule(STEPS, t.adapters):
             t.exchange(step + 1)
     arguments = (model, str(tmp_path), engine, codec)
-    losses, values = lived(*arguments) if world == 1 else ranks.run(world, lived, *arguments, timeout=120)[0]
+    live = partial(lived, modules_to_save=modules)
+    losses, values = live(*arguments) if world == 1 else ranks.run(world, live, *arguments, timeout=120)[0]
+    assert not modules or "model.norm.weight" in values
     assert losses == pytest.approx(wanted, rel=1e-6)
     for name, value in t.values().items():
         if name in values:

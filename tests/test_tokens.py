@@ -239,9 +239,7 @@ def exported(engine: str, tied: bool, folder: str) -> Tensor:
     t = trainee(engine, tie_word_embeddings=tied)
     for step in range(STEPS):
         t.step(step)
-    save_adapter(
-        t.engine, t.adapters, method=METHOD, path=folder, base_model_name_or_path="base", rows=token_rows(t.model)
-    )
+    save_adapter(t.engine, t.adapters, method=METHOD, path=folder, base_model_name_or_path="base", model=t.model)
     return t.logits().cpu()
 
 

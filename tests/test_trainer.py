@@ -132,6 +132,7 @@ def trainer_of(kind: type[Trainer], model: Any, folder: Any, method: Method, cod
         changes = {"max_length": None, "gradient_checkpointing": True, **changes}
         more["processing_class"] = tokenizer()
     rows = changes.pop("rows", None) or data()
+    more["modules_to_save"] = changes.pop("modules_to_save", [])
     args = arguments(folder, config, **changes)
     return lowrank(kind)(str(model), args, method=method, codec=codec, train_dataset=rows, **more)
 
@@ -247,8 +248,10 @@ def test_trls_trainer_in_one_process_with_accumulation(model, tmp_path):
     check_alike(found, reference(SR, accumulation=3))
 
 
-def test_the_adapter_that_a_trainer_saves_is_the_model_that_it_trained(model, tmp_path):
-    trainer = trainer_of(Trainer, model, tmp_path, SR, "dense")
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+@pytest.mark.parametrize("modules", [[], ["norm", "embed_tokens"]], ids=["adapters", "whole modules"])
+def test_the_adapter_that_a_trainer_saves_is_the_model_that_it_trained(model, tmp_path, modules):
+    trainer = trainer_of(Trainer, model, tmp_path, SR, "dense", modules_to_save=modules)
     trainer.train()
     trainer.save_model()
     ids = tiny.batch(77)
@@ -433,6 +436,8 @@ def test_an_adapter_that_trls_loss_goes_around_is_refused(tmp_path):
     tiny.llama(tie_word_embeddings=False).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"SFTTrainer computes its loss from the weight of lm_head .*output_factor=0"):
         trainer_of(SFTTrainer, tmp_path, tmp_path, LoSiA(factor=0.25, period=1, output_factor=0.5), "dense")
+    with pytest.raises(RecipeError, match=r"from the weight of lm_head .* would not be trained"):
+        trainer_of(SFTTrainer, tmp_path, tmp_path, LoRA(rank=4), "dense", modules_to_save=["lm_head"])
 
 
 def test_a_second_training_is_refused(model, tmp_path):

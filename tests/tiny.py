@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from llm_lowrank.models import checkpoint
 from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.loading import bind, load
 from llm_lowrank.models.vocabulary import train_rows
+from llm_lowrank.models.whole import train_whole
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.run.calibration import calibrate_on
 from tests import ranks
@@ -174,6 +175,7 @@ class Trainee:
         resume_from: checkpoint.Checkpoint | None = None,
         length: int = 8,
         tokens: TrainedTokens | None = None,
+        modules: Sequence[str] = (),
         **changes: object,
     ) -> None:
         self.total = total  # steps of the run, as far as a method wants to know
@@ -192,6 +194,7 @@ class Trainee:
             inherit(open_adapter(method.adapter), self.model, self.adapters, role=method.adapter_role)
         if tokens is not None:
             train_rows(self.model, self.adapters, tokens)
+        train_whole(self.model, modules)
         self.checkpoint = Checkpoint(self.original)
         bind(self.model, self.adapters, self.checkpoint)
         self.max_grad_norm = max_grad_norm

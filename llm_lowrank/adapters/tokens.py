@@ -122,23 +122,40 @@ def _mean(rows: Rows, count: int) -> Tensor:
     return (total / count).float()
 
 
+def embed_scale(embedding: nn.Embedding) -> Tensor | None:
+    """What Gemma 3's embedding multiplies the rows by that it looks up; None of every other embedding."""
+    scale = getattr(embedding, "embed_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
+def is_lookup(embedding: nn.Module) -> bool:
+    """Whether a module is an embedding that does nothing but look rows up, and perhaps scale them."""
+    return type(embedding) is nn.Embedding or (
+        isinstance(embedding, nn.Embedding) and embed_scale(embedding) is not None
+    )
+
+
+def look_as(ours: nn.Embedding, embedding: nn.Embedding, rows: int) -> None:
+    """Give an embedding that is made here what torch's class has beside the weight. rows: that it can look up."""
+    ours.num_embeddings, ours.embedding_dim = rows, embedding.embedding_dim
+    ours.padding_idx, ours.max_norm, ours.norm_type = embedding.padding_idx, None, 2.0
+    ours.scale_grad_by_freq, ours.sparse = False, False
+
+
 class TokenEmbedding(nn.Embedding):
     """An embedding with trained rows in the place of some, and behind its last one."""
 
     def __init__(self, embedding: nn.Embedding, rows: TokenRows) -> None:
         nn.Module.__init__(self)
         tokens = rows.tokens
-        self.num_embeddings, self.embedding_dim = tokens.size, embedding.embedding_dim
-        self.padding_idx, self.max_norm, self.norm_type = embedding.padding_idx, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
+        look_as(self, embedding, tokens.size)
         self.weight = embedding.weight  # the same parameter, which an output layer may share
         self.borrows = (rows,)
         self.last = tokens.rows - 1
         self.index: Tensor
         self.scale: Tensor | None
         self.register_buffer("index", tokens.index(), persistent=False)
-        scale = getattr(embedding, "embed_scale", None)  # of Gemma 3, which multiplies the rows that it looks up
-        self.register_buffer("scale", scale if isinstance(scale, Tensor) else None, persistent=False)
+        self.register_buffer("scale", embed_scale(embedding), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         (rows,) = self.borrows

@@ -91,8 +91,7 @@ def vllm_arguments(
     if (beside := subject.beside()) is not None and (beside / GENERATION).is_file():
         arguments["generation_config"] = str(beside)  # where the answers of the run end
     if subject.adapter is not None:
-        config = read_object(subject.adapter / CONFIG)
-        served = in_vllm(config["r"], bool(config.get("use_dora")), bool(config.get("trainable_token_indices")))
+        served = in_vllm(read_object(subject.adapter / CONFIG))
         if not served.startswith("for vLLM"):
             raise ValueError(f"--backend vllm: {served}, --use merged")
         arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": int(served.rpartition(" ")[2])}

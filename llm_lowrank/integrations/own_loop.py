@@ -48,6 +48,7 @@ SETTINGS = {
     *(
         "model_revision",
         "allow_partial",
+        "modules_to_save",
         "dtype",
         "codec_double_quant",
         "attn_implementation",
@@ -283,6 +284,7 @@ class Prepared:
             base_model_name_or_path=self.source.name,
             revision=self.source.revision,
             outer_name=self.source.outer_name,
+            model=self.base,
         )
 
     def merge(self, path: str | Path, merge_base: str = "original") -> Merged | None:

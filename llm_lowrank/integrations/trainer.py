@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import Method, output_layer
 from llm_lowrank.integrations.accelerate_config import take_engine
 from llm_lowrank.integrations.own_loop import Prepared
@@ -68,7 +69,7 @@ def lowrank(kind: type[Trainer]) -> type[Trainer]:
         codec    dense, nf4 or int8: how the frozen weights are stored
         engine   plain, fsdp or deepspeed; by default what `args` and accelerate's configuration say, else plain
         dtype    of the backbone and its products: float32 or bfloat16, by default bfloat16 if args.bf16
-        fsdp, deepspeed    settings of the engine, as in a recipe
+        fsdp, deepspeed, modules_to_save    as in a recipe
 
     RecipeError, a ValueError, names the argument that the engines cannot honor, and what to do.
     """
@@ -104,7 +105,7 @@ class _Lowrank(Trainer):
                 "change one of them"
             )
         settings = settings_of(args) | {"dtype": dtype or ("bfloat16" if args.bf16 else "float32")}
-        settings |= {key: others.pop(key) for key in ("fsdp", "deepspeed") if key in others}
+        settings |= {key: others.pop(key) for key in ("fsdp", "deepspeed", "modules_to_save") if key in others}
         with take_engine(args, engine) as (engine, found):
             self.prepared = Prepared(model, method, codec, engine, settings | found)
         self.logged = 0  # exchanges that the log has
@@ -118,15 +119,16 @@ class _Lowrank(Trainer):
         self.accelerator.no_sync = lambda model: contextlib.nullcontext()
 
     def _refuse_output_layer(self) -> None:
-        """Raise RecipeError if a trainer that computes its loss past the output layer has an adapter there."""
-        base = self.prepared.base
-        for adapter in self.prepared.adapters:
-            if adapter is output_layer(base):
-                raise RecipeError(
-                    f"method: {self.kind.__name__} computes its loss from the weight of {adapter.name} and "
-                    f"never calls the layer, so that its adapter would not be trained; leave {adapter.name} out of "
-                    "target_modules (LoSiA: output_factor=0), or use llm-lowrank train"
-                )
+        """Raise RecipeError if a trainer that computes its loss past the output layer is to train that layer."""
+        layer = output_layer(self.prepared.base)
+        if not isinstance(layer, Adapter) and (layer is None or not any(p.requires_grad for p in layer.parameters())):
+            return
+        name = next(name for name, module in self.prepared.base.named_modules() if module is layer)
+        raise RecipeError(
+            f"method, modules_to_save: {self.kind.__name__} computes its loss from the weight of {name} and never "
+            f"calls the layer, so that it would not be trained; leave {name} out of target_modules (LoSiA: "
+            "output_factor=0) and modules_to_save, or use llm-lowrank train"
+        )
 
     # ---- the model
 

@@ -179,7 +179,7 @@ class Card:
             "model = PeftModel.from_pretrained(model, adapter)",
             "model.generation_config = GenerationConfig.from_pretrained(adapter)",
         ]
-        served = in_vllm(int(self.adapter.get("r", 0)), bool(self.adapter.get("use_dora")), rows)
+        served = in_vllm({"r": 0, **self.adapter})
         if not served.startswith("for vLLM"):
             return f"{fenced(chr(10).join(lines), 'python')}\n\n{served}."
         option = served.partition(": ")[2]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.adapters.exchange import EXACT_DRIFT, ROUNDED_DRIFT, probe
+from llm_lowrank.adapters.whole import Whole
 from llm_lowrank.engines.base import Engine, Slot
 from llm_lowrank.numerics.files import file_sha256, stored_names, sync, write_json, write_safetensors, write_text
 from llm_lowrank.numerics.pairs import Block, Change, Pairs
@@ -47,11 +48,17 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors"
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that the model's checkpoint does not hold, each once: those of adapters and shared ones."""
+    """Yield the parameters that the model's checkpoint does not hold, or not as they are now, each once.
+
+    They are those of adapters, shared ones, and those of modules that are trained as wholes.
+    """
+    seen: set[nn.Parameter] = set()
     for at, module in model.named_modules():
-        if isinstance(module, Adapter | Shared):
+        if isinstance(module, Adapter | Shared | Whole):
             for name, p in module.named_parameters(recurse=False):
-                if isinstance(module, Shared) or name not in (*module.part_names, "bias"):
+                frozen = isinstance(module, Adapter) and name in (*module.part_names, "bias")
+                if not frozen and p not in seen:
+                    seen.add(p)
                     yield f"{at}.{name}", p
 
 

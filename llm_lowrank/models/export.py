@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.tokens import TokenRows
+from llm_lowrank.adapters.whole import Whole
 from llm_lowrank.engines.base import Engine
 from llm_lowrank.models.foreign import ALL, CONFIG, PREFIX, TOKENS, WEIGHTS
+from llm_lowrank.models.vocabulary import token_rows
+from llm_lowrank.models.whole import whole_modules
 from llm_lowrank.numerics.files import file_sha256, write_json, write_safetensors
 from llm_lowrank.numerics.pairs import Pairs
 
@@ -39,8 +42,9 @@ class SavedAdapter:
     rank: int  # of every factor in the file
     ranks: dict[str, int]  # module -> pairs that its change needs
     error: float  # the largest |dropped| / |change| of a module, from compression
-    dora: bool = False  # whether the rows' lengths are in the file too
+    in_vllm: str  # the option with which vLLM takes it, or why it does not
     tokens: int = 0  # whose rows are in the file too
+    whole: int = 0  # modules whose weights are in the file too
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -48,21 +52,20 @@ class SavedAdapter:
         cut = f"; CUT DOWN: {ALL} beside it has all, and merging uses that" if high > self.rank else ""
         lora = f"PEFT LoRA of rank {self.rank} over {len(self.ranks)} modules"
         rows = f", rows of {self.tokens} tokens" if self.tokens else ""
+        rows += f", {self.whole} whole modules" if self.whole else ""
         return f"{self.path}: {lora} (exact rank {needs}, dropped {self.error:.1e}{cut}){rows}; {self.in_vllm}"
 
-    @property
-    def in_vllm(self) -> str:
-        """The option with which vLLM takes this adapter, or why it does not."""
-        return in_vllm(self.rank, self.dora, bool(self.tokens))
 
-
-def in_vllm(rank: int, dora: bool, tokens: bool) -> str:
-    """The option with which vLLM takes an adapter, or why it does not. tokens: whether it has rows of tokens."""
-    if dora:
-        return "vLLM does not serve DoRA adapters: serve the merged model"
-    if tokens:
-        return "vLLM serves no adapter with rows of tokens: serve the merged model"
-    option = next((most for most in VLLM_RANKS if most >= rank), None)
+def in_vllm(config: Mapping[str, Any]) -> str:
+    """The option with which vLLM takes an adapter, or why it does not. config: PEFT's, of the adapter."""
+    reasons = {
+        "use_dora": "vLLM does not serve DoRA adapters: serve the merged model",
+        "trainable_token_indices": "vLLM serves no adapter with rows of tokens: serve the merged model",
+        "modules_to_save": "vLLM serves no adapter with whole modules: serve the merged model",
+    }
+    if reason := next((reason for key, reason in reasons.items() if config.get(key)), None):
+        return reason
+    option = next((most for most in VLLM_RANKS if most >= config["r"]), None)
     if option is None:
         return f"vLLM serves no rank above {VLLM_RANKS[-1]}: serve the merged model"
     return f"for vLLM: --max-lora-rank {option}"
@@ -86,12 +89,13 @@ def save_adapter(
     base_model_name_or_path: str,
     revision: str = "",
     outer_name: Callable[[str], str] = str,
-    rows: TokenRows | None = None,
+    model: nn.Module | None = None,
 ) -> SavedAdapter | None:
     """Write a PEFT LoRA folder on rank 0 and return a report there; return None elsewhere. Collective.
 
     revision: of a base model of the hub. outer_name: the name of a module in the model that plain transformers loads,
-    where that is not the trained one. rows: of tokens, which are written as PEFT's trainable tokens.
+    where that is not the trained one. model: the one that the engine was given. Its trained rows of tokens are written
+    as PEFT's trainable tokens, and the modules that are trained as wholes under its modules_to_save.
 
     Every module has the same rank and the same scaling, lora_alpha / r. PEFT could read others, but vLLM applies one
     scaling to all modules, and llama.cpp lora_alpha over the rank of each module: neither reads patterns or use_rslora.
@@ -102,6 +106,7 @@ def save_adapter(
     Modules that need less are padded with pairs of zeros, where another module needs it even beyond min(m, n). If ranks
     were truncated, ALL holds the untruncated pairs.
     """
+    rows, whole = (None, {}) if model is None else (token_rows(model), whole_modules(model))
     # all ranks must agree, but only rank 0 has the ledgers
     only_pairs = all(engine.gather(all(adapter.only_pairs and not adapter.ledger for adapter in adapters)))
     as_trained = only_pairs and method.one_scale and not method.export_rank
@@ -125,6 +130,7 @@ def save_adapter(
         cut = factors[name].take(slice(method.export_rank, None)).norm() if method.export_rank else 0.0
         error = max(error, math.hypot(dropped, cut) / max(change.norm(), torch.finfo(torch.float64).tiny))
     extras |= _token_tensors(engine, rows)
+    extras |= {f"{PREFIX}{outer_name(name)}.{k}": v for name, m in whole.items() for k, v in _whole(engine, m).items()}
     if not engine.main:
         return None
 
@@ -149,10 +155,11 @@ def save_adapter(
         **(method.peft() if only_pairs else {}),
         **({} if as_trained else {"r": rank, "lora_alpha": rank}),
         **({} if rows is None else {"trainable_token_indices": _token_indices(rows)}),
+        **({"modules_to_save": sorted(map(outer_name, whole))} if whole else {}),
     }
     write_json(Path(path) / CONFIG, config)  # last: a folder with a config is complete
     count = 0 if rows is None else len(rows.tokens.names)
-    return SavedAdapter(Path(path), rank, ranks, error, bool(config.get("use_dora")), count)
+    return SavedAdapter(Path(path), rank, ranks, error, in_vllm({"r": rank, **config}), count, len(whole))
 
 
 def _peft_config(targets: set[str]) -> dict[str, Any]:
@@ -175,6 +182,11 @@ def _token_tensors(engine: Engine, rows: TokenRows | None) -> dict[str, Tensor]:
     """The trained rows under PEFT's names, on the host. Collective."""
     trained = [] if rows is None else [(at, getattr(rows, k)) for k, at in rows.modules_of.items()]
     return {f"{PREFIX}{at}{TOKENS}": engine.whole(p).cpu() for at, p in trained}
+
+
+def _whole(engine: Engine, module: Whole) -> dict[str, Tensor]:
+    """The parameters of a module that is trained as a whole, on the host. Collective."""
+    return {k: engine.whole(p).cpu() for k, p in module.named_parameters(recurse=False)}
 
 
 def _token_indices(rows: TokenRows) -> dict[str, list[int]]:

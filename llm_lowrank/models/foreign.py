@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Lora:
     path: Path
     modules: list[str]
     config: dict[str, Any]
-    # tensor of the base -> its key in the file: PEFT saves an adapted output layer's own weight too, and loads it again
+    # tensor of the base -> its key in the file: those of modules that were trained as wholes, and the weight of an
+    # adapted output layer, which PEFT saves and loads too
     bases: dict[str, str] = field(default_factory=dict)
     # embedding or output layer -> the tokens whose rows the file holds
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Lora:
             raise ValueError(f"{path} has no {WEIGHTS}{pickled}")
         stored = stored_names(path / WEIGHTS)
         bases = {key.removeprefix(PREFIX).replace(BASE, "."): key for key in stored if BASE in key}
+        bases |= _whole(path, config, stored)
         tokens = _tokens(path, config, [key for key in stored if key.endswith(TOKENS)])
         keys = set(stored) - set(bases.values()) - {f"{PREFIX}{module}{TOKENS}" for module in tokens}
         parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
@@ -132,6 +135,19 @@ class Lora:
         return Update(pairs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
 
 
+def _whole(path: Path, config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
+    """Return tensor -> its key, for the modules that modules_to_save names: PEFT takes all whose names end so."""
+    named, found = config.get("modules_to_save") or [], dict[str, str]()
+    plain = [key for key in stored if ".lora_" not in key and BASE not in key and not key.endswith(TOKENS)]
+    for end in named:
+        hits = {key.removeprefix(PREFIX): key for key in plain if f"{end}." in key}
+        if not hits:
+            raise ValueError(f"{path / WEIGHTS} holds no tensor of {end}, which modules_to_save of {CONFIG} names")
+        found |= hits
+    # with ensure_weight_tying the other end of the model is saved too, without being named
+    return {key.removeprefix(PREFIX): key for key in plain} if named and config.get("ensure_weight_tying") else found
+
+
 def _tokens(path: Path, config: dict[str, Any], keys: list[str]) -> dict[str, list[int]]:
     """Return module -> its tokens, for the keys that hold rows of tokens."""
     named = config.get("trainable_token_indices") or {}
@@ -159,6 +175,7 @@ UNDERSTOOD = {
     "rank_pattern",
     "alpha_pattern",
     "trainable_token_indices",
+    "modules_to_save",
 }
 NO_MATTER = {  # settings that do not change W + scaling B A
     *(

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from llm_lowrank.adapters.adapter import Adapter, PairAdapter, Shared
 from llm_lowrank.adapters.method import Method
 from llm_lowrank.adapters.tokens import TokenRows
+from llm_lowrank.adapters.whole import Whole
 from llm_lowrank.codecs import Codec, Nf4, empty_parts
 from llm_lowrank.engines.base import Engine, Optimization
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -277,6 +278,9 @@ class _Reader:
                     initial = module.initial(pairs) if isinstance(module, Adapter) else module.initial()
                 # copies, as training changes them in place: the ledger keeps the pairs as they were
                 values |= {k: v[rows[k]].clone() for k, v in initial.items()}
+            # modules that are trained as wholes: those of the run's checkpoint
+            if isinstance(module, Whole) and self.resume_from is not None:
+                values |= {k: self.resume_from.tensor(f"{name}.{k}")[rows[k]].clone() for k in rows}
             # embeddings, norms, biases: as the model's checkpoint has them
             for k, k_rows in rows.items():
                 if k not in values:

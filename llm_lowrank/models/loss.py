@@ -10,7 +10,7 @@ block at once. In the place of logits the model returns the summed loss.
     one block           its logits are kept for backward, as usual
     frozen layer        the gradient of x is computed together with each block: nothing is computed twice
     adapted layer       each block is computed again in backward, where the parameters get their gradients; so it is
-                        with a layer some rows of which are trained (adapters/tokens.py)
+                        with a layer that is trained in some rows (adapters/tokens.py) or whole (adapters/whole.py)
 
 The model's forward still calls the layer's module once, on every rank, even without trained positions. The hooks of
 ZeRO-3 and FSDP2 therefore gather the layer's weight as always. Within this call only the layer's own forward is used.
@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.tokens import TokenHead
+from llm_lowrank.adapters.whole import WholeHead
 from llm_lowrank.data import IGNORE
 from llm_lowrank.engines.base import Engine, send
 from llm_lowrank.engines.frozen import FrozenLinear
@@ -127,9 +128,10 @@ def _answer(layer: nn.Module, forward: Forward, labels: Tensor, of_logits: Loss,
     # one block, or no backward at all: autograd may keep the logits
     plain = len(rows) <= size or not torch.is_grad_enabled()
     # a frozen layer needs no gradient but that of x
-    if not plain and not isinstance(layer, Adapter | TokenHead):
+    if not plain and not isinstance(layer, Adapter | TokenHead | WholeHead):
         return _Frozen.apply(rows, wanted, size, loss).view(1, 1, 1)
-    # an adapted layer, or one with trained rows: they get their gradients when backward computes the block again
+    # an adapted layer, or one that is trained in rows or whole: it gets its gradients when backward computes the block
+    # again
     total = torch.zeros((), device=x.device)
     for block in zip(rows.split(size), wanted.split(size), strict=True):
         total = total + (loss(*block) if plain else checkpoint(loss, *block, use_reentrant=False))

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
+NAMED = 3  # replaced tensors that a report names
 NAMED_TEMPLATES = "additional_chat_templates"
 
 
@@ -60,13 +61,14 @@ class Merged:
         most = self.lost[self.worst]
         advice = "; merge into float32, or use the adapter unmerged, to keep all of it" if most > 0.05 else ""
         error = f"rounding error at most {most:.2%} of an update ({self.worst})"
-        names = ", ".join(self.replaced)
+        more = f" and {len(self.replaced) - NAMED} more" if len(self.replaced) > NAMED else ""
+        names = ", ".join(self.replaced[:NAMED]) + more
         replaced = f"; {names} as the adapter brings it, which the base has otherwise" if names else ""
         plural = "s" * (len(self.tokens) != 1)
-        more = f"; the tokenizer is the adapter's, with {len(self.tokens)} token{plural} more than the base's"
+        grown = f"; the tokenizer is the adapter's, with {len(self.tokens)} token{plural} more than the base's"
         again = "; the base was quantized on a GPU and now again on the CPU, where a value between two codes may get "
         again += "the other one"
-        notes = f"{more if self.tokens else ''}{again if self.moved else ''}"
+        notes = f"{grown if self.tokens else ''}{again if self.moved else ''}"
         return f"{self.path}: {len(self.lost)} modules merged, {error}{advice}{replaced}{notes}"
 
 
@@ -88,7 +90,7 @@ class Merging:
         self.updated = _find_weights(self.source, self.lora)
         modules = self.backbone.modules if self.backbone else []
         self.quantized = {self.source.stored_name(f"{name}.weight"): name for name in modules}
-        self.brought = {self.source.stored_name(name): name for name in self.lora.bases}
+        self.brought = _find_bases(self.source, self.lora)
         self.rows = _find_rows(self.source, self.lora)
         self.layout = {name: self.source.layout(name) for name in self.source.names()}
         for name, module in self.rows.items():
@@ -297,18 +299,39 @@ def _find_weights(source: Source, lora: Lora) -> dict[str, str]:
                 f"{lora.path}: {module} updates a {wanted} weight, in {source.path} it is {shape}; is that the right "
                 "base?"
             )
-    for module_tensor in lora.bases:
-        name = source.stored_name(module_tensor)
-        brought, has = (
-            tuple(lora.base(module_tensor).shape),
-            tuple(source.layout(name)[1]) if name in stored else None,
-        )
+    return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
+
+
+def _find_bases(source: Source, lora: Lora) -> dict[str, str]:
+    """Tensor name -> its name in the adapter, for every tensor that the adapter brings in the place of the base's.
+
+    Raise ValueError if one is missing, has another shape, or is only one of two that share a matrix.
+    """
+    stored, found = set(source.names()), {source.stored_name(name): name for name in lora.bases}
+    for name, other in source.tied.items():
+        there = [tensor for tensor in (name, other) if tensor in lora.bases]
+        if len(there) == 1:
+            raise ValueError(
+                f"{lora.path} brings its own {there[0]}, which shares its matrix with "
+                f"{other if there == [name] else name} in {source.path} (tie_word_embeddings); merged, it would change "
+                "both. Use the adapter unmerged"
+            )
+        if there and not torch.equal(lora.base(name), lora.base(other)):
+            raise ValueError(
+                f"{lora.path} brings {name} and {other}, which differ and share one matrix in {source.path} "
+                "(tie_word_embeddings), where only one has a place; use the adapter unmerged"
+            )
+        if there and source.stored_name(name) not in stored:
+            del found[source.stored_name(name)]
+    for name, tensor in found.items():
+        brought = tuple(lora.base(tensor).shape)
+        has = tuple(source.layout(name)[1]) if name in stored else None
         if brought != has:
             raise ValueError(
                 f"{lora.path} brings its own {name} of shape {brought}, {source.path} has {has or 'none'}: was the "
                 "vocabulary resized? Merge it with PEFT's merge_and_unload instead"
             )
-    return {source.stored_name(f"{module}.weight"): module for module in lora.modules}
+    return found
 
 
 def _find_rows(source: Source, lora: Lora) -> dict[str, str]:

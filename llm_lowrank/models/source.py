@@ -176,6 +176,15 @@ class Source:
         at = found.found.stored.get(found.around.inner(name))
         return at if isinstance(at, str) else name
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensor -> the tensor whose matrix it shares, under the names in the model that plain transformers loads."""
+        try:
+            model, around = architectures.skeleton(self.path, torch.float32, "eager"), self.plain.around
+        except ValueError:  # no model of transformers
+            return {}
+        return {around.outer(name): around.outer(at) for name, at in (model.all_tied_weights_keys or {}).items()}
+
     @property
     def outer_name(self) -> Callable[[str], str]:
         """What turns a module's name into its name in the model that plain transformers loads: `str` if it stays."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_lowrank.adapters.adapter import Adapter
-from llm_lowrank.adapters.tokens import TokenEmbedding, TokenHead, TokenRows, TrainedTokens
+from llm_lowrank.adapters.tokens import TokenEmbedding, TokenHead, TokenRows, TrainedTokens, is_lookup
 
 Start = Literal["mean", "pieces"]
 
@@ -83,8 +83,7 @@ def train_rows(model: PreTrainedModel, adapters: Sequence[Adapter], tokens: Trai
             f"new_tokens, trained_tokens: the method adapts {head.name}, the output layer, whose rows they train; "
             "leave it out of method.target_modules, and with method.type: losia set method.output_factor: 0"
         )
-    scaled = isinstance(getattr(embedding, "embed_scale", None), Tensor)
-    if not isinstance(embedding, nn.Embedding) or not (type(embedding) is nn.Embedding or scaled):
+    if not is_lookup(embedding):
         raise ValueError(
             f"new_tokens, trained_tokens: the embedding of {type(model).__name__} is a {type(embedding).__name__}, "
             "whose rows cannot be trained here"

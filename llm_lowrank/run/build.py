@@ -13,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from llm_lowrank.adapters.adapter import Adapter
 from llm_lowrank.adapters.method import ALL_LINEAR, attach
 from llm_lowrank.adapters.tokens import TrainedTokens
+from llm_lowrank.adapters.whole import WholeNorm
 from llm_lowrank.codecs import Codec, Dense, make
 from llm_lowrank.data import Batches, Corpus, StreamBatches, load_corpus, pad_id, tokenizer_of, training_batches
 from llm_lowrank.methods.lora import LoRA
@@ -21,6 +22,7 @@ from llm_lowrank.models.architectures import limits_of, outer, read_config, skel
 from llm_lowrank.models.coverage import check_coverage, coverage
 from llm_lowrank.models.inherited import inherit, open_adapter
 from llm_lowrank.models.vocabulary import find_tokens, train_rows
+from llm_lowrank.models.whole import train_whole
 from llm_lowrank.numerics.optimizers import Optimization
 from llm_lowrank.numerics.schedule import Schedule
 from llm_lowrank.run import SHIPPED
@@ -98,6 +100,8 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
                 "here; give a language model"
             )
         train_rows(model, adapters, tokens_of(recipe, folder, model)[1])
+    if recipe.modules_to_save:
+        _train_whole(recipe, model)
     if recipe.save_merged and (shared := tied_modules(model, [adapter.name for adapter in adapters])):
         raise ValueError(
             f"method.target_modules names {shared[0]}, which shares its weight with the embedding "
@@ -105,6 +109,22 @@ def build_model(recipe: Recipe, folder: str | Path) -> tuple[PreTrainedModel, li
             f"config has no place for it: set save_merged: false, or leave {shared[0]} out"
         )
     return model, adapters
+
+
+def _train_whole(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Train what modules_to_save names. ValueError where other settings contradict that."""
+    trained = train_whole(model, recipe.modules_to_save)
+    norms = [name for name, module in trained.items() if isinstance(module, WholeNorm)]
+    if norms and recipe.weight_decay:
+        raise ValueError(
+            f"modules_to_save, weight_decay: {norms[0]} would be pulled towards zero, and a norm starts near one; set "
+            "weight_decay: 0, or leave the norms out"
+        )
+    if norms and recipe.use_liger_kernel:
+        raise ValueError(
+            f"modules_to_save, use_liger_kernel: Liger's kernel for norms would take the place of {norms[0]}, which is "
+            "trained; set use_liger_kernel: false, or leave the norms out"
+        )
 
 
 def tokens_of(

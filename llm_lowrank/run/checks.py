@@ -51,6 +51,7 @@ def validate(recipe: Recipe) -> None:
     ]
     errors += _optimizer_errors(recipe)
     errors += _token_errors(recipe)
+    errors += _beside_errors(recipe)
     errors += schedule_errors(recipe, recipe.max_steps, f"max_steps ({recipe.max_steps})")
     errors += profile_errors(recipe, recipe.max_steps)
     if recipe.push_to_hub:
@@ -188,11 +189,24 @@ def _token_errors(recipe: Recipe) -> list[str]:
         errors.append("new_tokens, trained_tokens: a token is empty or blank; remove it")
     if recipe.new_tokens_start != "mean" and not recipe.new_tokens:
         errors.append("new_tokens_start says how new_tokens begin, and there are none; remove it")
-    if named and recipe.method.own_step:
-        errors.append(
-            f"new_tokens, trained_tokens: {recipe.method.own_step} needs optim: sgd, whose rate for pairs is none for "
-            "rows of an embedding; use another method or direction"
-        )
+    return errors
+
+
+def _beside_errors(recipe: Recipe) -> list[str]:
+    """What is trained beside the adapters, and contradicts other settings."""
+    errors, own = [], recipe.method.own_step
+    settings = {
+        "new_tokens, trained_tokens": (recipe.new_tokens or recipe.trained_tokens, "rows of an embedding"),
+        "modules_to_save": (recipe.modules_to_save, "a whole module"),
+    }
+    for name, (given, what) in settings.items():
+        if given and own:
+            errors.append(
+                f"{name}: {own} needs optim: sgd, whose rate for pairs is none for {what}; use another method or "
+                "direction"
+            )
+    if any(not name.strip() for name in recipe.modules_to_save):
+        errors.append("modules_to_save: a name is empty or blank; remove it")
     return errors
 
 

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel
 
 from llm_lowrank.adapters.adapter import Adapter, Shared
 from llm_lowrank.adapters.tokens import TokenEmbedding, TokenHead
+from llm_lowrank.adapters.whole import WholeEmbedding, WholeHead
 from llm_lowrank.data import IGNORE, MicroBatch
 from llm_lowrank.engines.frozen import FrozenLinear
 
@@ -149,7 +150,7 @@ def work_of(model: PreTrainedModel, recomputed: bool) -> Work:
     started: list[str] = []  # the trained modules, in the model's order
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
-        if isinstance(module, TokenEmbedding):
+        if isinstance(module, TokenEmbedding | WholeEmbedding):
             behind = True
             started.append("0")  # before the first layer
         if isinstance(module, Shared | nn.Embedding):
@@ -189,6 +190,8 @@ def _matrices(module: nn.Module, name: str, config: Any, behind: bool, seen: set
             chosen = getattr(config, "num_experts_per_tok", None)
             frozen += p.numel() * (chosen / len(p) if experts and chosen else 1.0)
     trained = float(module.trained.numel()) if isinstance(module, TokenHead) else 0.0
+    if isinstance(module, WholeHead):
+        frozen, trained = 0.0, frozen
     return Matrices(frozen, frozen * behind, trained)
 
 

@@ -12,7 +12,6 @@ from llm_lowrank.models.foreign import DATE, TEMPLATE, Lora
 from llm_lowrank.models.merging import Merged, Merging, copy_tokenizer, gaps, merge
 from llm_lowrank.models.source import Source
 from llm_lowrank.models.stopping import GENERATION, with_ends
-from llm_lowrank.models.vocabulary import token_rows
 from llm_lowrank.numerics.files import write_json, write_text
 from llm_lowrank.run.metrics import Metrics
 from llm_lowrank.run.prepare import Run
@@ -47,7 +46,7 @@ def export_adapter(run: Run) -> SavedAdapter | None:
         base_model_name_or_path=run.source.name,
         revision=run.source.revision,
         outer_name=run.source.outer_name,
-        rows=token_rows(run.model),
+        model=run.model,
     )
 
 

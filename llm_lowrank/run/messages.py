@@ -12,6 +12,7 @@ from llm_lowrank.models.architectures import names_of_experts
 from llm_lowrank.models.coverage import coverage
 from llm_lowrank.models.stopping import stops_of
 from llm_lowrank.models.vocabulary import token_rows
+from llm_lowrank.models.whole import describe_whole, whole_modules
 from llm_lowrank.run.build import attention
 from llm_lowrank.run.hardware import find
 from llm_lowrank.run.metrics import Metrics
@@ -42,6 +43,8 @@ def opening(run: Run) -> str:
     ]
     if (rows := token_rows(run.model)) is not None:
         lines += [rows.tokens.describe(), *_absent_tokens(run, rows.tokens)]
+    if whole := whole_modules(run.model):
+        lines.append(describe_whole(whole))
     lines += [run.kernels] if run.kernels else []
     lines += describe_speed(recipe, engine.device)
     lines += describe_inherited(run) + run.notes

@@ -112,6 +112,9 @@ class Recipe:
     text of a new token was before."""
     trained_tokens: list[str] = field(default_factory=list)
     """Tokens of the tokenizer whose rows are trained too, such as reserved ones: [<|reserved_special_token_0|>]."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules to train as wholes beside the adapters: norms, the embedding, the output layer. Ends of names, as PEFT
+    takes them: [embed_tokens, lm_head, norm], where norm stands for all norms whose names end so."""
 
     per_device_train_batch_size: int = 8
     """Samples per forward pass and rank."""
