@@ -41,7 +41,7 @@ ASKED = [  # they had no answer once, or a wrong one
     "dataset_config",
     "adapter_name_or_path",
     "data_seed",
-    "modules_to_save",
+    "lora_modules_to_save",
     "checkpoint_dir",
     "lora_weights",
     "lora_bias",

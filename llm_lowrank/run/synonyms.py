@@ -36,6 +36,7 @@ SYNONYMS = _by_name(  # a setting here, perhaps with a value or a remark -> othe
         "attn_implementation sdpa": "sdpa sdp_attention",
         "attn_implementation eager": "eager_attention",
         "new_tokens": "add_tokens add_special_tokens new_special_tokens special_tokens resize_vocab",
+        "modules_to_save": "lora_modules_to_save additional_target unfrozen_parameters",
         "trained_tokens (their texts, not numbers)": "trainable_token_indices peft_trainable_token_indices",
         # output
         "output_dir": "out output out_dir save_dir",
@@ -165,14 +166,13 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
         "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
-        "adapters of linear modules are trained, and rows of new_tokens and trained_tokens": "modules_to_save "
-        "lora_modules_to_save additional_target bias train_others unfrozen_parameters lora_bias train_bias "
-        "train_embeddings "
-        "train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
+        "adapters of linear modules are trained, rows of trained_tokens, and the modules of modules_to_save": "bias "
+        "train_others lora_bias train_bias train_embeddings train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
         "num_layers_unfrozen",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
-        "rows of new_tokens and trained_tokens have the rate of the adapters": "loraplus_lr_embedding",
+        "rows of new_tokens and trained_tokens and modules_to_save have the rate of the adapters": ""
+        "loraplus_lr_embedding",
         "the starts are those of method.type lora, pissa, lora_ga and lora_one": "loftq_config eva_config "
         "corda_config lora_init",
         "the exported adapter is always a LoRA over the untouched base model": "pissa_convert merge_method",
