@@ -229,5 +229,12 @@ def test_only_the_last_ones_are_kept_and_a_save_that_fails_keeps_all(tmp_path, m
     assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
 
 
+def test_a_later_one_that_is_damaged_takes_no_room(tmp_path):
+    t = Trainee(METHODS["lora"], "plain", total=STEPS)
+    for step in (6, 1, 2, 3):
+        saved(t, str(tmp_path), step)
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step-000006", "step-000003", "step-000002"]
+
+
 def test_every_stored_type_has_a_cell():
     assert {dtype for *_, dtype in CELLS} == set(DTYPES) - {"int8"} and {move[1:] for move in MOVES} == set(CHANGES)

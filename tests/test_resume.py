@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.soak import live
+from launch import train
 from llm_lowrank.run.checks import output_dir_conflict
 from llm_lowrank.run.recipe import Recipe
 from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
@@ -138,3 +139,21 @@ def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
     (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
     for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):
         assert output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None
+
+
+def test_an_older_checkpoint_is_gone_on_from_if_the_later_ones_may_go(place, tmp_path, capsys):  # noqa: F811
+    """Two runs in one folder would be mixed: a later resume would take the newest, which is the other run's."""
+    output = tmp_path / "out"
+    arguments = recipe(place, output_dir=output, **{**RUN, "max_steps": 6, "save_steps": 2, "save_total_limit": 3})
+    assert train.main(arguments) == 0
+    folders = [output / f"checkpoints/step-{step:06d}" for step in (2, 4, 6)]
+    assert sorted((output / "checkpoints").glob("step-*")) == folders
+    older = [*arguments, f"--resume_from_checkpoint={folders[0]}"]
+    written = {folder: folder.stat().st_ino for folder in folders}
+    capsys.readouterr()
+    assert train.main(older) == 2
+    assert "holds step-000004, step-000006, behind the step-000002 to resume from" in capsys.readouterr().err
+    assert {folder: folder.stat().st_ino for folder in folders} == written
+    assert train.main([*older, "--overwrite_output_dir=true"]) == 0
+    again = {folder: folder.stat().st_ino for folder in folders}
+    assert [again[folder] == written[folder] for folder in folders] == [True, False, False]

@@ -128,7 +128,9 @@ class Writing:
         sync(self.folder.parent)
         write_text(self.folder.parent / LATEST, self.folder.name + "\n")
         best = folder_of(self.folder.parent.parent, (self.state["best"] or {"step": 0})["step"])
-        for old in complete_checkpoints(self.folder.parent.parent)[self.keep :]:
+        # those behind this step are damaged, or this run would not have begun before them: they are not counted
+        earlier = [path for path in complete_checkpoints(self.folder.parent.parent) if path.name <= self.folder.name]
+        for old in earlier[self.keep :]:
             if old != best:
                 shutil.rmtree(old)
 

@@ -13,6 +13,7 @@ from llm_lowrank.codecs import CODECS
 from llm_lowrank.data import Corpus
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import liger
+from llm_lowrank.models.checkpoint import complete_checkpoints
 from llm_lowrank.models.hub import name_errors
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
@@ -257,8 +258,16 @@ def output_dir_conflict(recipe: Recipe) -> str | None:
                 "--overwrite_output_dir"
             )
         return None
-    if output.resolve() in Path(recipe.resume_from_checkpoint).expanduser().resolve().parents:
-        return None
+    asked = Path(recipe.resume_from_checkpoint).expanduser().resolve()
+    if output.resolve() in asked.parents:
+        later = [path.name for path in complete_checkpoints(output) if path.name > asked.name]
+        if not later:
+            return None
+        return (
+            f"output_dir: {output} holds {', '.join(reversed(later))}, behind the {asked.name} to resume from: two "
+            "runs would be mixed; remove them with --overwrite_output_dir, choose another --output_dir, or resume with "
+            "--resume_from_checkpoint auto"
+        )
     return (
         f"output_dir: {output} is not empty; choose another --output_dir, write into it with --overwrite_output_dir, "
         "or resume with --resume_from_checkpoint auto"

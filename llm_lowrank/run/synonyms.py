@@ -166,8 +166,9 @@ NOT_HERE = _by_name(  # what to do instead -> other libraries' names of what is 
         "the fused experts of a mixture are not adapted; allow_partial: true trains its other modules": ""
         "target_parameters lora_target_parameters moe_aux_loss_coef",
         # what is trained
-        "adapters of linear modules are trained, rows of trained_tokens, and the modules of modules_to_save": "bias "
-        "train_others lora_bias train_bias train_embeddings train_lm_head train_norm freeze freeze_layers freeze_trainable_layers freeze_trainable_modules unfreeze "
+        "adapters of linear modules are trained, rows of trained_tokens, and the modules of modules_to_save": ""
+        "bias train_others lora_bias train_bias train_embeddings train_lm_head train_norm freeze freeze_layers "
+        "freeze_trainable_layers freeze_trainable_modules unfreeze "
         "num_layers_unfrozen",
         "name the modules to adapt in method.target_modules, as full names where only some layers are meant": ""
         "layers_to_transform layers_pattern peft_layers_to_transform layer_replication",
