@@ -26,7 +26,10 @@ soak.FORK.set_forkserver_preload(["tests.preloaded"])
 
 # These have few tests and take minutes, some of them by waiting: two workers (-n 2 --dist loadfile) begin with them, so
 # that neither waits for the other one's last file.
-FIRST = ("test_laws.py", "test_slurm.py", "test_hosts.py", "test_faults.py", "test_launch.py")
+FIRST = (
+    *("test_laws.py", "test_slurm.py", "test_hosts.py", "test_faults.py", "test_launch.py"),
+    *("test_notebook.py", "test_compiling.py", "test_whole.py", "test_trainer.py"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -66,15 +66,18 @@ def compare(name: str, engine: str, codec: str, backend: str, breaks: bool) -> N
         assert (graphs, broken) == (GRAPHS, 0)
 
 
-@pytest.mark.parametrize("codec", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("codec", ["fp32", "nf4", pytest.param("int8", marks=pytest.mark.wide)])
 def test_a_layer_is_one_graph_over_every_codec(codec):
     compare("lora", "plain", codec, "aot_eager", breaks=False)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["srlora-bank", "dora", "relora-bank", "lora_ga", "core", "lora_xs"]
-    + [pytest.param(name, marks=pytest.mark.wide) for name in ("mora", "edora", "osora", "sora", "beamlora")],
+    ["srlora-bank", "dora", "core"]
+    + [
+        pytest.param(name, marks=pytest.mark.wide)
+        for name in ("relora-bank", "lora_ga", "lora_xs", "mora", "edora", "osora", "sora", "beamlora")
+    ],
 )
 def test_a_layer_is_one_graph_with_these_methods(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=False)
@@ -85,11 +88,8 @@ def test_a_layer_is_one_graph_with_these_methods(name):
     [
         "rasa",
         "losia",
-        "droplora-step",
         "droplora-token",
-        "flat_lora",
-        "vera",
-        pytest.param("reslora", marks=pytest.mark.wide),
+        *(pytest.param(name, marks=pytest.mark.wide) for name in ("droplora-step", "flat_lora", "vera", "reslora")),
     ],
 )
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):

@@ -122,7 +122,7 @@ def ended(runs: list[subprocess.Popen[str]], seconds: float) -> list[int | None]
     return codes
 
 
-@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("kind", [pytest.param("torchrun", marks=pytest.mark.wide), "deepspeed"])
 def test_a_link_that_is_cut_ends_the_run_with_a_word_and_it_goes_on_when_the_link_is_back(
     hosts, place, whole, tmp_path, kind
 ):

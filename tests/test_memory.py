@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 # half a minute each; the benchmark runs all four
-@pytest.mark.parametrize("engine, codec", [("deepspeed", "nf4"), ("fsdp", "dense")])
+@pytest.mark.parametrize("engine, codec", [("deepspeed", "nf4"), pytest.param("fsdp", "dense", marks=pytest.mark.wide)])
 def test_a_rank_loads_its_shard_and_exchanges_layer_by_layer(engine, codec, folder):
     for row in memory.measure(engine, codec, 2, folder):
         assert row["loading"] <= memory.loading_bound(row) < row["model"], row

@@ -72,6 +72,7 @@ def test_a_grid_is_made_once_and_tabulated(tmp_path, page, capsys):
     assert "| LoRA | " in text and "| LoSiA | " in text and (tmp_path / "page-small.png").stat().st_size > 10_000
 
 
+@pytest.mark.wide
 def test_every_exchange_of_a_score_leaves_its_churn(tmp_path):
     words = ["--steps", "10", "--pretrain-steps", "24", "--rates", "1e-2", "--tuning-seeds", "9", "--seeds", "0"]
     quality.main(["scores", "--output", str(tmp_path), "--methods", "paper", "chance", *words])

@@ -211,7 +211,10 @@ def stopped_and_whole(engine: str, folder: str) -> dict[str, tuple[dict[str, Ten
     return found
 
 
-@pytest.mark.parametrize("engine, world", [("plain", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    "engine, world",
+    [("plain", 1), ("zero3", 2), *(pytest.param(name, 2, marks=pytest.mark.wide) for name in ("zero2", "fsdp"))],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bitwise(engine, world, tmp_path):
     """With an exchange before the stop and another one behind it, where the direction allows exchanges."""
     assert len(SRLoRA(rank=3, target_rank=6, svd_cache="").schedule(STEPS)) >= 2

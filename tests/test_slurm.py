@@ -78,7 +78,9 @@ def whole(place) -> Path:  # noqa: F811
     return output
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [name if name == "deepspeed" else pytest.param(name, marks=pytest.mark.wide) for name in LAUNCHERS]
+)
 def test_a_stopped_job_is_requeued_and_ends_as_if_it_had_not_been(launcher, whole, slurm, place):  # noqa: F811
     output = place / f"stopped-{launcher}"
     log = output.with_suffix(".log")

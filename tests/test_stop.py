@@ -159,7 +159,10 @@ def asked(tokenizer: PreTrainedTokenizerFast, family: Family, question: str) -> 
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SEVERAL = ("Llama 3", "ChatML over a base tokenizer", "alpaca")  # with marks, with marks that are new, and without
+
+
+@pytest.mark.parametrize("name", [n if n in SEVERAL else pytest.param(n, marks=pytest.mark.wide) for n in FAMILIES])
 def test_generation_from_the_results_of_a_run_stops_where_its_answers_end(tmp_path, name, capsys):
     family = FAMILIES[name]
     trained_with = tokenizer_of(family)

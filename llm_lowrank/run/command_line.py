@@ -13,6 +13,7 @@ import itertools
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -426,6 +427,7 @@ def _docs(cls: type) -> dict[str, str]:
     return found
 
 
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_lowrank.adapters.method import Method, attach
 from llm_lowrank.codecs import CODECS
-from llm_lowrank.engines import ENGINES
+from llm_lowrank.engines import ENGINES, Sizes
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.engines.zero_config import resolve
 from llm_lowrank.numerics.optimizers import Optimization
@@ -100,18 +101,23 @@ def variants(kind: str, names: dict[str, Any], of: dict[str, dict[str, Settings]
     }
 
 
-def refusal(recipe: Recipe) -> str | None:
-    """Return why this run would not start, or None."""
+def attached(recipe: Recipe) -> Sizes:
+    """Return the sizes of a small model with a recipe's adapters, whatever its engine is.
+
+    ValueError if it cannot be adapted.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1))
+    adapters = attach(model, recipe.method, codec(recipe))
+    recipe.method.schedule(STEPS, adapters)
+    return sizes_of(model, recipe.method)
+
+
+def refusal(recipe: Recipe, sizes: Callable[[], Sizes]) -> str | None:
+    """Return why this run would not start, or None. sizes: gives those of `attached`."""
     try:
         validate(recipe)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(
-                LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
-            )
-        adapters = attach(model, recipe.method, codec(recipe))
-        recipe.method.schedule(STEPS, adapters)
-        sizes = sizes_of(model, recipe.method)
-        ENGINES[recipe.engine].held(sizes, WORLD, engine_settings(recipe), optimization(recipe))
+        ENGINES[recipe.engine].held(sizes(), WORLD, engine_settings(recipe), optimization(recipe))
     except ValueError as error:
         # the sentence is the same for every codec that is refused for the same reason
         return " ".join(str(error).split()).replace(f"codec: {recipe.codec}", "this codec")
@@ -126,6 +132,7 @@ def methods() -> Iterator[tuple[str, Method]]:
             yield f"{name} `{option}`" if option else name, kind(**{**common, **settings})
 
 
+@cache
 def exceptions() -> dict[tuple[str, str], list[str]]:
     """Return what is refused: (reason, with which codecs and engines) -> the settings."""
     base = Recipe(output_dir=str(SHIPPED / "output" / "none-of-this-is-written"), report_to=["none"])
@@ -138,8 +145,9 @@ def exceptions() -> dict[tuple[str, str], list[str]]:
     for row, settings in rows:
         where: dict[str, dict[str, list[str]]] = {}  # reason -> codec -> engines
         for stored, storage in codecs.items():
+            sizes = cache(partial(attached, replace(base, **settings, **storage)))
             for engine, spread in engines.items():
-                if why := refusal(replace(base, **settings, **storage, **spread)):
+                if why := refusal(replace(base, **settings, **storage, **spread), sizes):
                     where.setdefault(why, {}).setdefault(stored, []).append(engine)
         for why, by_codec in where.items():
             cells = [
