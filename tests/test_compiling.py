@@ -25,7 +25,9 @@ LAYERS = 4
 GRAPHS = 2
 
 
-def losses(name: str, engine: str, codec: str, compiled: bool, backend: str) -> tuple[list[float], int, int]:
+def losses(
+    name: str, engine: str, codec: str, compiled: bool, backend: str, modules: tuple[str, ...] = ()
+) -> tuple[list[float], int, int]:
     """Three steps; the losses, the graphs and what broke them."""
     torch._dynamo.reset()
     counters.clear()
@@ -44,7 +46,8 @@ def losses(name: str, engine: str, codec: str, compiled: bool, backend: str) -> 
         tiny.load = compiled_load
     try:
         dtype = "fp32" if codec == "fp32" else "bf16"
-        trainee = tiny.Trainee(METHODS[name], engine, dtype, codec=CODECS[codec], total=12, num_hidden_layers=LAYERS)
+        more = {"codec": CODECS[codec], "total": 12, "modules": modules, "num_hidden_layers": LAYERS}
+        trainee = tiny.Trainee(METHODS[name], engine, dtype, **more)
     finally:
         tiny.load = load
     found = [trainee.step(step) for step in range(3)]
@@ -55,9 +58,9 @@ def partial_method(method, **arguments):
     return lambda self: method(self, **arguments)
 
 
-def compare(name: str, engine: str, codec: str, backend: str, breaks: bool) -> None:
-    eager, *_ = losses(name, engine, codec, False, backend)
-    compiled, graphs, broken = losses(name, engine, codec, True, backend)
+def compare(name: str, engine: str, codec: str, backend: str, breaks: bool, modules: tuple[str, ...] = ()) -> None:
+    eager, *_ = losses(name, engine, codec, False, backend, modules)
+    compiled, graphs, broken = losses(name, engine, codec, True, backend, modules)
     assert compiled == pytest.approx(eager, rel=1e-5 if codec == "fp32" else 2e-3)
     if breaks:
         # Around each of the 7 linear layers of both kinds of decoder layers, and no more with more decoder layers.
@@ -94,6 +97,10 @@ def test_a_layer_is_one_graph_with_these_methods(name):
 )
 def test_a_layer_that_no_graph_can_hold_runs_between_graphs(name):
     compare(name, "plain", "fp32", "aot_eager", breaks=True)
+
+
+def test_norms_that_are_trained_are_in_the_graph_of_their_layer():
+    compare("lora", "plain", "nf4", "aot_eager", breaks=False, modules=("norm",))
 
 
 def test_every_weight_is_decoded_again_in_backward(monkeypatch):

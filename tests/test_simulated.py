@@ -167,6 +167,7 @@ RUNS = {
     "checkpointing": {"gradient_checkpointing": True, "dtype": "bfloat16"},
     "nf4": {"codec": "nf4", "dtype": "bfloat16"},
     "int8-on-nan-skip": {"codec": "int8", "dtype": "bfloat16", "on_nan": "skip"},
+    "whole-modules": {"modules_to_save": "[embed_tokens, norm]", "dtype": "bfloat16"},
     "lion-packed": {"optim": "lion", "data.packing": True, "data.max_length": 64},
 }
 

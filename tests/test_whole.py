@@ -442,3 +442,10 @@ def test_what_cannot_be_is_refused_by_name(place, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
         validate(recipe) or build_model(recipe, place / "model")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_kernel_of_liger_takes_no_norm_that_is_trained(place, tmp_path):
+    """Where liger-kernel is not installed, the settings are refused for that before the model is built."""
+    recipe = parse(argv(place, tmp_path / "out", "plain", **WITHOUT, modules_to_save="[norm]", use_liger_kernel=True))
+    with pytest.raises(ValueError, match=r"Liger's kernel for norms would take the place of .*layernorm, which is"):
+        build_model(recipe, place / "model")

@@ -94,7 +94,9 @@ def _refused(model: PreTrainedModel, module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "" if is_lookup(module) else f"{kind}, which does more than look rows up"
     own = list(module.parameters())
-    if isinstance(module, Shared) or not own or any(p.ndim != 1 for p in own):
+    if not own:
+        return f"{kind}, which has no weights to train; give the full names of those that have"
+    if isinstance(module, Shared) or any(p.ndim != 1 for p in own):
         return f"{kind}; norms, the embedding and the output layer can be trained as wholes"
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return f"{kind}, which holds more than vectors; name the norms inside of it"
