@@ -308,7 +308,7 @@ def _find_bases(source: Source, lora: Lora) -> dict[str, str]:
     Raise ValueError if one is missing, has another shape, or is only one of two that share a matrix.
     """
     stored, found = set(source.names()), {source.stored_name(name): name for name in lora.bases}
-    for name, other in source.tied.items():
+    for name, other in source.tied.items() if lora.bases else ():
         there = [tensor for tensor in (name, other) if tensor in lora.bases]
         if len(there) == 1:
             raise ValueError(
