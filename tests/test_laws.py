@@ -208,15 +208,23 @@ def takes_pairs(method: str) -> bool:
 
 
 def over(cells: list[Cell]) -> pytest.MarkDecorator:
-    """PiSSA's cells, which are LoRA's with another start, vouch for most of LoRA's, nf4's for int8's, and a stored type
-    concerns no direction and no calibration, and a shared V over a bank vouches for one over W: those run with -m wide.
+    """Mark the cells of which others say the same; those run with -m wide.
+
+    PiSSA's, which are LoRA's with another start, vouch for most of LoRA's, and nf4's for int8's. A stored type concerns
+    no direction and no calibration: of those nf4 vouches for fp32 on three ranks of ZeRO-3 too, which take longest. A
+    shared V over a bank vouches for one over W.
     """
-    wide = [
-        ((cell[0] == "lora" or cell[3] == "int8") and cell[1:3] not in FEWER)
-        or (cell[0].removeprefix("lora-") in THINNER and cell[3] not in ("fp32", "nf4"))
-        or cell[0] == "core-shared-weight"
-        for cell in cells
-    ]
+
+    def told(method: str, engine: str, world: int, dtype: str) -> bool:
+        thin = method.removeprefix("lora-") in THINNER
+        return (
+            ((method == "lora" or dtype == "int8") and (engine, world) not in FEWER)
+            or (thin and dtype not in ("fp32", "nf4"))
+            or (thin and engine == "zero3" and dtype == "fp32" and not refused(method, "nf4"))
+            or method == "core-shared-weight"
+        )
+
+    wide = [told(*cell) for cell in cells]
     marked = [pytest.param(cell, marks=pytest.mark.wide if far else ()) for cell, far in zip(cells, wide, strict=True)]
     return pytest.mark.parametrize("cell", marked, ids=["-".join(map(str, cell)) for cell in cells])
 

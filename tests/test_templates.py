@@ -659,7 +659,8 @@ def test_a_run_that_resumes_on_another_day_with_another_cache_trains_the_same_to
     first = tmp_path / "out" / "checkpoints" / "step-000002"
     assert json.loads((first / "state.json").read_text())["data"]["date"] == "2026-11-05"
     monkeypatch.setattr("llm_lowrank.data.corpus.cache_dir", lambda: tmp_path / "another cache")
-    assert train.main([*arguments, f"--resume_from_checkpoint={first}"]) == 0
+    again = [f"--resume_from_checkpoint={first}", f"--output_dir={tmp_path / 'again'}"]
+    assert train.main([*arguments, *again]) == 0
     assert "the chat template writes the date: 2026-11-05" in capsys.readouterr().out
     assert next(Someday.days) == Date(2026, 11, 6)  # today was not asked for
 
