@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests import ranks, tiny
 
 STEPS, SAMPLES, RATE = 4, 6, 1e-2
 METHOD = SRLoRA(rank=4, alpha=6, target_rank=7, svd_cache="")  # exchanges after steps 1 and 3
+ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "seed": 0,
@@ -291,6 +294,36 @@ def test_nodes_with_different_copies_of_a_model_are_told(model, tmp_path):
     other.save_pretrained(tmp_path)
     said = ranks.run(2, from_its_own_folder, [model, str(tmp_path)])
     assert all("rank 0 and rank 1 do not read the same" in line for line in said), said
+
+
+SCRIPT = """
+import atexit, sys
+import torch.distributed as dist
+from llm_lowrank import LoRA, prepare
+atexit.register(lambda: print("a group is left:", dist.is_initialized()))
+prepared = prepare(sys.argv[1], LoRA(rank=4), max_steps=1)
+assert dist.is_initialized()
+if sys.argv[2] == "fail":
+    raise RuntimeError("of the script")
+"""
+
+
+@pytest.mark.parametrize("end, left", [("well", False), ("fail", True)])
+def test_a_script_leaves_the_group_at_its_end_but_not_after_an_exception(model, tmp_path, end, left):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *("script.py", model, end),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode == 0) is (end == "well"), run.stderr[-3000:]
+    assert f"a group is left: {left}" in run.stdout
 
 
 def test_the_names_that_a_notebook_needs_are_at_the_top():

@@ -9,8 +9,10 @@ prepared.save_adapter("adapter")
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +91,18 @@ def prepare(
     return prepared
 
 
+def _close(engine: weakref.ref[Engine]) -> None:
+    """Leave the process group at the end of a script, as far as the script's own engine is still there.
+
+    Otherwise threads of gloo may outlive what they use, and now and then a rank that had trained to the end aborted.
+    After an exception the group stays: closing it could wait for ranks that wait for this one, and the launcher ends
+    them all.
+    """
+    found = engine()
+    if found is not None and not hasattr(sys, "last_value"):
+        found.close()
+
+
 class Prepared:
     """What a training loop of one's own calls: a model, an optimizer, and what follows training."""
 
@@ -138,6 +152,8 @@ class Prepared:
         )
         validate(self.recipe)
         self.engine: Engine = make_engine(self.recipe)
+        if self.engine.world > 1:
+            atexit.register(_close, weakref.ref(self.engine))
         with self.engine.together():
             self.source = Source.open(name, self.recipe.model_revision)
             self.base, self.adapters, self.tensors, *_ = build(self.recipe, self.source, (), self.engine.device)
