@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import live
 from launch import train
+from llm_lowrank.models.checkpoint import later_ones
 from llm_lowrank.run.checks import output_dir_conflict
 from llm_lowrank.run.recipe import Recipe
 from tests.test_launch import ENVIRONMENT, PYTHON, ROOT, TORCHRUN, place, recipe, records, succeed  # noqa: F401 - place is a fixture
@@ -137,6 +138,13 @@ def test_a_finished_run_is_not_written_over_by_a_resume(tmp_path):
             output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) or ""
         )
     (tmp_path / "out/checkpoints/step-000002").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/step-000004").mkdir()
+    (tmp_path / "out/checkpoints/step-000004/state.json").write_text("{}")
+    kept = tmp_path / "out/kept/step-000002"  # inside of the folder, and not among its checkpoints
+    kept.mkdir(parents=True)
+    assert [path.name for path in later_ones(tmp_path / "out", kept)] == ["step-000004"]
+    assert later_ones(tmp_path / "out", tmp_path / "other/checkpoints/step-000002") == []
+    (tmp_path / "out/checkpoints/step-000004/state.json").unlink()
     for resume in ("auto", str(tmp_path / "out/checkpoints/step-000002")):
         assert output_dir_conflict(Recipe(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)) is None
 

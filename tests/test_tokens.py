@@ -16,7 +16,7 @@ from benchmarks import soak
 from llm_lowrank.adapters.tokens import TrainedTokens
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.methods.lora import LoRA
-from llm_lowrank.models import checkpoint, loss
+from llm_lowrank.models import loss
 from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
@@ -30,7 +30,7 @@ from tests import ranks
 from tests.test_data import write_jsonl
 from tests.test_laws import METHODS
 from tests.test_offload import CPU
-from tests.tiny import VOCABULARY, Trainee, batch, llama
+from tests.tiny import VOCABULARY, Trainee, batch, check_resumes_bitwise, check_trains_alike, llama
 
 METHOD = LoRA(rank=3, target_modules=["q_proj", "down_proj"])
 # two old tokens, a spare row of the matrix that starts anew, and three tokens beyond it
@@ -97,13 +97,6 @@ def test_the_rows_train_as_those_of_resized_matrices(tied):
         assert torch.equal(t.model.state_dict()[k], before[k]), "the base's bytes change never"
 
 
-def losses(
-    engine: str, dtype: str, tied: bool, method: object = METHOD, offload: dict | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
-    t = Trainee(method, engine, dtype, tokens=TOKENS, tie_word_embeddings=tied, zero=offload)
-    return [t.step(step) for step in range(STEPS)], t.values()
-
-
 @pytest.mark.parametrize(
     "engine, world, dtype, tied",
     [
@@ -118,13 +111,8 @@ def losses(
     ],
 )
 def test_the_rows_train_alike_on_every_engine(engine, world, dtype, tied):
-    wanted, values = ranks.run(1, losses, "plain", dtype, tied)[0]
-    assert wanted[-1] < wanted[0]
+    values = check_trains_alike(METHOD, engine, world, dtype, tokens=TOKENS, tie_word_embeddings=tied)
     assert {"token_rows.embedding"} <= values.keys()
-    for found, others in ranks.run(world, losses, engine, dtype, tied):
-        assert found == pytest.approx(wanted, rel=2e-6)
-        for name in values:
-            torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +124,7 @@ def test_the_rows_train_alike_on_every_engine(engine, world, dtype, tied):
     ],
 )
 def test_rows_that_lie_on_the_host_between_uses_train_alike(engine, offload):
-    wanted, values = ranks.run(1, losses, "plain", "nf4", False)[0]
-    found, others = ranks.run(2, losses, engine, "nf4", False, METHOD, offload)[0]
-    assert found == pytest.approx(wanted, rel=2e-6)
-    for name in values:
-        torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
+    check_trains_alike(METHOD, engine, 2, "nf4", offload, tokens=TOKENS, tie_word_embeddings=False)
 
 
 @pytest.mark.wide
@@ -182,15 +166,6 @@ def test_the_loss_in_the_layer_knows_the_rows(tied, block, monkeypatch):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def steps(engine: str, dtype: str, folder: str, resume: bool) -> dict[str, Tensor]:
-    t = trainee(engine, dtype, resume_from=checkpoint.newest(Path(folder))[0] if resume else None)
-    for step in range(2 * resume, 4):
-        t.step(step)
-        if step == 1:
-            t.save(Path(folder), 2)
-    return t.values() | t.moments()
-
-
 WIDE = pytest.mark.wide
 RESUMED = [
     ("zero3", 3, "nf4"),
@@ -200,11 +175,8 @@ RESUMED = [
 
 @pytest.mark.parametrize("engine, world, dtype", RESUMED)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(engine, world, dtype, tmp_path):
-    wanted = ranks.run(world, steps, engine, dtype, str(tmp_path), False)[0]
-    found = ranks.run(world, steps, engine, dtype, str(tmp_path), True)[0]
+    wanted = check_resumes_bitwise(METHOD, engine, world, dtype, tmp_path, tokens=TOKENS)
     assert any(name.startswith("token_rows.embedding.") for name in wanted)
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

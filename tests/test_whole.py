@@ -17,7 +17,7 @@ from llm_lowrank.adapters.whole import Whole
 from llm_lowrank.evaluation.subject import Subject
 from llm_lowrank.methods.lora import LoRA
 from llm_lowrank.methods.losia import LoSiA
-from llm_lowrank.models import checkpoint, loss
+from llm_lowrank.models import loss
 from llm_lowrank.models.export import save_adapter
 from llm_lowrank.models.merging import merge
 from llm_lowrank.models.source import Source
@@ -34,7 +34,7 @@ from tests.test_architectures import exported as trained_and_exported
 from tests.test_laws import METHODS
 from tests.test_offload import CPU
 from tests.test_tokens import argv
-from tests.tiny import VOCABULARY, Trainee, batch, llama, trains_as_peft
+from tests.tiny import VOCABULARY, Trainee, batch, check_resumes_bitwise, check_trains_alike, llama, trains_as_peft
 
 METHOD = LoRA(rank=3, alpha=6.0, target_modules=["q_proj", "down_proj"])
 ALL = ("embed_tokens", "lm_head", "norm")
@@ -97,21 +97,9 @@ def test_the_function_at_the_start_is_the_base_models_bit_for_bit(tied):
 # --- on every engine --------------------------------------------------------------------------------------------------
 
 
-def losses(
-    engine: str, dtype: str, tied: bool, method: object = METHOD, offload: dict | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
-    t = Trainee(method, engine, dtype, modules=ALL, tie_word_embeddings=tied, zero=offload)
-    return [t.step(step) for step in range(STEPS)], t.values()
-
-
-def alike(engine: str, world: int, *settings: object) -> None:
-    wanted, values = ranks.run(1, losses, "plain", *settings[:2])[0]
-    assert wanted[-1] < wanted[0] and "model.layers.1.post_attention_layernorm.weight" in values
-    for found, others in ranks.run(world, losses, engine, *settings):
-        assert found == pytest.approx(wanted, rel=2e-6)
-        assert others.keys() == values.keys()
-        for name in values:
-            torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
+def alike(engine: str, world: int, dtype: str, tied: bool, zero: dict | None = None) -> None:
+    values = check_trains_alike(METHOD, engine, world, dtype, zero, modules=ALL, tie_word_embeddings=tied)
+    assert "model.layers.1.post_attention_layernorm.weight" in values
 
 
 @pytest.mark.parametrize(
@@ -143,7 +131,7 @@ def test_they_train_alike_on_every_engine(engine, world, dtype, tied):
     ],
 )
 def test_modules_that_lie_on_the_host_between_uses_train_alike(engine, offload):
-    alike(engine, 2, "nf4", False, METHOD, offload)
+    alike(engine, 2, "nf4", False, offload)
 
 
 def checkpointed(engine: str, reentrant: bool | None) -> list[float]:
@@ -167,15 +155,6 @@ def test_checkpointing_and_micro_batches_change_nothing(engine, reentrant):
         assert found == pytest.approx(wanted, rel=2e-6)
 
 
-def steps(engine: str, dtype: str, folder: str, resume: bool) -> dict[str, Tensor]:
-    t = trainee(engine, dtype, resume_from=checkpoint.newest(Path(folder))[0] if resume else None)
-    for step in range(2 * resume, 4):
-        t.step(step)
-        if step == 1:
-            t.save(Path(folder), 2)
-    return t.values() | t.moments()
-
-
 @pytest.mark.parametrize(
     "engine, world, dtype",
     [
@@ -184,11 +163,8 @@ def steps(engine: str, dtype: str, folder: str, resume: bool) -> dict[str, Tenso
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(engine, world, dtype, tmp_path):
-    wanted = ranks.run(world, steps, engine, dtype, str(tmp_path), False)[0]
-    found = ranks.run(world, steps, engine, dtype, str(tmp_path), True)[0]
+    wanted = check_resumes_bitwise(METHOD, engine, world, dtype, tmp_path, modules=ALL)
     assert any(name.startswith("model.norm.weight.") for name in wanted)
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
 
 
 FEW = ("lora", "lora-b-rate", "srlora-bank", "rasa", "losia-weight", "sora")

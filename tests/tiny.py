@@ -356,6 +356,46 @@ def check_resume_elsewhere(method: Method, folder: Path, trained: tuple[str, ...
             assert all(torch.equal(value, other) for other in (first[0][name], *saved, found)), name
 
 
+def three_steps(method: Method, engine: str, dtype: str, **settings: object) -> tuple[list[float], dict[str, Tensor]]:
+    t = Trainee(method, engine, dtype, **settings)
+    return [t.step(step) for step in range(3)], t.values()
+
+
+def check_trains_alike(
+    method: Method, engine: str, world: int, dtype: str, zero: dict | None = None, **settings: object
+) -> dict[str, Tensor]:
+    """Compare losses and values on some ranks of an engine with those of one process, and return these values."""
+    wanted, values = ranks.run(1, three_steps, method, "plain", dtype, **settings)[0]
+    assert wanted[-1] < wanted[0]
+    for found, others in ranks.run(world, three_steps, method, engine, dtype, zero=zero, **settings):
+        assert found == pytest.approx(wanted, rel=2e-6)
+        assert others.keys() == values.keys()
+        for name in values:
+            torch.testing.assert_close(others[name], values[name], rtol=1e-3, atol=2e-5)
+    return values
+
+
+def four_steps(method: Method, engine: str, dtype: str, folder: str, resume: bool, **settings: object) -> dict:
+    point = checkpoint.newest(Path(folder))[0] if resume else None
+    t = Trainee(method, engine, dtype, resume_from=point, **settings)
+    for step in range(2 * resume, 4):
+        t.step(step)
+        if step == 1:
+            t.save(Path(folder), 2)
+    return t.values() | t.moments()
+
+
+def check_resumes_bitwise(
+    method: Method, engine: str, world: int, dtype: str, folder: Path, **settings: object
+) -> dict[str, Tensor]:
+    """Compare a run that was resumed after two of four steps with one that was not, and return its values."""
+    wanted = ranks.run(world, four_steps, method, engine, dtype, str(folder), False, **settings)[0]
+    found = ranks.run(world, four_steps, method, engine, dtype, str(folder), True, **settings)[0]
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    return wanted
+
+
 def trains_as_peft(t: Trainee, theirs: nn.Module, steps: int, rate: float) -> None:
     """Make the same steps with PEFT's model and AdamW, and compare the losses."""
     adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)

@@ -272,6 +272,13 @@ def complete_checkpoints(output: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
+def later_ones(output: Path, point: Path) -> list[Path]:
+    """The complete checkpoints in an output folder that come after one which lies there too, the newest first."""
+    if output.resolve() not in point.resolve().parents:
+        return []
+    return [path for path in complete_checkpoints(output) if path.name > point.name]
+
+
 def newest(output: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest undamaged checkpoint, if there is one, and what is wrong with newer ones."""
     damaged: list[str] = []

@@ -13,7 +13,7 @@ from llm_lowrank.codecs import CODECS
 from llm_lowrank.data import Corpus
 from llm_lowrank.engines.fsdp import Sharding
 from llm_lowrank.models import liger
-from llm_lowrank.models.checkpoint import complete_checkpoints
+from llm_lowrank.models.checkpoint import later_ones
 from llm_lowrank.models.hub import name_errors
 from llm_lowrank.numerics.optimizers import OPTIMIZERS
 from llm_lowrank.run.build import deepspeed_config, missing_for_flash, schedule_errors
@@ -260,7 +260,7 @@ def output_dir_conflict(recipe: Recipe) -> str | None:
         return None
     asked = Path(recipe.resume_from_checkpoint).expanduser().resolve()
     if output.resolve() in asked.parents:
-        later = [path.name for path in complete_checkpoints(output) if path.name > asked.name]
+        later = [path.name for path in later_ones(output, asked)]
         if not later:
             return None
         return (

@@ -77,9 +77,8 @@ def prepare_output(run: Run) -> None:
     for name in ("adapter", "merged", *([] if resuming else ["tensorboard", checkpoint.FOLDER])):
         if (output / name).exists():
             shutil.rmtree(output / name)
-    if run.resume_from is not None and run.resume_from.path.parent.resolve() == (output / checkpoint.FOLDER).resolve():
-        later = [path for path in checkpoint.complete_checkpoints(output) if path.name > run.resume_from.path.name]
-        for folder in later if run.recipe.overwrite_output_dir else ():
+    if run.resume_from is not None and run.recipe.overwrite_output_dir:
+        for folder in checkpoint.later_ones(output, run.resume_from.path):
             shutil.rmtree(folder)
     for file in (BACKBONE, DATE):
         (output / file).unlink(missing_ok=True)
