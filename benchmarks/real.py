@@ -304,25 +304,37 @@ def comparison(folder: Path, setting: Setting) -> Comparison:
     return Comparison(folder, setting, settings, tuning, functools.partial(run_alone, setting))  # type: ignore[arg-type]
 
 
-def wanted(compared: Comparison, method: str, seeds: Sequence[int]) -> list[Spec]:
-    """Return the runs that a method's next result waits for: rates to be tried, or else the runs that are reported."""
+def wanted(compared: Comparison, method: str, seeds: Sequence[int], rates: Sequence[float]) -> list[Spec]:
+    """Return the runs that a method's next result waits for: rates to be tried, or else the runs that are reported.
+
+    rates: those to report in the place of the one that is chosen.
+    """
+    if rates:
+        return [spec for rate in rates for seed in seeds if not compared.done(spec := Spec(method, rate, seed))]
     runs = read_runs(compared.folder)
     tried = {Spec(method, rate, TUNING, True) for rate in rates_of(runs, method)}
     first = [Spec(method, rate, TUNING, True) for rate in RATES[FIRST]]
     if missing := [spec for spec in first if spec not in tried]:
         return missing
-    rate, rates = best(runs, method), rates_of(runs, method)
+    rate, known = best(runs, method), rates_of(runs, method)
     at = RATES.index(rate)
-    if rate in (rates[0], rates[-1]) and 0 < at < len(RATES) - 1:
-        return [Spec(method, RATES[at - 1 if rate == rates[0] else at + 1], TUNING, True)]
+    if rate in (known[0], known[-1]) and 0 < at < len(RATES) - 1:
+        return [Spec(method, RATES[at - 1 if rate == known[0] else at + 1], TUNING, True)]
     return [spec for spec in (Spec(method, rate, seed) for seed in seeds) if not compared.done(spec)]
 
 
-def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[int], jobs: int, until: float) -> None:
+def fill(
+    compared: Sequence[Comparison],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    jobs: int,
+    until: float,
+) -> None:
     """Make the runs of all comparisons, those of the first one first. No run begins after `until`.
 
-    A run that finds no memory is made again later, beside one run less. After another error the method is left out of
-    that comparison.
+    rates: see `wanted`. A run that finds no memory is made again later, beside one run less. After another error the
+    method is left out of that comparison.
     """
     chains = [(one, name) for one in compared for name in names]
     running: dict[Future[str], tuple[Comparison, str, Spec]] = {}
@@ -332,7 +344,7 @@ def fill(compared: Sequence[Comparison], names: Sequence[str], seeds: Sequence[i
             ready = (
                 (one, name, spec)
                 for one, name in chains
-                for spec in wanted(one, name, seeds)
+                for spec in wanted(one, name, seeds, rates)
                 if (one.folder, spec) not in busy
             )
             while len(running) < jobs and time.monotonic() < until and (begun := next(ready, None)):
@@ -497,6 +509,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="by default those that the pilot chose; of `pilot`: all",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds that are reported")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="rates to report in the place of the one that is chosen"
+    )
     parser.add_argument("--steps", type=int, default=Setting.steps)
     parser.add_argument("--model", default=Setting.model, help="a folder or a name, as model_name_or_path")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Setting.dtype)
@@ -522,7 +537,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     tasks = tasks_of(args.output) if not args.tasks else {n: (CANDIDATES | TEXTS)[n] for n in args.tasks}
     compared = [comparison(args.output / name, replace(setting, task=task)) for name, task in tasks.items()]
-    fill(compared, args.methods, args.seeds, args.jobs, until)
+    fill(compared, args.methods, args.seeds, args.rates, args.jobs, until)
 
 
 if __name__ == "__main__":
