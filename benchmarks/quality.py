@@ -162,6 +162,8 @@ LATER: dict[str, Any] = {
     "exchanges": [],
     "into": "auto",
     "share_v": False,
+    "adapter": "",
+    "adapter_role": "trained",
 }
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
