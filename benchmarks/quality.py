@@ -164,7 +164,9 @@ LATER: dict[str, Any] = {
     "share_v": False,
     "adapter": "",
     "adapter_role": "trained",
+    "trains": "AB",
 }
+RENAMED = {"max_export_rank": "export_rank"}  # settings of methods in older files: their names now
 DIRECTIONS = {name: kind for name, kind in Direction.get_known_choices().items() if name != "none"}
 WINDOWS = 20  # points of the curve of the training loss
 LOOKS = 8  # points of the curve of the held-out loss
@@ -606,12 +608,15 @@ class Comparison:
         return {"run": asdict(spec), "method": settings[spec.method], "setting": asdict(self.setting)}
 
     def found(self, spec: Spec) -> dict[str, Any]:
-        """Return the settings that the file of this run holds, with those that its method had not yet."""
+        """Return the settings that the file of this run holds, in today's names, with those that its method had not
+        yet.
+        """
         settings = json.loads(self.file(spec).read_text())["settings"]
         now = self.stamp(spec)["method"]
+        held = {RENAMED.get(key, key): value for key, value in settings["method"].items()}
         if "base" in settings["setting"]:
             settings["setting"]["base"] = {"family": "digits"} | settings["setting"]["base"]
-        return settings | {"method": {key: LATER[key] for key in LATER if key in now} | settings["method"]}
+        return settings | {"method": {key: LATER[key] for key in LATER if key in now} | held}
 
     def done(self, spec: Spec) -> bool:
         """Return whether the file of the run exists. A file with other settings under the same name is an error: the

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import quality
+from benchmarks import quality, real
 from benchmarks.families import FAMILIES, LENGTH, SYMBOLS, examples
 from benchmarks.remedies import Remedy, energies
 from llm_lowrank.adapters.adapter import generator
@@ -207,3 +207,31 @@ def test_the_long_runs_exchange_after_equal_parts():
     assert found["three_into_bank"].exchanges == [150, 300, 450] and found["one_into_weight"].exchanges == [300]
     assert not found["once"].exchanges
     assert all(method.into == name.rpartition("_")[2] for name, method in found.items() if "_into_" in name)
+
+
+def committed(comparison: quality.Comparison) -> int:
+    """Return how many runs of the comparison lie in the repository; raise if one cannot be gone on from."""
+    specs = [quality.Spec(**read["settings"]["run"]) for read in quality.read_runs(comparison.folder)]
+    return sum(comparison.done(spec) for spec in specs if spec.method in comparison.settings)
+
+
+@pytest.mark.parametrize("name", quality.SMALL)
+def test_the_committed_results_are_those_of_todays_settings(name, tmp_path, monkeypatch):
+    """A setting that a method has got since must be among LATER, or a table can never be widened."""
+    runs = quality.SMALL[name]
+    base = quality.Base(steps=runs.pretrain_steps, family=runs.family)
+    quality.fresh(base).config.save_pretrained(tmp_path)
+    monkeypatch.setattr(quality, "pretrained", lambda folder, base: tmp_path)
+    small = quality.Small(base, steps=runs.steps)
+    comparison = quality.small_comparison(quality.ROOT / "benchmarks" / "results" / "quality" / name, small, runs.among)
+    assert committed(comparison) > 10
+
+
+def test_the_committed_results_of_the_real_model_are_those_of_todays_settings():
+    results = quality.ROOT / "benchmarks" / "results" / "quality"
+    assert committed(quality.real_comparison(results / "real", quality.Real())) > 10
+    assert committed(quality.real_comparison(results / "real_scores", quality.Real(), quality.scores)) > 2
+    for name, task in real.tasks_of(results / "tasks").items():
+        compared = real.comparison(results / "tasks" / name, real.Setting(task))
+        if compared.folder.is_dir():
+            assert committed(compared) >= 4

@@ -49,7 +49,7 @@ def put(compared: Comparison, spec: Spec, exact: float, loss: float | None = 1.0
 @pytest.mark.quick
 def test_rates_are_tried_until_the_best_one_is_inside_and_then_seeds_are_run(compared):
     def wanted() -> list[Spec]:
-        return real.wanted(compared, "lora", (0, 1))
+        return real.wanted(compared, "lora", (0, 1), ())
 
     first = wanted()
     assert [spec.rate for spec in first] == [6e-4, 2e-3, 6e-3] and all(spec.tuning for spec in first)
@@ -61,7 +61,9 @@ def test_rates_are_tried_until_the_best_one_is_inside_and_then_seeds_are_run(com
     put(compared, Spec("lora", 6e-3, 0), 0.3)
     assert wanted() == [Spec("lora", 6e-3, 1)]
     put(compared, Spec("lora", 6e-3, 1), 0.3)
-    assert wanted() == [] and len(real.wanted(compared, "core", (0, 1))) == 3
+    assert wanted() == [] and len(real.wanted(compared, "core", (0, 1), ())) == 3
+    # rates that are named are run with the reported seeds, and no rate is tried
+    assert real.wanted(compared, "lora", (0, 1), (2e-3, 6e-3)) == [Spec("lora", 2e-3, 0), Spec("lora", 2e-3, 1)]
 
 
 @pytest.mark.quick
@@ -119,11 +121,11 @@ def test_a_run_without_memory_is_made_again_beside_fewer_and_another_error_ends_
     monkeypatch.setattr(real, "pool_of", lambda jobs: pool)
     monkeypatch.setattr(real, "wait", pool.wait)
     monkeypatch.setattr(Comparison, "make", lambda one, spec: put(one, spec, 0.5 - abs(spec.rate - 2e-3)))
-    real.fill([compared], ["lora", "dora", "core"], (0, 1), 4, math.inf)
-    assert real.wanted(compared, "lora", (0, 1)) == real.wanted(compared, "core", (0, 1)) == []
+    real.fill([compared], ["lora", "dora", "core"], (0, 1), (), 4, math.inf)
+    assert real.wanted(compared, "lora", (0, 1), ()) == real.wanted(compared, "core", (0, 1), ()) == []
     said = capsys.readouterr().out
     assert said.count("found no memory") == 2 and "from now on 2 runs at a time" in said
-    assert "dora is left out: ValueError: broken" in said and len(real.wanted(compared, "dora", (0, 1))) == 3
+    assert "dora is left out: ValueError: broken" in said and len(real.wanted(compared, "dora", (0, 1), ())) == 3
 
 
 SLEEPERS = """
