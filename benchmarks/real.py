@@ -419,10 +419,12 @@ def table(folder: Path, page: Path) -> None:
         "Held-out loss of the same runs, and of text:": (found, held_out),
         "Rates:": (found, lambda runs, name: f"{best(runs, name):g}"),
         "Loss of text that a run was not trained on, after minus before:": (asked, forgotten),
+        "Runs of these tables that a CPU made; the others were made by an H100:": (found, on_cpu),
     }
     lines = []
     for title, (runs, cell) in titles.items():
-        lines += [title, "", *rows(runs, cell, tuning=False), ""]
+        head, line, *body = rows(runs, cell, tuning=False)
+        lines += [title, "", head, line, *body, ""] if body else []
     title = (
         "Held-out loss of the runs that rates are chosen with, at the best rate. There is one seed, and the tasks with "
     )
@@ -471,6 +473,11 @@ def forgotten(runs: list[dict[str, Any]], name: str) -> str:
     both = [[result["others"][text] for result in results if result["others"]] for text in texts]
     changes = [[after - before for before, after in pairs] for pairs in both]
     return ", ".join(f"{text} {spread(values, 2)}" for text, values in zip(texts, changes, strict=True))
+
+
+def on_cpu(runs: list[dict[str, Any]], name: str) -> str:
+    devices = [result.get("device") for result in of(runs, name, False, best(runs, name))]
+    return f"{devices.count('cpu')} of {len(devices)}" if "cpu" in devices else ""
 
 
 def difference(runs: list[dict[str, Any]], name: str, value: Any, digits: int) -> str:

@@ -40,8 +40,15 @@ def compared(tmp_path):
     return Comparison(tmp_path / "sums", SETTING, settings, settings, lambda spec: None)
 
 
-def put(compared: Comparison, spec: Spec, exact: float, loss: float | None = 1.0, others: dict | None = None) -> None:
-    result = {"exact_match": exact, "loss": loss, "trainable": 1, "others": others or {}}
+def put(
+    compared: Comparison,
+    spec: Spec,
+    exact: float,
+    loss: float | None = 1.0,
+    others: dict | None = None,
+    device: str = "card",
+) -> None:
+    result = {"exact_match": exact, "loss": loss, "trainable": 1, "others": others or {}, "device": device}
     compared.folder.mkdir(exist_ok=True)
     compared.file(spec).write_text(json.dumps({"settings": compared.stamp(spec), "result": result}))
 
@@ -73,7 +80,9 @@ def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_
         put(compared, Spec(name, 2e-3, real.TUNING, True), 0.5)
         for seed, exact in enumerate(values):
             loss = None if exact is None else 1 - exact
-            put(compared, Spec(name, 2e-3, seed), exact or 0.0, loss, {"code": [1.0, 1.25]} if exact else None)
+            others = {"code": [1.0, 1.25]} if exact else None
+            device = "cpu" if (name, seed) == ("core", 1) else "card"
+            put(compared, Spec(name, 2e-3, seed), exact or 0.0, loss, others, device)
     (tmp_path / "pilot.json").write_text(json.dumps({"chosen": ["sums"]}))
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- tasks -->\n<!-- /tasks -->\nb\n", encoding="utf-8")
@@ -83,6 +92,7 @@ def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_
     assert "| CORE | 40.0 ± 36.1 (-10.0) |" in text  # a run that diverged has nothing right
     assert "| CORE | 0.400 ± 0.141, 2 of 3 (-0.150) |" in text and "| CORE | 0.002 |" in text
     assert "| CORE | code 0.25 ± 0.00 |" in text
+    assert "| CORE | 1 of 3 |" in text and "| LoRA | 0 of 3 |" not in text
 
 
 class Crowded:
