@@ -11,8 +11,8 @@ The model is SmolLM2-135M-Instruct. With one GPU and sixteen cores:
     python benchmarks/real.py pilot --jobs 14
     python benchmarks/real.py run --jobs 14
 
-Two CPU cores whose products in bfloat16 are fast (avx512_bf16) make two runs at a time, each in 4 to 20 minutes, with
-`--jobs 2`.
+Two CPU cores whose products in bfloat16 are fast (avx512_bf16) make two runs at a time with `--jobs 2`. A run of
+`fractions` takes 4 minutes of one of them, CORE's takes 11 to 17.
 
 `--steps 2400` takes twenty times as many. `--minutes 8` begins no run after eight minutes; what is missing is made by
 the next start.
@@ -55,7 +55,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.gpu_device import card_name
+from benchmarks.gpu_device import CUDA, card_name
 from benchmarks.quality import (
     PAGE,
     ROOT,
@@ -198,15 +198,15 @@ def recipe_of(setting: Setting, method: Method, spec: Spec, output: str) -> Reci
         save_merged=False,
         engine="plain",
         dtype=setting.dtype,  # type: ignore[arg-type]
-        # on CPUs the backward of sdpa in bfloat16 takes four times as long as that of plain products, for 64 tokens
-        attn_implementation="auto" if torch.cuda.is_available() else "eager",
+        # on CPUs sdpa in bfloat16 takes four times as long as plain products, forward and backward, for 64 tokens
+        attn_implementation="auto" if CUDA or setting.dtype == "float32" else "eager",
         report_to="none",
         optim="sgd" if method.own_step else "adamw",
         method=method,
         data=setting.data(),
         per_device_train_batch_size=setting.batch,
         # on CPUs the bfloat16 product of each row's last token copies the output layer, 57 MB, once for every row
-        per_device_eval_batch_size=128 if torch.cuda.is_available() else 32,
+        per_device_eval_batch_size=128 if CUDA else 32,
         max_steps=setting.length(spec.tuning),
         seed=spec.seed,
         learning_rate=spec.rate,
@@ -308,18 +308,17 @@ def wanted(compared: Comparison, method: str, seeds: Sequence[int], rates: Seque
 
     rates: those to report in the place of the one that is chosen.
     """
-    if rates:
-        return [spec for rate in rates for seed in seeds if not compared.done(spec := Spec(method, rate, seed))]
-    runs = read_runs(compared.folder)
-    tried = {Spec(method, rate, TUNING, True) for rate in rates_of(runs, method)}
-    first = [Spec(method, rate, TUNING, True) for rate in RATES[FIRST]]
-    if missing := [spec for spec in first if spec not in tried]:
-        return missing
-    rate, known = best(runs, method), rates_of(runs, method)
-    at = RATES.index(rate)
-    if rate in (known[0], known[-1]) and 0 < at < len(RATES) - 1:
-        return [Spec(method, RATES[at - 1 if rate == known[0] else at + 1], TUNING, True)]
-    return [spec for spec in (Spec(method, rate, seed) for seed in seeds) if not compared.done(spec)]
+    if not rates:
+        runs = read_runs(compared.folder)
+        known = rates_of(runs, method)
+        if missing := [Spec(method, rate, TUNING, True) for rate in RATES[FIRST] if rate not in known]:
+            return missing
+        rate = best(runs, method)
+        at = RATES.index(rate)
+        if rate in (known[0], known[-1]) and 0 < at < len(RATES) - 1:
+            return [Spec(method, RATES[at - 1 if rate == known[0] else at + 1], TUNING, True)]
+        rates = [rate]
+    return [spec for rate in rates for seed in seeds if not compared.done(spec := Spec(method, rate, seed))]
 
 
 def fill(
@@ -418,7 +417,7 @@ def table(folder: Path, page: Path) -> None:
         "Held-out loss of the same runs, and of text:": (found, held_out),
         "Rates:": (found, lambda runs, name: f"{best(runs, name):g}"),
         "Loss of text that a run was not trained on, after minus before:": (asked, forgotten),
-        "Runs of these tables that a CPU made; the others were made by an H100:": (found, on_cpu),
+        "Runs of these tables that a CPU made:": (found, on_cpu),
     }
     lines = []
     for title, (runs, cell) in titles.items():
@@ -525,7 +524,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many no run begins")
     parser.add_argument("--page", type=Path, default=PAGE, help="of `table`: the page to write into")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rates and args.what != "run":
+        parser.error("--rates: only `run` makes runs at given rates")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

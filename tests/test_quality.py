@@ -235,3 +235,6 @@ def test_the_committed_results_of_the_real_model_are_those_of_todays_settings():
         compared = real.comparison(results / "tasks" / name, real.Setting(task))
         if compared.folder.is_dir():
             assert committed(compared) >= 4
+    fractions = real.CANDIDATES["fractions"]
+    for folder, steps in {"tasks_216_steps": 216, "tasks_on_cpu": real.Setting.steps}.items():
+        assert committed(real.comparison(results / folder / "fractions", real.Setting(fractions, steps=steps))) >= 5

@@ -74,6 +74,13 @@ def test_rates_are_tried_until_the_best_one_is_inside_and_then_seeds_are_run(com
 
 
 @pytest.mark.quick
+def test_rates_are_refused_where_no_run_would_be_made_at_them(capsys):
+    with pytest.raises(SystemExit):
+        real.main(["pilot", "--rates", "2e-3"])
+    assert "--rates: only `run`" in capsys.readouterr().err
+
+
+@pytest.mark.quick
 def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_path):
     write = {"lora": (0.4, 0.5, 0.6), "core": (0.5, 0.7, None)}
     for name, values in write.items():
