@@ -96,7 +96,12 @@ WINDOW = (0.2, 0.8)  # of LoRA's exact match
 MARGIN = 0.1  # of LoRA's exact match over that of one answer for all questions
 TAKEN = 4  # tasks
 METHODS = ("lora", "lora_plus", "dora", "rasa", "losia", "srlora", "core", "core_4r")
-NAMES = TITLES | {"core_4r": "CORE, p = 4 r"}
+CONTROLS = ("core_light", "core_random")  # made only if they are named
+NAMES = TITLES | {
+    "core_4r": "CORE, p = 4 r",
+    "core_light": "CORE, bases of 64 samples in two passes",
+    "core_random": "CORE between random bases",
+}
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,13 @@ class Adapted(Result):
 
 
 def methods(model: PreTrainedModel, rank: int, steps: int) -> dict[str, Method]:
-    """Return the settings of every method, as benchmarks/quality.py has them, and CORE at p = 4 r."""
-    known = all_methods(model, rank, steps, "auto") | {"core_4r": Core(p=4 * rank)}
-    return {name: known[name] for name in METHODS}
+    """Return the settings of methods as benchmarks/quality.py has them, of CORE at p = 4 r, and of the controls."""
+    known = all_methods(model, rank, steps, "auto") | {
+        "core_4r": Core(p=4 * rank),
+        "core_light": Core(like_rank=rank, samples=64, svd_niter=0),
+        "core_random": Core(like_rank=rank, samples=0),
+    }
+    return {name: known[name] for name in (*METHODS, *CONTROLS)}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -434,13 +443,13 @@ def rows(found: dict[str, list[dict[str, Any]]], cell: Any, tuning: bool) -> lis
     """Return a table of methods and tasks. A cell without a run is empty; empty rows and columns are left out."""
     known = {
         (name, task): cell(runs, name)
-        for name in METHODS
+        for name in (*METHODS, *CONTROLS)
         for task, runs in found.items()
         if rates_of(runs, name) and of(runs, name, tuning, best(runs, name))
     }
-    tasks = [task for task in found if any((name, task) in known for name in METHODS)]
+    tasks = [task for task in found if any((name, task) in known for name in (*METHODS, *CONTROLS))]
     lines = [f"| method | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
-    for name in METHODS:
+    for name in (*METHODS, *CONTROLS):
         if any(cells := [known.get((name, task), "") for task in tasks]):
             lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     return lines
@@ -506,7 +515,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn on a real model.")
     parser.add_argument("what", choices=["pilot", "run", "table"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "tasks")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *CONTROLS), default=list(METHODS))
     parser.add_argument(
         "--tasks",
         nargs="+",

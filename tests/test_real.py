@@ -36,7 +36,7 @@ def test_a_task_that_one_answer_for_all_questions_solves_as_well_is_not_chosen()
 @pytest.fixture
 def compared(tmp_path):
     """A comparison whose runs are made by `put`."""
-    settings = {name: {"name": name} for name in real.METHODS}
+    settings = {name: {"name": name} for name in (*real.METHODS, *real.CONTROLS)}
     return Comparison(tmp_path / "sums", SETTING, settings, settings, lambda spec: None)
 
 
@@ -82,7 +82,7 @@ def test_rates_are_refused_where_no_run_would_be_made_at_them(capsys):
 
 @pytest.mark.quick
 def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_path):
-    write = {"lora": (0.4, 0.5, 0.6), "core": (0.5, 0.7, None)}
+    write = {"lora": (0.4, 0.5, 0.6), "core": (0.5, 0.7, None), "core_light": (0.3, 0.3, 0.3)}
     for name, values in write.items():
         put(compared, Spec(name, 2e-3, real.TUNING, True), 0.5)
         for seed, exact in enumerate(values):
@@ -99,6 +99,7 @@ def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_
     assert "| CORE | 40.0 ± 36.1 (-10.0) |" in text  # a run that diverged has nothing right
     assert "| CORE | 0.400 ± 0.141, 2 of 3 (-0.150) |" in text and "| CORE | 0.002 |" in text
     assert "| CORE | code 0.25 ± 0.00 |" in text
+    assert "| CORE, bases of 64 samples in two passes | 30.0 ± 0.0 (-20.0) |" in text and "between random" not in text
     assert "| CORE | 1 of 3 |" in text and "| LoRA | 0 of 3 |" not in text
 
 
