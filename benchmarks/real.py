@@ -7,6 +7,7 @@
 The model is SmolLM2-135M-Instruct. With one GPU and sixteen cores:
 
     python recipes/data/stdlib_code.py output/stdlib-code.jsonl
+    python recipes/data/stdlib_code.py output/stdlib-short-code.jsonl --longest 300
     nvidia-cuda-mps-control -d          # lets the processes use the GPU side by side
     python benchmarks/real.py pilot --jobs 14
     python benchmarks/real.py run --jobs 14
@@ -20,7 +21,7 @@ the next start.
 Tasks. Questions come from reasoning-gym, and their exact match is that of generated answers. `pilot` trains LoRA once
 on each of CANDIDATES. Those are taken whose exact match is nearest to 50 %, of different kinds if possible, provided
 that it is from 20 to 80 % and at least ten points above that of one answer for all questions.
-`alpaca` and `code` are text, of which only the held-out loss is known.
+`alpaca` and `short_code`, functions of at most 300 characters, are text, of which only the held-out loss is known.
 
 Rates. Every method has its own rate for each task. It is chosen by the held-out loss of runs of half the steps, with
 one seed that is not reported, among three rates, and as long as the best one is the first or the last, among the next
@@ -88,7 +89,8 @@ from llm_lowrank.run.recipe import Recipe
 from llm_lowrank.run.signals import Signals
 from llm_lowrank.run.train import load, train_steps
 
-GYM, CODE = "reasoning-gym:", "output/stdlib-code.jsonl"
+GYM = "reasoning-gym:"
+CODE, SHORT_CODE = "output/stdlib-code.jsonl", "output/stdlib-short-code.jsonl"
 RATES = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3, 2e-2, 6e-2)
 FIRST = slice(2, 5)  # of RATES: those that every method is tried with
 TUNING, PILOT, SEEDS = 100, 200, (0, 1, 2)
@@ -142,10 +144,12 @@ CANDIDATES: dict[str, Task] = {
     "reversals": gym("lists", "word_sequence_reversal", min_words=6, max_words=12),
     "families": gym("relations", "family_relationships", max_family_size=6),
 }
-TEXTS: dict[str, Task] = {
+TEXTS: dict[str, Task] = {  # whose loss is taken before and after a run on another task
     "code": Task("text", CODE, share=0.5),
     "alpaca": Task("text", "recipes/data/alpaca-sample.json", share=0.25),
 }
+LEARNED = {"short_code": Task("text", SHORT_CODE, share=1 / 3), "alpaca": TEXTS["alpaca"]}
+TASKS = CANDIDATES | TEXTS | LEARNED
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Setting:
             generated = {"task": dict(self.task.settings), "size": size, "held_out": self.held_out}
             return Data(dataset=self.task.dataset, max_length=self.max_length, **generated)
         # of code no module of a held-out function is trained on, and the body follows the docstring
-        code = {"held_out_by": "module", "prompt_style": "plain"} if self.task.dataset == CODE else {}
+        code = {"held_out_by": "module", "prompt_style": "plain"} if self.task.dataset in (CODE, SHORT_CODE) else {}
         return Data(dataset=self.task.dataset, max_length=self.max_length, held_out=64, **code)  # type: ignore[arg-type]
 
 
@@ -281,7 +285,8 @@ def own_loss(run: Run, model: nn.Module) -> float:
 
 def other_texts(setting: Setting) -> list[str]:
     """Return the names of the texts that a run is not trained on."""
-    return [name for name, text in TEXTS.items() if text != setting.task]
+    own = [CODE, SHORT_CODE] if setting.task.dataset == SHORT_CODE else [setting.task.dataset]
+    return [name for name, text in TEXTS.items() if text.dataset not in own]
 
 
 def text_loss(run: Run, model: nn.Module, name: str) -> float:
@@ -410,8 +415,8 @@ def chosen(known: dict[str, float], constant: dict[str, float]) -> list[str]:
 
 
 def tasks_of(folder: Path) -> dict[str, Task]:
-    """Return the tasks that the pilot chose, and the texts."""
-    return {name: CANDIDATES[name] for name in json.loads((folder / "pilot.json").read_text())["chosen"]} | TEXTS
+    """Return the tasks that the pilot chose, and the texts that are learned."""
+    return {name: CANDIDATES[name] for name in json.loads((folder / "pilot.json").read_text())["chosen"]} | LEARNED
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -419,7 +424,7 @@ def tasks_of(folder: Path) -> dict[str, Task]:
 
 def table(folder: Path, page: Path) -> None:
     """Write the tables between the marks of the page."""
-    found = {name: runs for name in tasks_of(folder) if (runs := read_runs(folder / name))}
+    found = {name: runs for name in tasks_of(folder) | TEXTS if (runs := read_runs(folder / name))}
     asked = {name: runs for name, runs in found.items() if name in CANDIDATES}
     titles = {
         "Exact match in %, and in brackets the mean difference from LoRA over the same seeds:": (asked, exact),
@@ -519,7 +524,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=[*CANDIDATES, *TEXTS],
+        choices=list(TASKS),
         help="by default those that the pilot chose; of `pilot`: all",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds that are reported")
@@ -552,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = [name for name in args.tasks or CANDIDATES if name in CANDIDATES]
         pilot(args.output, setting, names, args.pilot_rate, args.jobs)
         return
-    tasks = tasks_of(args.output) if not args.tasks else {n: (CANDIDATES | TEXTS)[n] for n in args.tasks}
+    tasks = tasks_of(args.output) if not args.tasks else {n: TASKS[n] for n in args.tasks}
     compared = [comparison(args.output / name, replace(setting, task=task)) for name, task in tasks.items()]
     fill(compared, args.methods, args.seeds, args.rates, args.jobs, until)
 

@@ -193,6 +193,19 @@ def test_the_script_writes_the_pairs_and_says_what_it_left_out(tmp_path: Path, m
     ]
 
 
+def test_functions_longer_than_asked_for_are_left_out_and_counted(tmp_path: Path, monkeypatch, capsys) -> None:
+    short, long = (
+        f"def {name}(x):\n    {DOC}\n    return x + {name!r} * {size}\n" for name, size in (("f", 1), ("g", 1 << 40))
+    )
+    write(tmp_path, a=short + long)
+    found, left_out = collect(tmp_path, longest=len(short))
+    assert [pair.name for pair in found] == ["f"] and left_out == {f"longer than {len(short)} characters": 1}
+    monkeypatch.setattr(stdlib_code.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit):
+        stdlib_code.main([str(tmp_path / "out.jsonl"), "--longest", "9"])
+    assert "--longest: no function" in capsys.readouterr().err
+
+
 def test_a_python_without_source_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "os.pyc").write_bytes(b"")
     monkeypatch.setattr(stdlib_code.sysconfig, "get_path", lambda name: str(tmp_path))

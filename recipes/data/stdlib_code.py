@@ -9,8 +9,9 @@
 
 prompt + completion is the function as one would type it at the left margin. It is parsed again and compared with what
 stands in the file, so nothing is changed on the way; what cannot be moved to the margin unchanged is left out. What the
-corpus holds depends on the version of Python. The script prints how many functions it took, and how many it left out
-for which reason. recipes/stdlib-code.yaml trains on the file.
+corpus holds depends on the version of Python. `--longest 300` leaves out functions of more characters. The script
+prints how many functions it took, and how many it left out for which reason. recipes/stdlib-code.yaml trains on the
+file.
 """
 
 import argparse
@@ -48,9 +49,11 @@ class Pair:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("file", type=Path, metavar="OUT.jsonl")
-    path = parser.parse_args(arguments).file
+    parser.add_argument("--longest", type=int, default=PROMPT + COMPLETION[-1], help="characters of a function")
+    args = parser.parse_args(arguments)
+    path = args.file
     try:
-        pairs, left_out = collect(Path(sysconfig.get_path("stdlib")))
+        pairs, left_out = collect(Path(sysconfig.get_path("stdlib")), args.longest)
         write(path, pairs)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -65,9 +68,11 @@ def write(path: Path, pairs: list[Pair]) -> None:
     path.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
+def collect(folder: Path, longest: int = PROMPT + COMPLETION[-1]) -> tuple[list[Pair], Counter[str]]:
     """Return the pairs of the modules under `folder`, in the order of modules and lines, and how many functions (or
     files) were left out for which reason. ValueError if there is no pair: some Pythons come without source.
+
+    longest: characters of a prompt and its completion, at most.
     """
     files = sorted((_module(path.relative_to(folder)), path) for path in folder.rglob("*.py") if path.is_file())
     files = [(module, path) for module, path in files if not NOT_LIBRARY & set(path.relative_to(folder).parts[:-1])]
@@ -92,6 +97,9 @@ def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
             except LeftOut as reason:
                 left_out[str(reason)] += 1
                 continue
+            if len(prompt) + len(completion) > longest:
+                left_out[f"longer than {longest} characters"] += 1
+                continue
             words = " ".join(prompt.split())
             body = "\n".join(map(ast.dump, function.body[1:]))
             if words in prompts or body in bodies:
@@ -100,6 +108,8 @@ def collect(folder: Path) -> tuple[list[Pair], Counter[str]]:
             prompts.add(words)
             bodies.add(body)
             taken.append(Pair(module, name, prompt, completion))
+    if not taken and left_out[f"longer than {longest} characters"]:
+        raise ValueError(f"--longest: no function under {folder} has at most {longest} characters; raise it")
     if not taken:
         raise ValueError(
             f"no function with a docstring under {folder}; this Python came without the source of its library"
