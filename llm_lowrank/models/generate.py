@@ -63,7 +63,7 @@ def answer(
     # similar lengths need little padding, and with the longest first a lack of memory shows at once
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt_ids))
     answers = [""] * len(questions)
-    with _evaluating(model), with_masks(model), eagerly(), codes_multiplied(model):
+    with _evaluating(model), with_masks(model), eagerly(), codes_multiplied(model), _dense_rows(model):
         for start in tqdm(range(0, len(questions), batch_size), desc="answer", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
             prompts = [questions[index].prompt_ids for index in batch]
@@ -158,6 +158,21 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: li
 
 def _cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+
+
+@contextmanager
+def _dense_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Give the output layer rows that lie one behind another in memory.
+
+    transformers hands it a slice, the last token of each prompt. In bfloat16 on CPUs torch multiplies such rows one by
+    one and copies the whole matrix each time: 0.9 GB and 1.3 s for 16 prompts of SmolLM2-135M, in place of 8 MB, 7 ms.
+    """
+    layer = model.get_output_embeddings()
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
