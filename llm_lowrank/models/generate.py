@@ -168,7 +168,7 @@ def _dense_rows(model: PreTrainedModel) -> Iterator[None]:
     one and copies the whole matrix each time: 0.9 GB and 1.3 s for 16 prompts of SmolLM2-135M, in place of 8 MB, 7 ms.
     """
     layer = model.get_output_embeddings()
-    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    hook = layer.register_forward_pre_hook(lambda _, inputs: tuple(rows.contiguous() for rows in inputs))
     try:
         yield
     finally:
