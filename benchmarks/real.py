@@ -218,7 +218,7 @@ def recipe_of(setting: Setting, method: Method, spec: Spec, output: str) -> Reci
         method=method,
         data=setting.data(),
         per_device_train_batch_size=setting.batch,
-        # on CPUs the bfloat16 product of each row's last token copies the output layer, 57 MB, once for every row
+        # a host's memory is shared by the processes, too
         per_device_eval_batch_size=128 if CUDA else 32,
         max_steps=setting.length(spec.tuning),
         seed=spec.seed,
