@@ -103,6 +103,13 @@ def test_the_tables_say_means_and_differences_over_the_same_seeds(compared, tmp_
     assert "| CORE | 1 of 3 |" in text and "| LoRA | 0 of 3 |" not in text
 
 
+@pytest.mark.quick
+def test_forgetting_is_measured_with_text_that_the_run_did_not_learn():
+    texts = {name: real.other_texts(real.Setting(task)) for name, task in real.TASKS.items()}
+    assert texts["divisors"] == ["code", "alpaca"] and texts["alpaca"] == ["code"]
+    assert texts["code"] == texts["short_code"] == ["alpaca"]  # the short functions are some of `code`
+
+
 class Crowded:
     """Stands in for the pool: only `room` runs at a time find memory, and those of the method `broken` fail."""
 
