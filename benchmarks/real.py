@@ -430,7 +430,7 @@ def table(folder: Path, page: Path) -> None:
         "Exact match in %, and in brackets the mean difference from LoRA over the same seeds:": (asked, exact),
         "Held-out loss of the same runs, and of text:": (found, held_out),
         "Rates:": (found, lambda runs, name: f"{best(runs, name):g}"),
-        "Loss of text that a run was not trained on, after minus before:": (asked, forgotten),
+        "Loss of text that a run was not trained on, after minus before:": (found, forgotten),
         "Runs of these tables that a CPU made:": (found, on_cpu),
     }
     lines = []
