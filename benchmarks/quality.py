@@ -136,6 +136,7 @@ CONTROLS = {
     "rslora_wide": "rsLoRA, rank 5.6 r",
     "lora_plus_wide": "LoRA+, rank 5.6 r",
     "lora_soap": "LoRA, rank r, with SOAP on both sides",
+    "lora_soap_small_side": "LoRA, rank r, with SOAP on the r x r side alone",
     "dora": "DoRA, rank r",
     "losia": "LoSiA",
     "full_muon": "all weights of the linears, Muon",
@@ -358,7 +359,7 @@ def methods(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> di
 
 def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> dict[str, Method]:
     """Return the settings of CORE and of its controls, as `methods` does."""
-    from benchmarks.soap import Soap  # registers a direction, which no other comparison should know
+    from benchmarks.soap import SmallSide, Soap  # registers a direction, which no other comparison should know
 
     never, wide = 10 * steps, round(5.6 * rank)
     return {
@@ -378,6 +379,7 @@ def controls(model: PreTrainedModel, rank: int, steps: int, svd_cache: str) -> d
         "rslora_wide": LoRA(rank=wide, use_rslora=True),
         "lora_plus_wide": LoRA(rank=wide, b_rate=16.0),
         "lora_soap": LoRA(rank=rank, direction=Soap()),
+        "lora_soap_small_side": LoRA(rank=rank, direction=SmallSide()),
         "dora": DoRA(rank=rank),
         "losia": matched_losia(model, rank, steps),
         "full_muon": Full(optimizer="muon"),

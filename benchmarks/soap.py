@@ -39,23 +39,30 @@ class Soap(Direction):
     def direct(self, pairs: Pairs, gradients: Pairs, memory: dict[str, Tensor], update: Update) -> Pairs:
         return Pairs(self.step("B", gradients.B, memory), self.step("A", gradients.A, memory))
 
-    def step(self, name: str, g: Tensor, memory: dict[str, Tensor]) -> Tensor:
-        """Return the step of one factor."""
+    def step(self, name: str, g: Tensor, memory: dict[str, Tensor], turned: str = "LR") -> Tensor:
+        """Return the step of one factor. turned: the sides whose basis turns, L, R or both."""
         if f"{name}_t" not in memory:
             sides = {"L": g.new_zeros(len(g), len(g)), "R": g.new_zeros(g.shape[1], g.shape[1])}
-            both = sides | {"m": torch.zeros_like(g), "v": torch.zeros_like(g), "t": g.new_zeros(())}
-            memory.update({f"{name}_{key}": value for key, value in both.items()})
-        L, R, m, v, t = (memory[f"{name}_{key}"] for key in ("L", "R", "m", "v", "t"))
+            kept = {side: sides[side] for side in turned}
+            kept |= {"m": torch.zeros_like(g), "v": torch.zeros_like(g), "t": g.new_zeros(())}
+            memory.update({f"{name}_{key}": value for key, value in kept.items()})
+        m, v, t = (memory[f"{name}_{key}"] for key in ("m", "v", "t"))
         t += 1
-        L.lerp_(g @ g.T, 1 - DECAY)
-        R.lerp_(g.T @ g, 1 - DECAY)
-        if int(t) in (1, 2, 4) or int(t) % self.interval == 0:
-            memory[f"{name}_Q_L"], memory[f"{name}_Q_R"] = torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1]
-        Q_L, Q_R = memory[f"{name}_Q_L"], memory[f"{name}_Q_R"]
+        for side in turned:
+            covariance = memory[f"{name}_{side}"].lerp_(g @ g.T if side == "L" else g.T @ g, 1 - DECAY)
+            if int(t) in (1, 2, 4) or int(t) % self.interval == 0:
+                memory[f"{name}_Q_{side}"] = torch.linalg.eigh(covariance)[1]
+
+        def turn(x: Tensor, back: bool = False) -> Tensor:
+            for side in turned:
+                Q = memory[f"{name}_Q_{side}"]
+                x = (Q if back else Q.T) @ x if side == "L" else x @ (Q.T if back else Q)
+            return x
+
         m.lerp_(g, 1 - BETA1)
-        v.lerp_((Q_L.T @ g @ Q_R).square(), 1 - BETA2)
-        mean = Q_L.T @ m @ Q_R / (1 - BETA1**t)
-        return Q_L @ (mean / ((v / (1 - BETA2**t)).sqrt() + EPS)) @ Q_R.T
+        v.lerp_(turn(g).square(), 1 - BETA2)
+        mean = turn(m) / (1 - BETA1**t)
+        return turn(mean / ((v / (1 - BETA2**t)).sqrt() + EPS), back=True)
 
     def rebase(self, before: Pairs, after: Pairs, memory: dict[str, Tensor]) -> None:
         went, K = (before.A != after.A).any(1), round(1 / (1 - DECAY))
@@ -71,6 +78,15 @@ class Soap(Direction):
             v.copy_((second + FLOOR * second.mean()) * (1 - BETA2**K))
             m *= (1 - BETA1**K) / (1 - BETA1**t)
             t.fill_(K)
+
+
+@Direction.register_subclass("soap_small_side")
+@dataclass(frozen=True)
+class SmallSide(Soap):
+    """The same with the r x r side of each factor alone, which any model can keep; for runs without exchanges."""
+
+    def direct(self, pairs: Pairs, gradients: Pairs, memory: dict[str, Tensor], update: Update) -> Pairs:
+        return Pairs(self.step("B", gradients.B, memory, "R"), self.step("A", gradients.A, memory, "L"))
 
 
 class SoapOptimizer(torch.optim.Optimizer):
