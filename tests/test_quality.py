@@ -22,6 +22,7 @@ from llm_lowrank.engines.plain import Plain
 from llm_lowrank.models import loading
 from llm_lowrank.models.architectures import skeleton
 from llm_lowrank.models.source import Source
+from llm_lowrank.numerics.pairs import Pairs
 
 TINY = [
     "--steps",
@@ -140,6 +141,35 @@ def test_other_optimizers_train_the_weights_of_the_linears_alone(tmp_path, name,
     changed = {key for key, value in kept.items() if not torch.equal(value, before[key])}
     linears = {key for key in before if key.endswith("proj.weight")}
     assert changed == linears and result.trainable == sum(before[key].numel() for key in linears)
+
+
+@pytest.mark.parametrize("kind, follows", [("small", {"pairs"}), ("both", {"pairs", "outside"}), ("adam", set())])
+def test_soap_follows_a_rotation_of_the_sides_that_it_turns(kind, follows):
+    """The steps for a rotated gradient are the rotated steps, on the sides whose bases turn and on no other."""
+    from benchmarks.soap import SmallSide, Soap
+
+    seeded = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(20, *shape, generator=seeded, dtype=torch.float64) for shape in ((6, 3), (3, 5)))
+    r, m, n = (torch.linalg.qr(torch.randn(k, k, generator=seeded, dtype=torch.float64))[0] for k in (3, 6, 5))
+
+    def steps(B, A):
+        soap, memory = SmallSide() if kind == "small" else Soap(), {}
+        for b, a in zip(B, A, strict=True):
+            if kind == "adam":
+                last = Pairs(soap.step("B", b, memory, ""), soap.step("A", a, memory, ""))
+            else:
+                last = soap.direct(None, Pairs(b, a), memory, None)
+        return last
+
+    plain = steps(B, A)
+    for where, left, right in (("pairs", torch.eye(6, dtype=r.dtype), torch.eye(5, dtype=r.dtype)), ("outside", m, n)):
+        inner = r if where == "pairs" else torch.eye(3, dtype=r.dtype)
+        turned = steps(left @ B @ inner, inner.T @ A @ right)
+        same = all(
+            torch.allclose(found, expected, atol=1e-6)
+            for found, expected in ((turned.B, left @ plain.B @ inner), (turned.A, inner.T @ plain.A @ right))
+        )
+        assert same == (where in follows)
 
 
 @pytest.mark.parametrize(
