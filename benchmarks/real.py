@@ -98,12 +98,12 @@ WINDOW = (0.2, 0.8)  # of LoRA's exact match
 MARGIN = 0.1  # of LoRA's exact match over that of one answer for all questions
 TAKEN = 4  # tasks
 METHODS = ("lora", "lora_plus", "dora", "rasa", "losia", "srlora", "core", "core_4r")
-CONTROLS = ("core_light", "core_random")  # made only if they are named
-NAMES = TITLES | {
-    "core_4r": "CORE, p = 4 r",
+CONTROLS = {  # made only if they are named
     "core_light": "CORE, bases of 64 samples in two passes",
     "core_random": "CORE between random bases",
 }
+EVERY = (*METHODS, *CONTROLS)
+NAMES = TITLES | {"core_4r": "CORE, p = 4 r"} | CONTROLS
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ class Task:
     @property
     def asks(self) -> bool:
         return self.dataset.startswith(GYM)
+
+    @property
+    def is_code(self) -> bool:
+        return self.dataset in (CODE, SHORT_CODE)
 
 
 def gym(kind: str, name: str, **settings: Any) -> Task:
@@ -177,7 +181,7 @@ class Setting:
             generated = {"task": dict(self.task.settings), "size": size, "held_out": self.held_out}
             return Data(dataset=self.task.dataset, max_length=self.max_length, **generated)
         # of code no module of a held-out function is trained on, and the body follows the docstring
-        code = {"held_out_by": "module", "prompt_style": "plain"} if self.task.dataset in (CODE, SHORT_CODE) else {}
+        code = {"held_out_by": "module", "prompt_style": "plain"} if self.task.is_code else {}
         return Data(dataset=self.task.dataset, max_length=self.max_length, held_out=64, **code)  # type: ignore[arg-type]
 
 
@@ -198,7 +202,7 @@ def methods(model: PreTrainedModel, rank: int, steps: int) -> dict[str, Method]:
         "core_light": Core(like_rank=rank, samples=64, svd_niter=0),
         "core_random": Core(like_rank=rank, samples=0),
     }
-    return {name: known[name] for name in (*METHODS, *CONTROLS)}
+    return {name: known[name] for name in EVERY}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -218,7 +222,7 @@ def recipe_of(setting: Setting, method: Method, spec: Spec, output: str) -> Reci
         method=method,
         data=setting.data(),
         per_device_train_batch_size=setting.batch,
-        # a host's memory is shared by the processes, too
+        # on CPUs all processes share the memory of the host
         per_device_eval_batch_size=128 if CUDA else 32,
         max_steps=setting.length(spec.tuning),
         seed=spec.seed,
@@ -285,8 +289,8 @@ def own_loss(run: Run, model: nn.Module) -> float:
 
 def other_texts(setting: Setting) -> list[str]:
     """Return the names of the texts that a run is not trained on."""
-    own = [CODE, SHORT_CODE] if setting.task.dataset == SHORT_CODE else [setting.task.dataset]
-    return [name for name, text in TEXTS.items() if text.dataset not in own]
+    task = setting.task
+    return [name for name, text in TEXTS.items() if text != task and not (text.is_code and task.is_code)]
 
 
 def text_loss(run: Run, model: nn.Module, name: str) -> float:
@@ -448,13 +452,13 @@ def rows(found: dict[str, list[dict[str, Any]]], cell: Any, tuning: bool) -> lis
     """Return a table of methods and tasks. A cell without a run is empty; empty rows and columns are left out."""
     known = {
         (name, task): cell(runs, name)
-        for name in (*METHODS, *CONTROLS)
+        for name in EVERY
         for task, runs in found.items()
         if rates_of(runs, name) and of(runs, name, tuning, best(runs, name))
     }
-    tasks = [task for task in found if any((name, task) in known for name in (*METHODS, *CONTROLS))]
+    tasks = [task for task in found if any((name, task) in known for name in EVERY)]
     lines = [f"| method | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
-    for name in (*METHODS, *CONTROLS):
+    for name in EVERY:
         if any(cells := [known.get((name, task), "") for task in tasks]):
             lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     return lines
@@ -520,7 +524,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the methods learn on a real model.")
     parser.add_argument("what", choices=["pilot", "run", "table"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality" / "tasks")
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *CONTROLS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=list(METHODS))
     parser.add_argument(
         "--tasks",
         nargs="+",

@@ -36,7 +36,7 @@ def test_a_task_that_one_answer_for_all_questions_solves_as_well_is_not_chosen()
 @pytest.fixture
 def compared(tmp_path):
     """A comparison whose runs are made by `put`."""
-    settings = {name: {"name": name} for name in (*real.METHODS, *real.CONTROLS)}
+    settings = {name: {"name": name} for name in real.EVERY}
     return Comparison(tmp_path / "sums", SETTING, settings, settings, lambda spec: None)
 
 

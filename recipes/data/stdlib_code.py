@@ -27,6 +27,7 @@ from pathlib import Path
 
 PROMPT = 2000  # characters, at most: some docstrings are a manual
 COMPLETION = range(20, 2001)
+LONGEST = PROMPT + COMPLETION[-1]  # both together, unless --longest says less
 WORDS = 3  # of a docstring that says something
 
 # Test suites, programs with their own ways, other people's packages, tables and what the interpreter is built with.
@@ -49,7 +50,7 @@ class Pair:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("file", type=Path, metavar="OUT.jsonl")
-    parser.add_argument("--longest", type=int, default=PROMPT + COMPLETION[-1], help="characters of a function")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="characters of a function")
     args = parser.parse_args(arguments)
     path = args.file
     try:
@@ -68,7 +69,7 @@ def write(path: Path, pairs: list[Pair]) -> None:
     path.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def collect(folder: Path, longest: int = PROMPT + COMPLETION[-1]) -> tuple[list[Pair], Counter[str]]:
+def collect(folder: Path, longest: int = LONGEST) -> tuple[list[Pair], Counter[str]]:
     """Return the pairs of the modules under `folder`, in the order of modules and lines, and how many functions (or
     files) were left out for which reason. ValueError if there is no pair: some Pythons come without source.
 
@@ -93,12 +94,9 @@ def collect(folder: Path, longest: int = PROMPT + COMPLETION[-1]) -> tuple[list[
         lines = source.split("\n")  # as ast counts them: a form feed ends no line
         for name, function in _functions(tree):
             try:
-                prompt, completion = _halves(function, lines)
+                prompt, completion = _halves(function, lines, longest)
             except LeftOut as reason:
                 left_out[str(reason)] += 1
-                continue
-            if len(prompt) + len(completion) > longest:
-                left_out[f"longer than {longest} characters"] += 1
                 continue
             words = " ".join(prompt.split())
             body = "\n".join(map(ast.dump, function.body[1:]))
@@ -108,7 +106,7 @@ def collect(folder: Path, longest: int = PROMPT + COMPLETION[-1]) -> tuple[list[
             prompts.add(words)
             bodies.add(body)
             taken.append(Pair(module, name, prompt, completion))
-    if not taken and left_out[f"longer than {longest} characters"]:
+    if not taken and left_out[_longer(longest)]:
         raise ValueError(f"--longest: no function under {folder} has at most {longest} characters; raise it")
     if not taken:
         raise ValueError(
@@ -121,7 +119,11 @@ class LeftOut(Exception):
     """Why a function makes no pair."""
 
 
-def _halves(function: Function, lines: list[str]) -> tuple[str, str]:
+def _longer(longest: int) -> str:
+    return f"longer than {longest} characters"
+
+
+def _halves(function: Function, lines: list[str], longest: int) -> tuple[str, str]:
     """Prompt and completion."""
     if ast.get_docstring(function) is None:
         raise LeftOut("no docstring")
@@ -144,6 +146,8 @@ def _halves(function: Function, lines: list[str]) -> tuple[str, str]:
         raise LeftOut(f"body shorter than {COMPLETION[0]} or longer than {COMPLETION[-1]} characters")
     if not _same(prompt + completion, function):
         raise LeftOut("cannot be moved to the margin unchanged")
+    if len(prompt) + len(completion) > longest:
+        raise LeftOut(_longer(longest))
     return prompt, completion
 
 
